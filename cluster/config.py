@@ -1,0 +1,204 @@
+"""The configuration tree: one YAML file, environment `MOESAIC__SECTION__FIELD`, the same for Helm.
+
+Knows names, types and bounds; unknown keys are errors. Sizes are bytes or strings like "512MiB";
+an expert cache may also be a percentage of the model's routed-expert bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from cluster.errors import ConfigError
+
+DEFAULT_MODEL = "moesaic-demo"
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
+_PERCENT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*$")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "512MiB", "0.5G" or a plain number; all units are powers of 1024.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = _SIZE.match(str(text))
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with K, M, G or T (512MiB)")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def parse_cache_size(text: str | int, *, total_bytes: int) -> int:
+    """Bytes from a size, or from a percentage of `total_bytes`."""
+    match = _PERCENT.match(str(text))
+    return int(total_bytes * float(match.group(1)) / 100) if match else parse_size(text)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Which model, and how it computes."""
+
+    path: str = Field(DEFAULT_MODEL, description="local Hugging Face directory, hub id, or the embedded moesaic-demo")
+    served_name: str | None = Field(None, description="name clients use; default: the last part of path")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: the checkpoint's own")
+    max_model_len: int | None = Field(None, ge=16, description="longest sequence in tokens; default: the model's")
+
+
+class AttentionConfig(_Section):
+    """The attention worker: batching, KV cache, threads."""
+
+    kv_cache: str = Field("256MiB", description="KV cache bytes per worker")
+    block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
+    max_batch_tokens: int = Field(512, ge=1, description="token rows in one step (prefill chunk bound)")
+    max_running: int = Field(32, ge=1, description="sequences that decode together")
+    max_queue: int = Field(256, ge=0, description="requests that may wait; more are answered 429")
+    threads: int = Field(0, ge=0, description="compute threads per worker; 0: all cores but one, at least one")
+
+    @field_validator("kv_cache")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+
+class ExpertsConfig(_Section):
+    """The expert memory."""
+
+    cache: str = Field("100%", description="fast-tier budget: bytes or percent of the routed-expert bytes")
+    io_threads: int = Field(3, ge=1, le=64, description="threads that read experts from disk")
+    direct_io: Literal["auto", "never"] = Field("auto", description="never: buffered reads that drop the page cache")
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _is_cache_size(cls, value: object) -> str:
+        parse_cache_size(str(value), total_bytes=1)
+        return str(value)
+
+
+class RedisConfig(_Section):
+    """Where activation statistics are aggregated."""
+
+    url: str | None = Field(None, description="redis://[:password@]host:port/db; wins over the embedded server")
+    embedded: bool = Field(True, description="start a Valkey of our own when no url is given")
+
+
+class FrontendConfig(_Section):
+    """HTTP front end."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    api_key: SecretStr | None = Field(None, description="clients must send it as a bearer token")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024)
+    request_timeout_s: float = Field(600.0, gt=0)
+    drain_timeout_s: float = Field(30.0, ge=0)
+    keep_alive_s: float = Field(15.0, gt=0, description="an SSE comment after this long without a token")
+
+
+class RayConfig(_Section):
+    """Which Ray cluster to join."""
+
+    address: str | None = Field(None, description="of a running cluster; default: a local Ray of our own")
+    namespace: str = "moesaic"
+
+
+class MoesaicConfig(BaseSettings):
+    """Everything that can be set. Precedence: arguments, environment, file, defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MOESAIC__", env_nested_delimiter="__", extra="forbid", frozen=True, protected_namespaces=()
+    )
+
+    model: ModelConfig = ModelConfig()
+    attention: AttentionConfig = AttentionConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    redis: RedisConfig = RedisConfig()
+    frontend: FrontendConfig = FrontendConfig()
+    ray: RayConfig = RayConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (env_settings, init_settings)
+
+
+def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> MoesaicConfig:
+    """Merge a YAML file, the environment and `overrides` (command-line flags, which win).
+
+    Raises:
+        ConfigError: unreadable file, unknown key or value out of range; names the field.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"config file {path}: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"config file {path}: the top level must be a mapping of sections")
+        tree = loaded or {}
+    config = _validated(tree)
+    if not overrides:
+        return config
+    merged = to_tree(config)
+    for section, fields in overrides.items():
+        merged.setdefault(section, {}).update(fields)
+    return from_tree(merged)
+
+
+def to_tree(config: MoesaicConfig) -> dict[str, Any]:
+    """Plain nested values, secrets revealed: what travels to Ray Serve as application arguments."""
+    tree = config.model_dump(mode="json")
+    key = config.frontend.api_key
+    tree["frontend"]["api_key"] = key.get_secret_value() if key else None
+    return tree
+
+
+def from_tree(tree: dict[str, Any]) -> MoesaicConfig:
+    """Inverse of `to_tree`; the environment does not override it a second time."""
+    try:
+        sections = {name: _SECTIONS[name].model_validate(value) for name, value in tree.items() if name in _SECTIONS}
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+    unknown = sorted(set(tree) - set(_SECTIONS))
+    if unknown:
+        raise ConfigError(f"config: unknown section {unknown[0]!r}; sections are {', '.join(_SECTIONS)}")
+    return MoesaicConfig.model_construct(**sections)
+
+
+def _validated(tree: dict[str, Any]) -> MoesaicConfig:
+    try:
+        return MoesaicConfig(**tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return f"config field {field}: {first['msg']} (got {first.get('input')!r:.80})"
+
+
+_SECTIONS: dict[str, type[_Section]] = {
+    "model": ModelConfig,
+    "attention": AttentionConfig,
+    "experts": ExpertsConfig,
+    "redis": RedisConfig,
+    "frontend": FrontendConfig,
+    "ray": RayConfig,
+}

@@ -1,0 +1,119 @@
+"""The exception tree and the one table that maps it to HTTP codes, gRPC statuses and retries.
+
+MoesaicError
+ |- InvalidRequest        the caller's fault                         400
+ |   |- ContextTooLong    prompt (+ max_tokens) exceeds the context  400
+ |   `- BodyTooLarge      the request body exceeds its bound         413
+ |- AuthenticationFailed  missing or wrong API key                   401
+ |- ModelNotFound         the model named is not served              404
+ |- Overloaded            the queue is full                          429  retry
+ |- Unavailable           starting, draining or lost its worker      503  retry
+ |- DeadlineExceeded      no answer within the request's time        504
+ |- ExpertReadError       an expert could not be read from disk      500
+ `- ConfigError           operator must act, at start                -
+     `- CheckpointError   names the file and the tensor              -
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class MoesaicError(Exception):
+    """Root of everything this project raises on purpose."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process boundaries; keyword-only state needs an explicit rebuild.
+        return (_rebuild, (type(self), self.message, self.__dict__))
+
+
+class InvalidRequest(MoesaicError):
+    """A field of the request is malformed or out of range; `param` names it."""
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt, or the prompt plus the tokens asked for, does not fit the context."""
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is larger than the server accepts."""
+
+
+class AuthenticationFailed(MoesaicError):
+    """The API key is missing or wrong."""
+
+
+class ModelNotFound(MoesaicError):
+    """The request names a model that this server does not serve."""
+
+
+class Overloaded(MoesaicError):
+    """The queue is full now; come back after `retry_after_s`."""
+
+    retry_after_s: float = 1.0
+
+
+class Unavailable(MoesaicError):
+    """Starting, draining, or the worker was lost; come back after `retry_after_s`."""
+
+    retry_after_s: float = 2.0
+
+
+class DeadlineExceeded(MoesaicError):
+    """The request's time ran out; its work was stopped."""
+
+
+class ExpertReadError(MoesaicError):
+    """Expert weights could not be read while serving; the message names the file."""
+
+
+class ConfigError(MoesaicError):
+    """The configuration cannot work; the message names the field and the way out."""
+
+
+class CheckpointError(ConfigError):
+    """The checkpoint is damaged or unsupported; the message names the file and the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCodes:
+    """How one class of error looks from outside. `type` is OpenAI's error type."""
+
+    http: int
+    grpc: str
+    type: str
+    retryable: bool
+
+
+_TABLE: dict[type[MoesaicError], ErrorCodes] = {
+    BodyTooLarge: ErrorCodes(413, "INVALID_ARGUMENT", "invalid_request_error", False),
+    InvalidRequest: ErrorCodes(400, "INVALID_ARGUMENT", "invalid_request_error", False),
+    AuthenticationFailed: ErrorCodes(401, "UNAUTHENTICATED", "authentication_error", False),
+    ModelNotFound: ErrorCodes(404, "NOT_FOUND", "invalid_request_error", False),
+    Overloaded: ErrorCodes(429, "RESOURCE_EXHAUSTED", "rate_limit_error", True),
+    Unavailable: ErrorCodes(503, "UNAVAILABLE", "service_unavailable_error", True),
+    DeadlineExceeded: ErrorCodes(504, "DEADLINE_EXCEEDED", "timeout_error", False),
+    ExpertReadError: ErrorCodes(500, "INTERNAL", "server_error", False),
+    ConfigError: ErrorCodes(500, "FAILED_PRECONDITION", "server_error", False),
+    MoesaicError: ErrorCodes(500, "INTERNAL", "server_error", False),
+}
+
+
+def codes_of(error: BaseException) -> ErrorCodes:
+    """Codes of the nearest class in the table; anything foreign is an internal error."""
+    for cls in type(error).__mro__:
+        if cls in _TABLE:
+            return _TABLE[cls]
+    return _TABLE[MoesaicError]
+
+
+def _rebuild(cls: type[MoesaicError], message: str, state: dict[str, object]) -> MoesaicError:
+    error = cls(message)
+    error.__dict__.update(state)
+    return error

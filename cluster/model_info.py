@@ -1,0 +1,100 @@
+"""Where a model's files are and what its config.json says. Knows files and numbers, never tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from cluster.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """Facts that the front end and the workers share about one model directory.
+
+    `fingerprint` identifies the routing structure in shared statistics: same config, same experts.
+    """
+
+    path: Path
+    name: str
+    model_type: str
+    fingerprint: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    config: Mapping[str, Any]
+
+
+def resolve_model(path: str) -> Path:
+    """The directory of MODEL: a local directory, an embedded model's name, or a hub id.
+
+    Raises:
+        ConfigError: nothing of that name; says where it looked.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    for root in _embedded_roots():
+        if (root / path / "config.json").is_file():
+            return (root / path).resolve()
+    if path.startswith((".", "/", "~")) or "/" not in path:
+        raise ConfigError(
+            f"model {path!r}: no such directory, and no embedded model of that name; "
+            "give a Hugging Face directory, a hub id (owner/name), or moesaic-demo"
+        )
+    from huggingface_hub import snapshot_download  # heavy, and only for hub ids
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated classes; all mean "not had"
+        raise ConfigError(f"model {path!r}: not a local directory, and the hub did not give it: {error}") from error
+
+
+def load_model_info(path: str, *, served_name: str | None = None, max_model_len: int | None = None) -> ModelInfo:
+    """Read config.json and generation_config.json of MODEL and check what can be checked cheaply."""
+    directory = resolve_model(path)
+    config = _read_json(directory / "config.json", required=True)
+    text_config = cast("dict[str, Any]", config.get("text_config", config))
+    generation = _read_json(directory / "generation_config.json", required=False)
+    context = text_config.get("max_position_embeddings")
+    if not isinstance(context, int):
+        raise CheckpointError(f"{directory / 'config.json'}: max_position_embeddings is missing")
+    if max_model_len is not None and max_model_len > context:
+        raise ConfigError(f"config field model.max_model_len: {max_model_len} exceeds the model's context of {context}")
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
+    return ModelInfo(
+        path=directory,
+        name=served_name or directory.name,
+        model_type=str(text_config.get("model_type", "")),
+        fingerprint=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        max_model_len=max_model_len or context,
+        vocab_size=int(text_config.get("vocab_size", 0)),
+        eos_token_ids=eos_ids,
+        config=config,
+    )
+
+
+def _embedded_roots() -> tuple[Path, ...]:
+    """A checkout (also editable installs) keeps models beside the packages, a wheel under share/."""
+    return (Path(__file__).resolve().parent.parent / "models", Path(sys.prefix) / "share" / "moesaic" / "models")
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.is_file():
+        if required:
+            raise CheckpointError(f"{path}: file is missing; a model directory needs config.json")
+        return {}
+    try:
+        loaded = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return cast("dict[str, Any]", loaded)
