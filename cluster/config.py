@@ -50,7 +50,7 @@ class ModelConfig(_Section):
 
     path: str = Field(DEFAULT_MODEL, description="local Hugging Face directory, hub id, or the embedded moesaic-demo")
     served_name: str | None = Field(None, description="name clients use; default: the last part of path")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="auto: the checkpoint's own")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 for bfloat16 checkpoints, else float32")
     max_model_len: int | None = Field(None, ge=16, description="longest sequence in tokens; default: the model's")
 
 

@@ -1,0 +1,1 @@
+"""Checkpoint conversions: files in, files out. Nothing here serves requests."""

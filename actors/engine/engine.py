@@ -1,0 +1,131 @@
+"""The engine: schedule, run, sample, one step at a time. Synchronous; one thread drives it.
+
+Knows sequences and steps; knows nothing of clients, text or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from actors.engine.batcher import Batcher, ScheduledRows
+from actors.engine.model_runner import ModelRunner
+from actors.engine.sampling import sample
+from actors.engine.sequence import Sequence, SequenceState
+from cluster.errors import InvalidRequest
+from cluster.types import FinishReason, GenerationRequest, RequestId, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step added to one sequence."""
+
+    request_id: RequestId
+    token_id: int
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+    num_cached: int
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Since start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class Engine:
+    """Sequences in, tokens out."""
+
+    def __init__(self, runner: ModelRunner, batcher: Batcher, *, max_model_len: int, eos_token_ids: Seq[int]) -> None:
+        self.runner = runner
+        self.batcher = batcher
+        self.max_model_len = max_model_len
+        self.counters = EngineCounters()
+        self._eos = tuple(eos_token_ids)
+        self._sequences: dict[RequestId, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return not self.batcher.is_idle
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a sequence.
+
+        Raises:
+            Overloaded: the queue is full.
+            InvalidRequest: no prompt, or longer than the context.
+        """
+        if not request.prompt_ids or len(request.prompt_ids) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(request.prompt_ids)} tokens; 1 to {self.max_model_len - 1} are possible"
+            )
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"request id {request.request_id} is in use")
+        sequence = Sequence(request)
+        self.batcher.add(sequence)
+        self._sequences[request.request_id] = sequence
+        self.counters.prompt_tokens += len(request.prompt_ids)
+
+    def abort(self, request_id: RequestId) -> None:
+        """Stop a sequence and free its blocks; unknown ids are ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.batcher.finish(sequence)
+
+    def abort_all(self) -> list[RequestId]:
+        """Stop everything; the ids stopped."""
+        stopped = list(self._sequences)
+        for request_id in stopped:
+            self.abort(request_id)
+        return stopped
+
+    def step(self) -> list[StepOutput]:
+        """Compute one step; a token for every sequence whose last pending row was in it."""
+        planned = self.batcher.plan()
+        if not planned:
+            return []
+        logits = self.runner.execute(planned)
+        self.counters.steps += 1
+        sampling = [rows for rows in planned if rows.samples]
+        for rows in planned:
+            self.batcher.on_computed(rows)
+        return self._sample(sampling, logits)
+
+    def _sample(self, sampling: list[ScheduledRows], logits_RV: object) -> list[StepOutput]:
+        if not sampling:
+            return []
+        sequences = [rows.sequence for rows in sampling]
+        params = [s.request.sampling for s in sequences]
+        keys = [(s.request.choice, s.num_generated) for s in sequences]
+        banned = [self._banned(s) for s in sequences]
+        tokens, logprobs = sample(logits_RV, params, keys, banned)  # type: ignore[arg-type]
+        outputs: list[StepOutput] = []
+        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
+            sequence.tokens.append(token)
+            reason = self._finish_reason(sequence, token)
+            if reason is not None:
+                self.batcher.finish(sequence)
+                del self._sequences[sequence.request.request_id]
+            if sequence.num_generated == 1:
+                self.counters.cached_prompt_tokens += sequence.num_cached
+            self.counters.generated_tokens += 1
+            outputs.append(StepOutput(sequence.request.request_id, token, logprob, reason, sequence.num_cached))
+        return outputs
+
+    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
+        p = sequence.request.sampling
+        return (*self._eos, *p.stop_token_ids) if sequence.num_generated < p.min_tokens else ()
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        p = sequence.request.sampling
+        if sequence.state is not SequenceState.RUNNING:
+            return None
+        if token in p.stop_token_ids or (not p.ignore_eos and token in self._eos):
+            return FinishReason.STOP
+        if sequence.num_generated >= p.max_tokens or len(sequence.tokens) >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None

@@ -1,0 +1,92 @@
+"""Logits to token ids. Knows distributions; knows nothing of batches' composition.
+
+Noise is a counter generator keyed by (seed, choice, token index): a row's draw does not depend on
+its batch, its worker or a preemption. One uniform number is inverted through the row's cumulative
+distribution, so equal logits give equal tokens.
+
+Shapes: R rows that are sampled, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from cluster.types import SamplingParams, TokenLogprob
+
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """A number in [0, 1) that depends on its three keys alone (SplitMix64, Steele et al. 2014)."""
+    state = _mix(_mix(_mix(seed & _MASK) ^ (choice & _MASK)) ^ (index & _MASK))
+    return (state >> 11) / float(1 << 53)
+
+
+def sample(
+    logits_RV: Tensor, params: Seq[SamplingParams], keys: Seq[tuple[int, int]], banned: Seq[tuple[int, ...]]
+) -> tuple[list[int], list[TokenLogprob | None]]:
+    """One token for each row, and its log-probability where asked for.
+
+    Args:
+        logits_RV: any float dtype.
+        keys: (choice, token index) of each row; the seed is in its params.
+        banned: token ids that may not be chosen now (end of sequence before min_tokens).
+    """
+    logits_RV = logits_RV.float()
+    raw = logits_RV
+    if any(banned):
+        logits_RV = logits_RV.clone()
+        for row, ids in enumerate(banned):
+            logits_RV[row, list(ids)] = -torch.inf
+    tokens: list[int] = logits_RV.argmax(dim=-1).tolist()
+    for row, (p, (choice, index)) in enumerate(zip(params, keys, strict=True)):
+        if p.temperature > 0:
+            tokens[row] = _draw(logits_RV[row], p, uniform(p.seed, choice, index))
+    logprobs = [
+        _logprob(raw[row], token, p.num_logprobs) if p.num_logprobs is not None else None
+        for row, (token, p) in enumerate(zip(tokens, params, strict=True))
+    ]
+    return tokens, logprobs
+
+
+def _draw(logits_V: Tensor, p: SamplingParams, u: float) -> int:
+    probs_V = torch.softmax(logits_V.double() / p.temperature, dim=-1)
+    if p.min_p > 0:
+        probs_V = torch.where(probs_V >= p.min_p * probs_V.max(), probs_V, 0.0)
+    if p.top_k > 0 or p.top_p < 1:
+        kept = min(p.top_k, probs_V.numel()) if p.top_k > 0 else probs_V.numel()
+        ranked, ids = torch.sort(probs_V, descending=True, stable=True)
+        ranked, ids = ranked[:kept], ids[:kept]
+        if p.top_p < 1:
+            before = torch.cumsum(ranked, dim=0) - ranked
+            keep = before < p.top_p * ranked.sum()
+            ranked = torch.where(keep, ranked, 0.0)
+        return int(ids[_invert(ranked, u)])
+    return _invert(probs_V, u)
+
+
+def _invert(probs: Tensor, u: float) -> int:
+    """First index whose cumulative probability exceeds u; never one of probability zero."""
+    cumulative = torch.cumsum(probs, dim=0)
+    index = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+    last = int(torch.nonzero(probs)[-1])
+    return min(index, last)
+
+
+def _logprob(logits_V: Tensor, token: int, num_top: int) -> TokenLogprob:
+    logprobs_V = torch.log_softmax(logits_V, dim=-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.numel()))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs_V[token]), top)
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

@@ -1,0 +1,169 @@
+"""Runs experts' FFNs with the fastest kernel for the number of rows, chosen by calibration.
+
+Knows kernels and thresholds; knows nothing of caches. Two paths: the compiled kernel, which streams
+weights once for few rows, and torch matmuls, which reuse them better for many rows (bf16 only:
+in float32 the compiled kernel is as fast and does not let a row's result depend on its batch).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.experts.store import ExpertWeights
+from actors.kernels.native import ACTIVATION_CODES, NativeKernels
+
+_NEVER = 1 << 30
+_ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """From `torch_from_rows` rows of one expert on, torch is used; `label` is for people."""
+
+    torch_from_rows: int
+    label: str
+
+
+class ExpertCompute:
+    """Expert FFNs of one model: fixed activation, dtype and kernels."""
+
+    def __init__(self, native: NativeKernels | None, *, activation: str, compute_dtype: torch.dtype) -> None:
+        self._native = native if activation in ACTIVATION_CODES else None
+        self._activation = activation
+        self._dtype = compute_dtype
+        self.plan = KernelPlan(_NEVER, "native") if self._native else KernelPlan(0, "torch")
+
+    def calibrate(self, weight_dtype: torch.dtype, hidden: int, intermediate: int) -> KernelPlan:
+        """Measure both paths on this machine and keep the cross-over; takes a fraction of a second."""
+        if self._native is None or self._dtype == torch.float32:
+            return self.plan
+        weights = _random_expert(weight_dtype, hidden, intermediate)
+        threshold = _NEVER
+        for rows in (8, 16, 32, 64, 128):
+            x = torch.randn(rows, hidden)
+            y = torch.empty(rows, hidden)
+            offsets, pairs = np.array([0, rows]), np.arange(rows)
+            native = _best_time(lambda: self._run_native(x, [weights], offsets, pairs, y, top_k=1))  # noqa: B023
+            plain = _best_time(lambda: self._run_torch(x, weights, pairs, y, top_k=1))  # noqa: B023
+            if plain < native:
+                threshold = rows
+                break
+        label = "native" if threshold == _NEVER else f"native, torch from {threshold} rows"
+        self.plan = KernelPlan(threshold, label)
+        return self.plan
+
+    def widen(self, x_TD: Tensor) -> Tensor:
+        """float32, contiguous."""
+        x_TD = x_TD.contiguous()
+        return self._native.widen(x_TD) if self._native else x_TD.float()
+
+    def run(
+        self,
+        x_TD: Tensor,
+        experts: Sequence[ExpertWeights],
+        offsets: np.ndarray,
+        pairs: np.ndarray,
+        y_PD: Tensor,
+        *,
+        top_k: int,
+    ) -> None:
+        """Unweighted outputs of `experts` into the rows of y_PD that `pairs` names.
+
+        Args:
+            x_TD: float32.
+            offsets: (len(experts) + 1,) int64 into pairs.
+            pairs: int64; pair t * top_k + k is row t's k-th choice.
+        """
+        threshold = self.plan.torch_from_rows
+        if len(pairs) < threshold:
+            self._run_native(x_TD, experts, offsets, pairs, y_PD, top_k=top_k)
+            return
+        many = np.diff(offsets) >= threshold
+        for i in np.flatnonzero(many):
+            self._run_torch(x_TD, experts[i], pairs[offsets[i] : offsets[i + 1]], y_PD, top_k=top_k)
+        few = np.flatnonzero(~many)
+        if len(few):
+            spans = [pairs[offsets[i] : offsets[i + 1]] for i in few]
+            starts = np.cumsum([0, *(len(span) for span in spans)])
+            self._run_native(x_TD, [experts[i] for i in few], starts, np.concatenate(spans), y_PD, top_k=top_k)
+
+    def combine(self, y_PD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sum of each row's expert outputs, weighted, in gate order, in float32."""
+        weights_TK = weights_TK.float().contiguous()
+        if self._native is not None:
+            return self._native.combine(y_PD, weights_TK, dtype)
+        T, K = weights_TK.shape
+        y_TKD = y_PD.view(T, K, -1)
+        total = weights_TK[:, 0, None] * y_TKD[:, 0]
+        for k in range(1, K):
+            total += weights_TK[:, k, None] * y_TKD[:, k]
+        return total.to(dtype)
+
+    def _run_native(
+        self,
+        x_TD: Tensor,
+        experts: Sequence[ExpertWeights],
+        offsets: np.ndarray,
+        pairs: np.ndarray,
+        y_PD: Tensor,
+        *,
+        top_k: int,
+    ) -> None:
+        assert self._native is not None
+        self._native.experts_ffn(
+            x_TD,
+            [expert.pointers for expert in experts],
+            torch.from_numpy(offsets),
+            torch.from_numpy(pairs),
+            y_PD,
+            weight_dtype=experts[0].gate.dtype,
+            intermediate=experts[0].gate.shape[0],
+            top_k=top_k,
+            activation=self._activation,
+        )
+
+    def _run_torch(self, x_TD: Tensor, expert: ExpertWeights, pairs: np.ndarray, y_PD: Tensor, *, top_k: int) -> None:
+        index = torch.from_numpy(pairs)
+        rows = x_TD[index // top_k].to(self._dtype)
+        if self._dtype != torch.float32:  # oneDNN compiles a kernel per shape: keep the shapes few
+            padded = next((b for b in _ROW_BUCKETS if b >= len(pairs)), len(pairs))
+            rows = F.pad(rows, (0, 0, 0, padded - len(pairs)))
+        gate, up, down = (w.to(self._dtype) for w in (expert.gate, expert.up, expert.down))
+        hidden = _TORCH_ACTIVATIONS[self._activation](F.linear(rows, gate)) * F.linear(rows, up)
+        y_PD[index] = F.linear(hidden, down)[: len(pairs)].float()
+
+
+_TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _random_expert(dtype: torch.dtype, hidden: int, intermediate: int) -> ExpertWeights:
+    from actors.kernels.native import ExpertPointers
+
+    gate, up = (torch.randn(intermediate, hidden).to(dtype) for _ in range(2))
+    down = torch.randn(hidden, intermediate).to(dtype)
+    return ExpertWeights(gate, up, down, ExpertPointers(gate.data_ptr(), up.data_ptr(), down.data_ptr()))
+
+
+def _best_time(run: Callable[[], None]) -> float:
+    """The shortest of a few runs after a warm-up, which also lets oneDNN compile its kernel."""
+    run()
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,1 @@
+"""Which resident expert to evict: pure policies behind one interface, the same live and in replay."""

@@ -1,0 +1,145 @@
+"""Reads experts from checkpoint files into memory without leaving a second copy in the page cache.
+
+Knows files, offsets and alignment; knows nothing of caches or policies. O_DIRECT where the file
+system takes it (probed with a real read), else buffered reads whose pages are dropped at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.model.safetensors_index import TensorRef
+from cluster.errors import ExpertReadError
+
+PAGE_BYTES = 4096
+_CHUNKS_PER_EXPERT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A page-aligned range of a file and where it goes in the expert's slot."""
+
+    file: Path
+    file_offset: int
+    num_bytes: int
+    slot_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """How one expert is read: aligned segments, and where each matrix begins in the slot."""
+
+    segments: tuple[Segment, ...]
+    part_offsets: tuple[int, ...]
+    slot_bytes: int
+
+
+def plan_read(parts: Iterable[TensorRef]) -> ReadPlan:
+    """Cover `parts` with page-aligned segments; parts adjacent in a file share one segment."""
+    refs = list(parts)
+    segments: list[Segment] = []
+    offsets = [0] * len(refs)
+    for i in sorted(range(len(refs)), key=lambda i: (str(refs[i].file), refs[i].offset)):
+        ref = refs[i]
+        start, stop = _align_down(ref.offset), _align_up(ref.offset + ref.num_bytes)
+        last = segments[-1] if segments else None
+        if last is not None and last.file == ref.file and start <= last.file_offset + last.num_bytes:
+            segments[-1] = Segment(ref.file, last.file_offset, stop - last.file_offset, last.slot_offset)
+        else:
+            segments.append(Segment(ref.file, start, stop - start, _slot_end(segments)))
+        offsets[i] = segments[-1].slot_offset + ref.offset - segments[-1].file_offset
+    return ReadPlan(tuple(segments), tuple(offsets), _slot_end(segments))
+
+
+class ExpertReader:
+    """Opens each checkpoint file once; `read` may be called from several threads."""
+
+    def __init__(self, files: Iterable[Path], *, direct_io: bool = True) -> None:
+        self._lock = threading.Lock()
+        self._bytes_read = 0
+        self._paths = sorted(set(files))
+        self.mode = "O_DIRECT"
+        try:
+            self._fds = _open_all(self._paths, direct=direct_io)
+        except OSError:
+            self._fds = {}
+        if not self._fds:
+            self.mode = "buffered, page cache dropped"
+            self._fds = _open_all(self._paths, direct=False, required=True)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes asked from the operating system since start."""
+        return self._bytes_read
+
+    def read(self, plan: ReadPlan, slot: memoryview) -> None:
+        """Fill `slot` (page-aligned, at least plan.slot_bytes) with one expert.
+
+        Raises:
+            ExpertReadError: the file is gone, shorter than at start, or the disk failed; names the file.
+        """
+        chunk = _align_up(-(-plan.slot_bytes // _CHUNKS_PER_EXPERT))
+        total = 0
+        for segment in plan.segments:
+            for start in range(0, segment.num_bytes, chunk):
+                size = min(chunk, segment.num_bytes - start)
+                view = slot[segment.slot_offset + start : segment.slot_offset + start + size]
+                total += self._read_range(segment.file, segment.file_offset + start, view)
+        with self._lock:
+            self._bytes_read += total
+
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+
+    def _read_range(self, file: Path, offset: int, view: memoryview) -> int:
+        fd, done = self._fds[file], 0
+        try:
+            while done < len(view):
+                got = os.preadv(fd, [view[done:]], offset + done)
+                if got == 0:
+                    break  # the aligned tail of the last tensor may reach past the end of the file
+                done += got
+                if done % PAGE_BYTES:
+                    break
+            if self.mode != "O_DIRECT":
+                os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise ExpertReadError(f"{file}: reading {len(view)} bytes at {offset} failed: {error}") from error
+        if len(view) - done >= PAGE_BYTES:
+            raise ExpertReadError(f"{file}: shorter than at start: wanted {len(view)} bytes at {offset}, got {done}")
+        return done
+
+
+def _open_all(paths: list[Path], *, direct: bool, required: bool = False) -> dict[Path, int]:
+    if not required and not direct:
+        return {}
+    fds: dict[Path, int] = {}
+    for path in paths:
+        fds[path] = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+    if direct:
+        import mmap
+
+        probe = mmap.mmap(-1, PAGE_BYTES)  # anonymous maps are page-aligned, as O_DIRECT wants
+        for fd in fds.values():
+            os.preadv(fd, [probe], 0)
+        probe.close()
+    return fds
+
+
+def _slot_end(segments: list[Segment]) -> int:
+    return segments[-1].slot_offset + segments[-1].num_bytes if segments else 0
+
+
+def _align_down(value: int) -> int:
+    return value - value % PAGE_BYTES
+
+
+def _align_up(value: int) -> int:
+    return -(-value // PAGE_BYTES) * PAGE_BYTES

@@ -1,0 +1,1 @@
+"""CPU kernels behind one interface: a compiled one and a plain torch one that is always correct."""

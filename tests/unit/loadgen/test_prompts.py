@@ -1,0 +1,37 @@
+"""Prompts: bundled, from a file, and fitted to a length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import InvalidRequest
+from cluster.loadgen.prompts import BUNDLED_PROMPTS, fit_prompt, fit_prompt_by_words, read_prompts, take_prompts
+
+
+def test_bundled_prompts_are_many_and_distinct() -> None:
+    assert len(set(BUNDLED_PROMPTS)) == len(BUNDLED_PROMPTS) == 24
+    assert take_prompts(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
+
+
+def test_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "eins", "domain": "x"}\n\n{"prompt": "zwei"}\n')
+    assert read_prompts(path) == ("eins", "zwei")
+    for text, message in (('{"prompt": 3}', "line 1"), ("{", "line 1"), ("", "empty"), ("[]", "line 1")):
+        path.write_text(text)
+        with pytest.raises(InvalidRequest, match=message):
+            read_prompts(path)
+
+
+def test_fitting() -> None:
+    def encode(text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(ids: object) -> str:
+        return "".join(chr(token) for token in ids)  # type: ignore[attr-defined]
+
+    assert fit_prompt("abc", 2, encode=encode, decode=decode) == "ab"
+    assert fit_prompt("abc", 7, encode=encode, decode=decode) == "abcabca"
+    assert fit_prompt_by_words("one two three", 6, tokens_per_word=1.5) == "one two three one"
