@@ -171,13 +171,15 @@ def to_tree(config: MoesaicConfig) -> dict[str, Any]:
 
 def from_tree(tree: dict[str, Any]) -> MoesaicConfig:
     """Inverse of `to_tree`; the environment does not override it a second time."""
-    try:
-        sections = {name: _SECTIONS[name].model_validate(value) for name, value in tree.items() if name in _SECTIONS}
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
     unknown = sorted(set(tree) - set(_SECTIONS))
     if unknown:
         raise ConfigError(f"config: unknown section {unknown[0]!r}; sections are {', '.join(_SECTIONS)}")
+    sections: dict[str, _Section] = {}
+    for name, value in tree.items():
+        try:
+            sections[name] = _SECTIONS[name].model_validate(value)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, section=name)) from error
     return MoesaicConfig.model_construct(**sections)
 
 
@@ -188,9 +190,9 @@ def _validated(tree: dict[str, Any]) -> MoesaicConfig:
         raise ConfigError(_explain(error)) from error
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: str | None = None) -> str:
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in (section, *first["loc"]) if part is not None)
     return f"config field {field}: {first['msg']} (got {first.get('input')!r:.80})"
 
 

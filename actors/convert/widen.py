@@ -92,9 +92,9 @@ def widen_checkpoint(
     config, field = _load_config(src)
     entries = read_entries(src)
     mlps = _find_mlps(src, entries, config, field)
-    widened = _widened_config(config, field, factor)
     shards = plan_shards(_plan_tensors(entries, mlps, factor), max_shard_bytes=max_shard_bytes)
     total = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    writer = _ShardWriter(entries, mlps, factor, seed, total, on_progress)
     partial = dst.with_name(dst.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a conversion that was killed
     partial.mkdir(parents=True)
@@ -102,26 +102,20 @@ def widen_checkpoint(
         free = shutil.disk_usage(partial).free
         if free < total:
             raise ConfigError(f"{dst}: the copy needs {total} bytes, the disk has {free} free")
-        writer = _ShardWriter(entries, mlps, factor, seed, total, on_progress)
-        names = shard_names(len(shards))
-        metadata = {"format": "pt", "moesaic_widen_factor": str(factor)}
-        for name, shard in zip(names, shards, strict=True):
-            writer.write(partial / name, shard, metadata)
-        if len(shards) > 1:
-            write_index(partial, shards, names)
+        writer.write_all(partial, shards)
         _copy_other_files(src, partial)
+        widened = _widened_config(config, field, factor)
         (partial / "config.json").write_text(json.dumps(widened, indent=2) + "\n")
         partial.rename(dst)
     except BaseException:  # also an interrupt: nothing half-written stays behind
         shutil.rmtree(partial, ignore_errors=True)
         raise
     experts = [mlp for mlp in mlps.values() if mlp.index[1] >= 0]
-    expert_bytes = factor * sum(entry.num_bytes for mlp in experts for entry in mlp.by_role.values())
     return WidenReport(
         path=dst,
         factor=factor,
         num_experts=len(experts),
-        expert_bytes=expert_bytes,
+        expert_bytes=factor * sum(entry.num_bytes for mlp in experts for entry in mlp.by_role.values()),
         total_bytes=total,
         num_shards=len(shards),
         max_residual=writer.max_residual,
@@ -239,8 +233,16 @@ class _ShardWriter:
         self._current: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self.max_residual = 0.0
 
-    def write(self, path: Path, tensors: list[PlannedTensor], metadata: Mapping[str, str]) -> None:
-        """One shard."""
+    def write_all(self, directory: Path, shards: list[list[PlannedTensor]]) -> None:
+        """Every shard, and the index if there is more than one."""
+        names = shard_names(len(shards))
+        for name, shard in zip(names, shards, strict=True):
+            self._write(directory / name, shard)
+        if len(shards) > 1:
+            write_index(directory, shards, names)
+
+    def _write(self, path: Path, tensors: list[PlannedTensor]) -> None:
+        metadata = {"format": "pt", "moesaic_widen_factor": str(self._factor)}
         with contextlib.ExitStack() as stack, path.open("wb") as file:
             handles: dict[Path, Any] = {}
             file.write(encode_header(tensors, metadata))

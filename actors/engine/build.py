@@ -21,6 +21,7 @@ from actors.experts.reader import ExpertReader
 from actors.experts.store import TORCH_DTYPES, ExpertStore, held_expert_bytes
 from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
+from actors.model.fast_modules import speed_up
 from cluster.config import MoesaicConfig, parse_cache_size, parse_size
 from cluster.errors import ConfigError
 from cluster.model_info import ModelInfo
@@ -56,9 +57,10 @@ def build_engine(
     compute = ExpertCompute(native, activation=loaded.activation, compute_dtype=loaded.dtype)
     on_phase(StartupPhase.CALIBRATING)
     compute.calibrate(store.held_dtype, loaded.layout.hidden, loaded.layout.intermediate)
+    native_rows = speed_up(loaded.model, native) if native else 0
     dispatcher = LocalDispatcher(store, compute)
     block_size = config.attention.block_size
-    runner = ModelRunner(loaded, dispatcher, native, num_blocks=num_blocks, block_size=block_size)
+    runner = ModelRunner(loaded, dispatcher, native, num_blocks=num_blocks, block_size=block_size, native_rows=native_rows)
     batcher = Batcher(
         KvBlocks(num_blocks, block_size),
         max_batch_tokens=config.attention.max_batch_tokens,

@@ -63,11 +63,13 @@ class ModelRunner:
         *,
         num_blocks: int,
         block_size: int,
+        native_rows: int = 0,
     ) -> None:
+        """Args: native_rows: up to this many rows dense layers run compiled, and oneDNN's set-up cost is avoided."""
         self.model = loaded.model
         self._dispatcher = dispatcher
         self._native = native
-        self._dtype = loaded.dtype
+        self._native_rows = native_rows
         self._pads_rows = loaded.dtype != torch.float32  # oneDNN compiles a kernel per shape: keep them few
         config = loaded.model.config.get_text_config()
         heads = config.num_key_value_heads
@@ -121,7 +123,8 @@ class ModelRunner:
         return greenlet.getcurrent().parent.switch(ExpertWork(layer, hidden, topk_ids, topk_weights))
 
     def _forward(self, step: StepInputs) -> Tensor:
-        with torch.inference_mode():
+        few = len(step.token_ids[0]) <= self._native_rows
+        with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=not few):
             hidden = self.model.model(
                 input_ids=step.token_ids,
                 position_ids=step.positions,

@@ -63,21 +63,28 @@ class GenerationService:
         return self._tokenizer.decode(token_ids)
 
     def prepare(
-        self, prompt_ids: Sequence[int], options: SamplingOptions, request_id: RequestId, *, choice: int = 0
+        self,
+        prompt_ids: Sequence[int],
+        options: SamplingOptions,
+        request_id: RequestId,
+        *,
+        choice: int = 0,
+        prompt_param: str = "prompt",
     ) -> GenerationRequest:
         """Check a prompt against the model and fill in what the client left open. Starts nothing.
 
-        `request_id` must be unique among running sequences: the worker aborts by it.
+        `request_id` must be unique among running sequences: the worker aborts by it. `prompt_param` is the name
+        that errors give the prompt.
 
         Raises:
             InvalidRequest: empty prompt, or a token id outside the vocabulary.
             ContextTooLong: the prompt, or the prompt plus max_tokens, exceeds the context; gives both numbers.
         """
         if not prompt_ids:
-            raise InvalidRequest("the prompt is empty; at least one token is needed", param="prompt")
-        self._check_token_ids(prompt_ids, "prompt")
+            raise InvalidRequest("the prompt is empty; at least one token is needed", param=prompt_param)
+        self._check_token_ids(prompt_ids, prompt_param)
         self._check_token_ids(options.stop_token_ids, "stop_token_ids")
-        max_tokens = self._max_tokens(len(prompt_ids), options.max_tokens)
+        max_tokens = self._max_tokens(len(prompt_ids), options.max_tokens, prompt_param)
         if options.min_tokens > max_tokens:
             raise InvalidRequest(
                 f"min_tokens ({options.min_tokens}) exceeds the tokens that can be generated ({max_tokens})",
@@ -153,14 +160,14 @@ class GenerationService:
             wrong = next(token_id for token_id in ids if not 0 <= token_id < limit)
             raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limit} tokens", param=param)
 
-    def _max_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
+    def _max_tokens(self, num_prompt: int, max_tokens: int | None, prompt_param: str) -> int:
         context = self._info.max_model_len
         too_long = f"this model's maximum context length is {context} tokens, but "
         code = "context_length_exceeded"
         if num_prompt >= context:
             raise ContextTooLong(
                 f"{too_long}the prompt has {num_prompt} tokens; at most {context - 1} leave room for an answer",
-                param="prompt",
+                param=prompt_param,
                 code=code,
             )
         if max_tokens is None:

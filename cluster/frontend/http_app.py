@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from importlib import metadata
+from typing import TypeVar
 
 import orjson
 from fastapi import FastAPI
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.config import FrontendConfig
-from cluster.errors import ModelNotFound, MoesaicError
+from cluster.errors import ModelNotFound, MoesaicError, Unavailable
 from cluster.frontend.choices import interleave
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_errors import install_error_responses
@@ -27,11 +28,13 @@ from cluster.frontend.sequence import TextChunk, Usage
 from cluster.model_info import ModelInfo
 from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient
-from cluster.types import GenerationRequest, RequestId, StartupPhase, WorkerStatus
+from cluster.types import GenerationRequest, RequestId, StartupPhase
 
 _GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 _GUARDED_PATHS = ("/v1", "/experts", "/status")
 _WORKER_TIMEOUT_S = 5.0
+
+Answer = TypeVar("Answer")
 
 
 def create_app(
@@ -63,7 +66,9 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.api_key is not None:
         app.add_middleware(ApiKey, key=config.api_key.get_secret_value(), guarded=_GUARDED_PATHS)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(
+        RequestContext, metrics=metrics, routes=[*_GENERATION_PATHS, "/v1/models", "/experts", "/status"]
+    )
     return app
 
 
@@ -85,8 +90,8 @@ class _OpenAIRoutes:
             add_generation_prompt=body.add_generation_prompt,
             kwargs=body.chat_template_kwargs,
         )
-        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        sequences = [self._service.prepare(prompt_ids, body.options(), RequestId(answer_id))]
+        answer_id = _new_answer_id(request, "chatcmpl")
+        sequences = [self._service.prepare(prompt_ids, body.options(), RequestId(answer_id), prompt_param="messages")]
         answer = ChatAnswer(
             answer_id=answer_id,
             model=self._info.name,
@@ -99,7 +104,7 @@ class _OpenAIRoutes:
         """POST /v1/completions"""
         body = parse_body(CompletionRequest, await request.body())
         self._check_model(body.model)
-        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        answer_id = _new_answer_id(request, "cmpl")
         sequences: list[GenerationRequest] = []
         echoes: list[str] = []
         for choice, prompt in enumerate(body.prompt):
@@ -172,10 +177,10 @@ class _OperatorRoutes:
     async def ready(self) -> Response:
         """GET /ready: requests would be answered; otherwise 503 with the start-up phase."""
         try:
-            status = await self._worker_status()
+            status = await self._worker_answer(self._worker.status())
             phase, error = status.phase, status.error
-        except (MoesaicError, ConnectionError, TimeoutError) as failure:
-            phase, error = StartupPhase.FAILED, f"the attention worker does not answer: {failure!r}"
+        except MoesaicError as failure:
+            phase, error = StartupPhase.FAILED, failure.message
         if self._requests.draining:
             phase = StartupPhase.DRAINING
         is_ready = phase is StartupPhase.READY
@@ -185,22 +190,21 @@ class _OperatorRoutes:
     async def metrics_text(self) -> Response:
         """GET /metrics: ours and the worker's."""
         try:
-            async with asyncio.timeout(_WORKER_TIMEOUT_S):
-                workers = await self._worker.metrics_text()
-        except (MoesaicError, ConnectionError, TimeoutError):
-            workers = "# the attention worker does not answer\n"
+            workers = await self._worker_answer(self._worker.metrics_text())
+        except MoesaicError as failure:
+            workers = f"# {failure.message}\n"
         return Response(self._metrics.text() + workers, headers={"Content-Type": self._metrics.content_type})
 
     async def experts(self) -> Response:
         """GET /experts: residency and activation by layer."""
-        async with asyncio.timeout(_WORKER_TIMEOUT_S):
-            status, report = await asyncio.gather(self._worker.status(), self._worker.experts())
+        status = await self._worker_answer(self._worker.status())
+        report = await self._worker_answer(self._worker.experts())
         worker = {"worker_id": report.worker_id, "memory": status.expert_memory, "layers": report.layers}
         return _json({"workers": [worker]})
 
     async def status(self) -> Response:
         """GET /status: what the workers say of themselves."""
-        workers = [await self._worker_status()]
+        workers = [await self._worker_answer(self._worker.status())]
         facts = {"draining": self._requests.draining, "num_in_flight": self._requests.num_in_flight}
         return _json({"workers": workers, **facts})
 
@@ -212,9 +216,12 @@ class _OperatorRoutes:
             version = "unknown"
         return _json({"version": version})
 
-    async def _worker_status(self) -> WorkerStatus:
-        async with asyncio.timeout(_WORKER_TIMEOUT_S):
-            return await self._worker.status()
+    async def _worker_answer(self, call: Awaitable[Answer]) -> Answer:
+        try:
+            async with asyncio.timeout(_WORKER_TIMEOUT_S):
+                return await call
+        except (ConnectionError, TimeoutError) as error:
+            raise Unavailable(f"the attention worker does not answer ({type(error).__name__})") from error
 
 
 async def _events(
@@ -256,3 +263,10 @@ async def _collect(streams: Sequence[AsyncGenerator[TextChunk]], answer: AnswerF
 
 def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), status, headers, "application/json")
+
+
+def _new_answer_id(request: Request, prefix: str) -> str:
+    """An id of our own, which the worker knows the sequence by; the log has it beside the client's request id."""
+    answer_id = f"{prefix}-{uuid.uuid4().hex}"
+    request.state.answer_id = answer_id
+    return answer_id

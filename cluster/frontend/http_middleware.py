@@ -24,9 +24,11 @@ _PROBES = ("/health", "/ready", "/metrics")
 class RequestContext:
     """Names each request, counts and logs its answer, and turns a bug into a 500 with the traceback in the log."""
 
-    def __init__(self, app: ASGIApp, *, metrics: FrontendMetrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: FrontendMetrics, routes: Iterable[str]) -> None:
+        """`routes` are the fixed paths, for answers that were given before a route was found."""
         self._app = app
         self._metrics = metrics
+        self._routes = frozenset(routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,11 +55,21 @@ class RequestContext:
             self._record(scope, status, time.perf_counter() - started_s, request_id)
 
     def _record(self, scope: Scope, status: int, duration_s: float, request_id: str) -> None:
-        route = getattr(scope.get("route"), "path", "other")
+        path = scope["path"] if scope["path"] in self._routes else "other"
+        route = getattr(scope.get("route"), "path", path)
         self._metrics.count_http(route=route, code=status)
         level = logging.DEBUG if route in _PROBES else logging.INFO
-        fields = {"method": scope["method"], "route": route, "code": status, "duration_s": duration_s}
-        log_event(_logger(), level, "request answered", request_id=request_id, **fields)
+        log_event(
+            _logger(),
+            level,
+            "request answered",
+            request_id=request_id,
+            answer_id=scope["state"].get("answer_id", "-"),
+            method=scope["method"],
+            route=route,
+            code=status,
+            duration_s=duration_s,
+        )
 
 
 class ApiKey:
@@ -124,7 +136,7 @@ class Admission:
             self._metrics.count_rejection("draining")
             error = Unavailable("the server is shutting down and takes no new requests; try again later")
             return await error_response(error)(scope, receive, send)
-        with self._requests.admitted():
+        with self._requests.counted():
             await self._app(scope, receive, send)
 
 

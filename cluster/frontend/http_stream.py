@@ -99,13 +99,9 @@ class EventStream(StreamingResponse):
             if not self._is_started:
                 raise
             cause = None if isinstance(error, MoesaicError) else error
+            reason = repr(error)
             log_event(
-                _logger(),
-                logging.WARNING,
-                "stream failed",
-                error=cause,
-                request_id=self._request_id,
-                reason=repr(error),
+                _logger(), logging.WARNING, "stream failed", error=cause, request_id=self._request_id, reason=reason
             )
             await send_event(error_event(error))
         finally:

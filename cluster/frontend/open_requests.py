@@ -1,16 +1,14 @@
-"""How many generation requests are being answered, and whether new ones are let in. Pure bookkeeping."""
+"""How many generation requests are being answered, and whether new ones may come. Only bookkeeping."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-
-from cluster.errors import Unavailable
 
 
 class OpenRequests:
-    """Counts requests from the first header to the last byte; draining lets none in and waits for the rest."""
+    """Counts requests from the first header to the last byte; draining is a promise to let none in."""
 
     def __init__(self, on_change: Callable[[int], None]) -> None:
         self._on_change = on_change
@@ -43,14 +41,8 @@ class OpenRequests:
         return True
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count one request while it is answered.
-
-        Raises:
-            Unavailable: the server is draining.
-        """
-        if self._draining:
-            raise Unavailable("the server is shutting down and takes no new requests; try again elsewhere or later")
+    def counted(self) -> Generator[None]:
+        """Count one request while it is answered."""
         self._change(1)
         try:
             yield

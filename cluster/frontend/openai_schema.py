@@ -12,54 +12,14 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.errors import InvalidRequest
+from cluster.frontend.openai_unsupported import MAX_ECHO_CHARS, asks_for_nothing, echo
 from cluster.frontend.sequence import SamplingOptions
 
 _MAX_ERRORS = 10
-_MAX_ECHO_CHARS = 200
 _MAX_PROMPTS = 128
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
-
-# Parameters of OpenAI (and of vLLM) that are not implemented, with the values that ask for nothing.
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "modalities": ([], ["text"]),
-    "n": (1,),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "priority": (0,),
-    "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-# Parameters that change no answer: billing, storage and routing hints.
-_IGNORED = frozenset(
-    [
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-    ]
-)
 
 
 class _Strict(BaseModel):
@@ -180,7 +140,7 @@ class _SamplingFields(_Strict):
         return {
             name: value
             for name, value in cast("dict[str, object]", body).items()
-            if name in cls.model_fields or not _asks_for_nothing(name, value)
+            if name in cls.model_fields or not asks_for_nothing(name, value)
         }
 
     @model_validator(mode="after")
@@ -267,24 +227,13 @@ def parse_body(schema: type[Body], body: bytes) -> Body:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the request body is not valid UTF-8 (byte {error.start})") from None
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the request body is not valid JSON: {error}"[:_MAX_ECHO_CHARS]) from None
+        raise InvalidRequest(f"the request body is not valid JSON: {error}"[:MAX_ECHO_CHARS]) from None
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
         message = "; ".join(_explain(detail) for detail in details[:_MAX_ERRORS])
         if len(details) > _MAX_ERRORS:
             message += f"; and {len(details) - _MAX_ERRORS} more"
         raise InvalidRequest(message, param=_path(details[0]["loc"]) or None) from None
-
-
-def _asks_for_nothing(name: str, value: object) -> bool:
-    """Whether a parameter that we lack can be left out. Unknown names are left to the schema to refuse."""
-    if name in _IGNORED:
-        return True
-    if name not in _NEUTRAL:
-        return False
-    if value is None or value in _NEUTRAL[name]:
-        return True
-    raise InvalidRequest(f"{name} is not supported by this server (got {_echo(value)})", param=name)
 
 
 def _explain(detail: Mapping[str, Any]) -> str:
@@ -295,16 +244,9 @@ def _explain(detail: Mapping[str, Any]) -> str:
         case "missing":
             return f"Missing required parameter: '{path}'"
         case _:
-            return f"{path}: {detail['msg']} (got {_echo(detail['input'])})"
+            reason = str(detail["msg"]).removeprefix("Value error, ")
+            return f"{path}: {reason} (got {echo(detail['input'])})"
 
 
 def _path(location: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in location)[:_MAX_ECHO_CHARS]
-
-
-def _echo(value: object) -> str:
-    if isinstance(value, str):
-        value = value[:_MAX_ECHO_CHARS]
-    elif isinstance(value, list):
-        value = cast("list[object]", value)[:_MAX_ECHO_CHARS]
-    return repr(value)[:_MAX_ECHO_CHARS]
+    return ".".join(str(part) for part in location)[:MAX_ECHO_CHARS]

@@ -78,7 +78,7 @@ class LoadReport:
         """For people."""
         from rich.table import Table
 
-        table = Table("", "mean", "p50", "p90", "p99", title=self._title())
+        table = Table("", "mean", "p50", "p90", "p99", title=self._title(), min_width=76)
         spreads = (("TTFT", self.ttft_ms), ("TPOT", self.tpot_ms), ("ITL", self.itl_ms), ("E2E", self.e2e_ms))
         for name, spread in spreads:
             values = [f"{value:.1f}" for value in _values(spread)] if spread else ["-"] * 4

@@ -49,6 +49,14 @@ def event_error(event: Mapping[str, Any]) -> str | None:
     return None if error is None else str(error)
 
 
+def event_error_message(event: Mapping[str, Any]) -> str | None:
+    """The text of the error that an event reports, else its code; None for other events."""
+    error: object = event.get("error")
+    if isinstance(error, dict):
+        return str(cast("dict[str, Any]", error).get("message") or event_error(event))
+    return event_error(event)
+
+
 def event_text(event: Mapping[str, Any]) -> str:
     """New text in an event of a completion or chat completion; empty if it brings none."""
     choice = _choice(event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from actors.convert.widen import widen_checkpoint
 from cluster.errors import CheckpointError, ConfigError
 
 DEMO = Path(__file__).parents[2] / "models" / "moesaic-demo"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny: more threads only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _save_tiny(path: Path, model_type: str, **changes: Any) -> None:

@@ -1,0 +1,226 @@
+"""Step 4 of a request's walk: takes sequences, drives the engine in a thread, streams tokens back.
+
+A plain class: Ray Serve wraps it (actors/deployments.py), `moesaic generate` uses it as it is.
+The event loop's side only queues commands and hands out tokens; the engine's thread does the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from actors.engine.build import EngineParts, build_engine
+from actors.engine.engine import StepOutput
+from actors.statistics_loop import StatisticsLoop
+from actors.worker_report import experts_report, worker_status
+from cluster.config import MoesaicConfig
+from cluster.errors import MoesaicError, Overloaded, Unavailable
+from cluster.model_info import ModelInfo
+from cluster.observability.logs import log_event
+from cluster.observability.worker_metrics import worker_metrics_text
+from cluster.protocols import StateStore
+from cluster.types import (
+    ExpertsReport,
+    FinishReason,
+    GenerationRequest,
+    RequestId,
+    StartupPhase,
+    TokenChunk,
+    TokenLogprob,
+    WorkerStatus,
+)
+
+_LOG = logging.getLogger(__name__)
+_IDLE_POLL_S = 0.5
+
+Command = Callable[[EngineParts], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """Tokens of one sequence on their way to the client: what gathers while nobody looks goes out together."""
+
+    request: GenerationRequest
+    loop: asyncio.AbstractEventLoop
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_cached: int = 0
+    error: BaseException | None = None
+
+    def take(self) -> TokenChunk:
+        """Everything gathered so far, as one chunk."""
+        chunk = TokenChunk(
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs) if self.request.sampling.num_logprobs is not None else None,
+            finish_reason=self.finish_reason,
+            num_cached_tokens=self.num_cached,
+        )
+        self.token_ids, self.logprobs = [], []
+        self.ready.clear()
+        return chunk
+
+
+class AttentionWorker:
+    """One engine and its clients' streams. `start` returns at once; the phase tells when it is ready."""
+
+    def __init__(self, config: MoesaicConfig, info: ModelInfo, store: StateStore) -> None:
+        self.worker_id = uuid.uuid4().hex[:8]
+        self.info = info
+        self.phase = StartupPhase.STARTING
+        self.error: MoesaicError | None = None
+        self.parts: EngineParts | None = None
+        self.statistics = StatisticsLoop(store, info.fingerprint)
+        self._config = config
+        self._max_open = config.attention.max_running + config.attention.max_queue
+        self._streams: dict[RequestId, _Stream] = {}
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Load the model and step, in a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the engine's thread; streams under way get Unavailable."""
+        self._commands.put(None)
+        self._thread.join(timeout=30)
+
+    def begin_drain(self) -> None:
+        """Refuse new sequences; those running go on."""
+        if self.phase is StartupPhase.READY:
+            self.phase = StartupPhase.DRAINING
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Stream one sequence (AttentionWorkerClient.generate)."""
+        if self.phase is not StartupPhase.READY:
+            raise self.error or Unavailable(f"the worker is {self.phase}; try again later")
+        if len(self._streams) >= self._max_open:
+            raise Overloaded(f"{len(self._streams)} requests are running or waiting, the most there may be; try again later")
+        stream = _Stream(request, asyncio.get_running_loop())
+        self._streams[request.request_id] = stream
+        self._commands.put(lambda parts: self._add(parts, stream))
+        try:
+            while stream.finish_reason is None:
+                await stream.ready.wait()
+                if stream.error is not None:
+                    raise stream.error
+                yield stream.take()
+        finally:
+            if self._streams.pop(request.request_id, None) is not None and stream.finish_reason is None:
+                self._commands.put(lambda parts: parts.engine.abort(request.request_id))
+
+    async def abort(self, request_id: RequestId) -> None:
+        """Stop a sequence before the next step; its stream ends with reason abort."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        self._commands.put(lambda parts: parts.engine.abort(request_id))
+        stream.finish_reason = FinishReason.ABORT
+        stream.ready.set()
+
+    async def status(self) -> WorkerStatus:
+        """What this worker says of itself."""
+        return worker_status(self, self._config)
+
+    async def experts(self) -> ExpertsReport:
+        """Residency and activation per layer; empty while loading."""
+        return experts_report(self)
+
+    async def metrics_text(self) -> str:
+        """Prometheus text of the engine and the expert memory."""
+        return worker_metrics_text(worker_status(self, self._config))
+
+    def _run(self) -> None:
+        try:
+            threads = self._config.attention.threads or max(1, (os.cpu_count() or 2) - 1)
+            parts = build_engine(self._config, self.info, threads=threads, on_phase=self._set_phase)
+        except MoesaicError as error:
+            self.error, self.phase = error, StartupPhase.FAILED
+            return
+        except Exception as error:
+            _LOG.exception("loading failed")
+            self.error, self.phase = MoesaicError(f"loading {self.info.path} failed: {error}"), StartupPhase.FAILED
+            return
+        self.parts, self.phase = parts, StartupPhase.READY
+        self.statistics.start(parts.dispatcher.activations)
+        while self._apply_commands(parts):
+            self._step(parts)
+        self.statistics.stop()
+        parts.store.close()
+        self._fail_all(Unavailable("the worker is stopping; try again"))
+
+    def _set_phase(self, phase: StartupPhase) -> None:
+        self.phase = phase
+
+    def _apply_commands(self, parts: EngineParts) -> bool:
+        """Apply what came in since the last step; waits when there is no work. False: time to end."""
+        while True:
+            try:
+                block = not parts.engine.has_work
+                command = self._commands.get(block=block, timeout=_IDLE_POLL_S if block else None)
+            except queue.Empty:
+                if parts.engine.has_work:
+                    return True
+                continue
+            if command is None:
+                return False
+            command(parts)
+
+    def _add(self, parts: EngineParts, stream: _Stream) -> None:
+        try:
+            parts.engine.add(stream.request)
+        except MoesaicError as error:
+            self._call(stream, self._fail, [stream], error)
+
+    def _step(self, parts: EngineParts) -> None:
+        try:
+            outputs = parts.engine.step()
+        except Exception as error:  # noqa: BLE001 - top loop: the step's sequences fail, the worker goes on
+            log_event(_LOG, logging.ERROR, "step failed", error=repr(error))
+            stopped = parts.engine.abort_all()
+            reason = error if isinstance(error, MoesaicError) else MoesaicError(f"the step failed: {error}")
+            streams = [self._streams[i] for i in stopped if i in self._streams]
+            if streams:
+                self._call(streams[0], self._fail, streams, reason)
+            return
+        if outputs:
+            first = next((s for o in outputs if (s := self._streams.get(o.request_id)) is not None), None)
+            if first is not None:
+                self._call(first, self._deliver, outputs)
+
+    def _call(self, stream: _Stream, function: Callable[..., None], *args: object) -> None:
+        """Run on the clients' event loop; once per step, whatever the number of streams."""
+        try:
+            stream.loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            log_event(_LOG, logging.WARNING, "event loop closed with streams open")
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None or stream.finish_reason is not None:
+                continue
+            stream.token_ids.append(output.token_id)
+            if output.logprob is not None:
+                stream.logprobs.append(output.logprob)
+            stream.finish_reason = output.finish_reason
+            stream.num_cached = output.num_cached
+            stream.ready.set()
+
+    def _fail(self, streams: list[_Stream], error: BaseException) -> None:
+        for stream in streams:
+            stream.error = error
+            stream.ready.set()
+
+    def _fail_all(self, error: BaseException) -> None:
+        streams = list(self._streams.values())
+        if streams:
+            self._call(streams[0], self._fail, streams, error)

@@ -1,0 +1,89 @@
+"""Swaps the forward of small dense modules for compiled kernels, where that is faster and equal.
+
+Knows module shapes and kernels; knows no model family: a norm is swapped only after its output was
+compared with the module's own on random input, a linear layer only up to the number of rows that
+calibration found. Everything else keeps the model's own forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actors.kernels.native import DTYPE_CODES, NativeKernels
+
+_MAX_NATIVE_ROWS = 64
+
+
+def speed_up(model: nn.Module, native: NativeKernels) -> int:
+    """Swap what can be swapped; the number of rows up to which linear layers run compiled."""
+    linears = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in DTYPE_CODES and not m.weight.is_meta]
+    max_rows = _calibrate_rows(linears, native)
+    for linear in linears:
+        linear.forward = _linear_forward(linear, native, max_rows)  # type: ignore[method-assign]
+    for module in model.modules():
+        eps = getattr(module, "variance_epsilon", None)
+        if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _norm_agrees(module, native, eps):
+            module.forward = _norm_forward(module, native, eps)  # type: ignore[method-assign]
+    return max_rows
+
+
+def _linear_forward(linear: nn.Linear, native: NativeKernels, max_rows: int) -> Callable[[Tensor], Tensor]:
+    weight, bias = linear.weight.data, linear.bias
+    limit = max_rows * weight.shape[1]
+
+    def forward(x: Tensor) -> Tensor:
+        if x.numel() > limit or x.dtype not in DTYPE_CODES or x.dtype == torch.float16:
+            return F.linear(x, weight, bias)
+        out = native.linear(x, weight)
+        return out if bias is None else out + bias
+
+    return forward
+
+
+def _norm_forward(module: nn.Module, native: NativeKernels, eps: float) -> Callable[[Tensor], Tensor]:
+    weight: Tensor = module.weight.data  # type: ignore[union-attr, assignment]
+    return lambda hidden_states: native.rms_norm(hidden_states, weight, eps)
+
+
+def _norm_agrees(module: nn.Module, native: NativeKernels, eps: float) -> bool:
+    """Whether the module is the plain x / rms(x) * weight, rounded in the usual place."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(3, weight.shape[0], generator=generator)).to(weight.dtype)
+    with torch.inference_mode():
+        expected, got = module(x), native.rms_norm(x, weight.data, eps)
+    tolerance = 1e-5 if weight.dtype == torch.float32 else 1e-2
+    return expected.dtype == got.dtype and torch.allclose(expected.float(), got.float(), rtol=tolerance, atol=1e-6)
+
+
+def _calibrate_rows(linears: list[nn.Linear], native: NativeKernels) -> int:
+    """Largest number of rows at which the compiled kernel beats torch on the model's most common shape."""
+    shapes = [tuple(linear.weight.shape) for linear in linears]
+    if not shapes:
+        return 0
+    out_features, in_features = max(set(shapes), key=shapes.count)
+    same = [linear.weight.data for linear in linears if tuple(linear.weight.shape) == (out_features, in_features)][:16]
+    rows = 1
+    while rows <= _MAX_NATIVE_ROWS:
+        x = torch.randn(1, rows, in_features).to(same[0].dtype)
+        if _best_time(lambda: [native.linear(x, w) for w in same]) > _best_time(lambda: [F.linear(x, w) for w in same]):  # noqa: B023
+            break
+        rows *= 2
+    return rows // 2
+
+
+def _best_time(run: Callable[[], object]) -> float:
+    run()
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,201 @@
+"""The composition root: configuration -> actors -> Serve application. Knows every concrete class.
+
+`moesaic serve` is `serve.run(build(config))` on a local Ray; a bare Serve config file with
+`import_path: cluster.app:build` and the same tree under `args` starts the same system.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
+from cluster.errors import ConfigError, MoesaicError
+from cluster.model_info import load_model_info
+from cluster.types import StartupPhase
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+    from ray.serve.handle import DeploymentHandle
+
+    from cluster.frontend.generation import GenerationService
+
+APPLICATION = "moesaic"
+
+_START_TIMEOUT_S = 3600.0
+_POLL_S = 0.1
+_OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
+
+
+def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
+    """The Serve application of a configuration; starts shared actors idempotently.
+
+    Args:
+        args: a configuration, its plain tree (Serve's `args:`), or nothing for defaults and environment.
+    Raises:
+        ConfigError: an unknown key or a value out of range; names the field.
+    """
+    from actors.deployments import worker_deployment
+    from cluster.frontend.http_ingress import ingress_deployment
+
+    config = args if isinstance(args, MoesaicConfig) else _merged(args or {})
+    tree = to_tree(config)
+    max_open = config.attention.max_running + config.attention.max_queue
+    worker = worker_deployment(max_open=max_open).bind(tree, _store_url(config))
+    return ingress_deployment(max_open=max_open).bind(tree, worker)
+
+
+def local_service(config: MoesaicConfig) -> GenerationService:
+    """An engine and its generation service in this process, without Ray; blocks until it is ready."""
+    from actors.attention_worker import AttentionWorker
+    from cluster.frontend.http_ingress import build_front_end
+    from cluster.stats.memory_store import MemoryStore
+
+    model = config.model
+    info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+    worker = AttentionWorker(config, info, MemoryStore())
+    worker.start()
+    while worker.phase is not StartupPhase.READY:
+        if worker.error is not None:
+            raise worker.error
+        time.sleep(0.01)
+    return build_front_end(config, info, worker)[0]
+
+
+def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int:
+    """Start Ray and the application, report until ready, serve until SIGINT or SIGTERM, drain, stop.
+
+    Returns:
+        The process's exit code.
+    """
+    import ray
+    from ray import serve
+
+    stop = threading.Event()
+    previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
+    started_ray = _start_ray(config, on_progress)
+    try:
+        on_progress("starting Ray Serve")
+        frontend = config.frontend
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": frontend.host, "port": frontend.port, "request_timeout_s": frontend.request_timeout_s + 30},
+        )
+        handle = serve.run(build(config), name=APPLICATION, route_prefix="/")
+        if _wait_until_ready(handle, on_progress, stop):
+            _print_ready(config, on_progress)
+            while not stop.wait(0.5):
+                pass
+            _drain(handle, frontend.drain_timeout_s, on_progress)
+        return 0
+    finally:
+        _shut_down(config, started_ray=started_ray)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        on_progress("stopped")
+
+
+def _merged(args: dict[str, Any]) -> MoesaicConfig:
+    """Serve's `args:` over environment and defaults."""
+    return load_config(None, args) if args else from_tree(to_tree(load_config()))
+
+
+def _store_url(config: MoesaicConfig) -> str | None:
+    """URL of the statistics store; None leaves each worker with its own memory, shown as degraded."""
+    from actors.deployments import start_valkey_actor
+
+    if config.redis.url or not config.redis.embedded:
+        return config.redis.url
+    try:
+        return start_valkey_actor(config.ray.namespace)
+    except (FileNotFoundError, ConnectionError):
+        return None
+
+
+def _start_ray(config: MoesaicConfig, on_progress: Callable[[str], None]) -> bool:
+    """Join or start Ray; True if this process started it and must end it."""
+    import ray
+
+    if config.ray.address:
+        on_progress(f"joining Ray at {config.ray.address}")
+        ray.init(address=config.ray.address, namespace=config.ray.namespace, log_to_driver=False, logging_level="error")
+        return False
+    on_progress("starting a local Ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        namespace=config.ray.namespace,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
+    return True
+
+
+def _wait_until_ready(handle: DeploymentHandle[Any], on_progress: Callable[[str], None], stop: threading.Event) -> bool:
+    """Report each phase; False if asked to stop before it was ready.
+
+    Raises:
+        MoesaicError: the worker could not start.
+    """
+    seen: StartupPhase | None = None
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while not stop.is_set():
+        status = handle.worker_status.remote().result(timeout_s=60)
+        if status.phase is not seen:
+            seen = status.phase
+            if seen not in (StartupPhase.READY, StartupPhase.FAILED):
+                on_progress(f"attention worker: {seen}")
+        if seen is StartupPhase.READY:
+            for line in status.degraded:
+                on_progress(f"degraded: {line}")
+            return True
+        if seen is StartupPhase.FAILED:
+            raise ConfigError(status.error or "the attention worker could not start")
+        if time.monotonic() > deadline_s:
+            raise MoesaicError(f"not ready after {_START_TIMEOUT_S:.0f} s; the last phase was: {seen}")
+        stop.wait(_POLL_S)
+    return False
+
+
+def _print_ready(config: MoesaicConfig, on_progress: Callable[[str], None]) -> None:
+    frontend, model = config.frontend, config.model
+    info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+    host = "127.0.0.1" if frontend.host in ("0.0.0.0", "::") else frontend.host
+    url = f"http://{host}:{frontend.port}"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_key else ""
+    body = f'{{"model": "{info.name}", "messages": [{{"role": "user", "content": "What is 12 + 30?"}}], "max_tokens": 32}}'
+    on_progress(f"ready: {info.name} at {url}/v1  (status: {url}/status, experts: {url}/experts, metrics: {url}/metrics)")
+    on_progress(f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+
+
+def _drain(handle: DeploymentHandle[Any], timeout_s: float, on_progress: Callable[[str], None]) -> None:
+    """Refuse new requests and wait for those in flight."""
+    handle.begin_drain.remote().result(timeout_s=10)
+    deadline_s = time.monotonic() + timeout_s
+    while (running := handle.num_in_flight.remote().result(timeout_s=10)) and time.monotonic() < deadline_s:
+        on_progress(f"draining: {running} requests in flight")
+        time.sleep(1.0)
+
+
+def _shut_down(config: MoesaicConfig, *, started_ray: bool) -> None:
+    import ray
+    from ray import serve
+
+    from actors.deployments import stop_valkey_actor
+
+    serve.delete(APPLICATION)
+    if config.redis.url is None and config.redis.embedded:
+        stop_valkey_actor(config.ray.namespace)
+    if started_ray:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _setter(event: threading.Event) -> Callable[[int, FrameType | None], None]:
+    return lambda _number, _frame: event.set()

@@ -1,0 +1,37 @@
+"""How commands fail: one line on stderr and an exit code.
+
+Exit codes: 0 done, 1 the server is away or could not, 2 wrong input or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+import typer.core
+
+from cluster.errors import DeadlineExceeded, MoesaicError, Overloaded, Unavailable
+
+
+class CommandGroup(typer.core.TyperGroup):
+    """A group whose commands may raise `MoesaicError` and `KeyboardInterrupt`."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run the command and translate what it raises."""
+        try:
+            return super().invoke(ctx)
+        except MoesaicError as error:
+            typer.echo(describe_error(error), err=True)
+            raise typer.Exit(exit_code_of(error)) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+
+
+def describe_error(error: MoesaicError) -> str:
+    """One line, whatever the message holds."""
+    return "error: " + " ".join(error.message.split())
+
+
+def exit_code_of(error: MoesaicError) -> int:
+    """1 where the same call may work later, 2 where it will not."""
+    return 1 if isinstance(error, Unavailable | Overloaded | DeadlineExceeded) else 2

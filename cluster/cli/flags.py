@@ -1,0 +1,70 @@
+"""Flags that several commands share, and how they become configuration. Reads no files itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from cluster.config import MoesaicConfig
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="Local Hugging Face directory, hub id, or moesaic-demo.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration file.")]
+ExpertCache = Annotated[
+    str | None, typer.Option(metavar="SIZE|PERCENT", help="Memory for experts: 512MiB, or 25% of all experts.")
+]
+KvCache = Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache: 256MiB.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Threads = Annotated[int | None, typer.Option(help="Compute threads; 0: all cores but one.")]
+Url = Annotated[str | None, typer.Option(help="Use the server at this URL instead of this process.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="MOESAIC_API_KEY", help="Bearer token of the server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+Overrides = dict[str, dict[str, Any]]
+
+
+def engine_overrides(
+    *,
+    model: str | None,
+    expert_cache: str | None,
+    kv_cache: str | None,
+    max_model_len: int | None,
+    dtype: str | None,
+    threads: int | None,
+) -> Overrides:
+    """Flags of the engine, as `load_config` takes them; those not given stay out."""
+    return given_only(
+        {
+            "model": {"path": model, "max_model_len": max_model_len, "dtype": dtype},
+            "experts": {"cache": expert_cache},
+            "attention": {"kv_cache": kv_cache, "threads": threads},
+        }
+    )
+
+
+def given_only(overrides: Overrides) -> Overrides:
+    """Without the values that are None and the sections that are empty."""
+    given = {
+        section: {name: value for name, value in fields.items() if value is not None}
+        for section, fields in overrides.items()
+    }
+    return {section: fields for section, fields in given.items() if fields}
+
+
+def read_config(path: Path | None, overrides: Overrides) -> MoesaicConfig:
+    """File, environment and flags; checks that the model exists.
+
+    Raises:
+        ConfigError: names the field, file or model.
+    """
+    from cluster.config import load_config
+    from cluster.model_info import load_model_info
+
+    config = load_config(path, overrides)
+    load_model_info(config.model.path, served_name=config.model.served_name, max_model_len=config.model.max_model_len)
+    return config

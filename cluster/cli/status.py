@@ -1,0 +1,141 @@
+"""`moesaic status`: what a running server says of itself, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from cluster.cli import flags
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_CELLS = 32
+_SHADES = "·░▒▓█"
+
+
+def status(
+    url: Annotated[str, typer.Option(help="Server to ask.")] = "http://127.0.0.1:8000",
+    api_key: flags.ApiKey = None,
+    as_json: flags.AsJson = False,
+    watch: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.1, help="Ask again this often.")] = None,
+) -> None:
+    """Show workers, memory and experts of the server at --url."""
+    if watch is None:
+        state = fetch_state(url, api_key)
+        if as_json:
+            typer.echo(json.dumps(state))
+        else:
+            from rich.console import Console
+
+            Console().print(render_state(url, state))
+        return
+    try:
+        _watch(url, api_key, watch, as_json=as_json)
+    except KeyboardInterrupt:  # the way to end it, not a failure
+        return
+
+
+def fetch_state(url: str, api_key: str | None) -> dict[str, Any]:
+    """What /status, /ready and /experts say, joined.
+
+    Raises:
+        Unavailable: no server there.
+    """
+    from cluster.cli.server_client import fetch_json
+
+    status_page = fetch_json(url, "/status", api_key=api_key)
+    ready_page = fetch_json(url, "/ready", api_key=api_key, accept=(200, 503))
+    experts_page = fetch_json(url, "/experts", api_key=api_key, accept=(200, 503))
+    return {**status_page, "ready": ready_page, "experts": experts_page.get("workers", [])}
+
+
+def render_state(url: str, state: dict[str, Any]) -> RenderableType:
+    """Tables for people."""
+    from rich.console import Group
+    from rich.text import Text
+
+    workers = cast("list[dict[str, Any]]", state.get("workers", []))
+    parts: list[RenderableType] = [Text(f"{url}{' (draining)' if state.get('draining') else ''}", style="bold")]
+    parts.append(_worker_table(workers) if workers else Text("no workers yet"))
+    for worker in workers:
+        for reason in cast("list[str]", worker.get("degraded") or []):
+            parts.append(Text(f"degraded ({worker.get('worker_id')}): {reason}", style="yellow"))
+        if worker.get("error"):
+            parts.append(Text(f"error ({worker.get('worker_id')}): {worker['error']}", style="red"))
+    for experts in cast("list[dict[str, Any]]", state.get("experts", [])):
+        parts.append(Text(f"experts of {experts.get('worker_id')}: resident in each layer, hits", style="bold"))
+        parts += [Text(residency_line(layer)) for layer in cast("list[dict[str, Any]]", experts.get("layers", []))]
+    return Group(*parts)
+
+
+def residency_line(layer: dict[str, Any]) -> str:
+    """One layer: a bar over the experts (full block: all of a cell's are resident), counts, hit rate."""
+    num_experts = len(layer["activations"])
+    resident = set(cast("list[int]", layer["resident"]))
+    num_cells = min(_CELLS, num_experts)
+    cells: list[str] = []
+    for cell in range(num_cells):
+        members = range(cell * num_experts // num_cells, (cell + 1) * num_experts // num_cells)
+        share = sum(expert in resident for expert in members) / len(members)
+        cells.append(_SHADES[0] if share == 0 else _SHADES[max(1, int(share * (len(_SHADES) - 1)))])
+    lookups = layer["hits"] + layer["misses"]
+    hit_rate = f"{layer['hits'] / lookups:.0%} of {lookups}" if lookups else "not used"
+    return f"layer {layer['layer']:3d} {''.join(cells)} {len(resident):4d}/{num_experts} {hit_rate}"
+
+
+def _worker_table(workers: list[dict[str, Any]]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    for worker in workers:
+        table.add_column(str(worker.get("worker_id")))
+    rows = [_worker_rows(worker) for worker in workers]
+    for name in rows[0]:
+        table.add_row(name, *(row[name] for row in rows))
+    return table
+
+
+def _worker_rows(worker: dict[str, Any]) -> dict[str, str]:
+    memory = cast("dict[str, Any]", worker.get("expert_memory") or {})
+    rows = {
+        "phase": str(worker.get("phase")),
+        "model": f"{worker.get('model')} ({worker.get('dtype')}, {worker.get('max_model_len')} tokens)",
+        "running / waiting": f"{worker.get('num_running')} / {worker.get('num_waiting')}",
+        "KV blocks": f"{worker.get('kv_blocks_used')} of {worker.get('kv_blocks_total')}",
+        "tokens": f"{worker.get('prompt_tokens')} prompt, {worker.get('generated_tokens')} generated",
+        "expert memory": "-",
+        "hits / misses": "-",
+        "reads": "-",
+        "kernel": "-",
+    }
+    if memory:
+        rows["expert memory"] = (
+            f"{_mib(memory['resident_bytes'])} of {_mib(memory['budget_bytes'])} "
+            f"({memory['num_resident']} of {memory['num_experts']} experts, {_mib(memory['model_expert_bytes'])})"
+        )
+        rows["hits / misses"] = f"{memory['hits']} / {memory['misses']}"
+        rows["reads"] = f"{_mib(memory['bytes_read'])}, {memory['read_mode']}, stalled {memory['stall_s']:.1f} s"
+        rows["kernel"] = str(memory["kernel"])
+    return rows
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _watch(url: str, api_key: str | None, interval_s: float, *, as_json: bool) -> None:
+    if as_json:
+        while True:
+            typer.echo(json.dumps(fetch_state(url, api_key)))
+            time.sleep(interval_s)
+    from rich.live import Live
+
+    with Live(render_state(url, fetch_state(url, api_key)), auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            live.update(render_state(url, fetch_state(url, api_key)), refresh=True)

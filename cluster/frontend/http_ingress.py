@@ -1,0 +1,71 @@
+"""Step 1 of a request's walk under Ray Serve: the HTTP application as an ingress deployment. No logic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import MoesaicConfig, from_tree
+from cluster.frontend.generation import GenerationService
+from cluster.frontend.http_app import create_app
+from cluster.frontend.tokenizer import Tokenizer
+from cluster.model_info import ModelInfo, load_model_info
+from cluster.observability.logs import configure_logging
+from cluster.observability.metrics import FrontendMetrics
+from cluster.protocols import AttentionWorkerClient
+from cluster.types import WorkerStatus
+
+INGRESS_DEPLOYMENT = "HttpIngress"
+
+
+def build_front_end(config: MoesaicConfig, info: ModelInfo, worker: AttentionWorkerClient) -> tuple[GenerationService, FastAPI]:
+    """The generation service and the HTTP application over `worker`."""
+    metrics = FrontendMetrics()
+    service = GenerationService(worker, Tokenizer.load(info.path), info, config.frontend, metrics)
+    return service, create_app(service, worker, info, config.frontend, metrics)
+
+
+class HttpIngress:
+    """Serve ingress replica: owns one HTTP application."""
+
+    def __init__(self, config_tree: dict[str, Any], workers: DeploymentHandle[Any]) -> None:
+        from actors.worker_client import ServeWorkerClient
+
+        configure_logging()
+        config = from_tree(config_tree)
+        model = config.model
+        info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+        self._worker = ServeWorkerClient(workers)
+        _, self._app = build_front_end(config, info, self._worker)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return self._app
+
+    async def worker_status(self) -> WorkerStatus:
+        """The attention worker's status, for whoever started the application."""
+        return await self._worker.status()
+
+    async def begin_drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._app.state.requests.begin_drain()
+
+    async def num_in_flight(self) -> int:
+        """Requests still being answered."""
+        return self._app.state.requests.num_in_flight
+
+
+def ingress_deployment(*, max_open: int) -> serve.Deployment:
+    """The ingress; our own bounded queue refuses, Serve's must not queue before it."""
+    return serve.deployment(
+        serve.ingress()(HttpIngress),
+        name=INGRESS_DEPLOYMENT,
+        num_replicas=1,
+        max_ongoing_requests=2 * max_open + 64,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0},
+    )

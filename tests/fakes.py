@@ -1,0 +1,187 @@
+"""Stand-ins for what lives in other processes: scripted, with a call log, no Ray and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.types import (
+    ExpertMemoryStatus,
+    ExpertsReport,
+    FinishReason,
+    GenerationRequest,
+    LayerExperts,
+    RequestId,
+    StartupPhase,
+    TokenChunk,
+    TokenLogprob,
+    WorkerStatus,
+)
+
+
+class FakeAttentionWorker:
+    """An `AttentionWorkerClient` that emits a script, again and again, until max_tokens or the end token.
+
+    `pause_after` tokens it waits for `resume`; `fail_with` is raised after `fail_after` tokens.
+    """
+
+    def __init__(
+        self,
+        script: Sequence[int] = (10, 11, 12),
+        *,
+        chunk_size: int = 1,
+        end_token: int | None = None,
+        pause_after: int | None = None,
+        fail_with: Exception | None = None,
+        fail_after: int = 0,
+        num_cached_tokens: int = 0,
+    ) -> None:
+        self.script = tuple(script)
+        self.chunk_size = chunk_size
+        self.end_token = end_token
+        self.pause_after = pause_after
+        self.resume = asyncio.Event()
+        self.paused = asyncio.Event()
+        self.fail_with = fail_with
+        self.fail_after = fail_after
+        self.num_cached_tokens = num_cached_tokens
+        self.phase = StartupPhase.READY
+        self.status_error: Exception | None = None
+        self.requests: list[GenerationRequest] = []
+        self.aborted: list[RequestId] = []
+        self.closed: list[RequestId] = []
+        self.num_emitted = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        self.requests.append(request)
+        try:
+            sent = 0
+            while True:
+                if self.fail_with is not None and sent >= self.fail_after:
+                    raise self.fail_with
+                if self.pause_after is not None and sent >= self.pause_after:
+                    self.paused.set()
+                    await self.resume.wait()
+                count = min(self.chunk_size, request.sampling.max_tokens - sent)
+                ids = tuple(self.script[(sent + i) % len(self.script)] for i in range(count))
+                if self.end_token in ids:
+                    ids = ids[: ids.index(self.end_token) + 1]
+                sent += len(ids)
+                self.num_emitted += len(ids)
+                reason = None
+                if self.end_token is not None and ids[-1] == self.end_token:
+                    reason = FinishReason.STOP
+                elif sent >= request.sampling.max_tokens:
+                    reason = FinishReason.LENGTH
+                yield self._chunk(request, ids, reason)
+                if reason is not None:
+                    return
+                await asyncio.sleep(0)
+        finally:
+            self.closed.append(request.request_id)
+
+    async def abort(self, request_id: RequestId) -> None:
+        self.aborted.append(request_id)
+
+    async def status(self) -> WorkerStatus:
+        if self.status_error is not None:
+            raise self.status_error
+        return WorkerStatus(
+            worker_id="w0",
+            phase=self.phase,
+            error="shard 2 is truncated" if self.phase is StartupPhase.FAILED else None,
+            model="moesaic-demo",
+            dtype="float32",
+            max_model_len=2048,
+            num_running=0,
+            num_waiting=0,
+            kv_blocks_total=8,
+            kv_blocks_used=0,
+            num_preemptions=0,
+            generated_tokens=0,
+            prompt_tokens=0,
+            cached_prompt_tokens=0,
+            expert_memory=ExpertMemoryStatus(
+                budget_bytes=10,
+                resident_bytes=5,
+                model_expert_bytes=20,
+                num_experts=4,
+                num_resident=1,
+                hits=3,
+                misses=1,
+                bytes_read=5,
+                stall_s=0.5,
+                read_mode="direct",
+                kernel="fake",
+            ),
+        )
+
+    async def experts(self) -> ExpertsReport:
+        layer = LayerExperts(layer=0, resident=(1,), activations=(2, 3), hits=3, misses=1)
+        return ExpertsReport(worker_id="w0", layers=(layer,))
+
+    async def metrics_text(self) -> str:
+        return "moesaic_num_requests_running 0\n"
+
+    def _chunk(self, request: GenerationRequest, ids: tuple[int, ...], reason: FinishReason | None) -> TokenChunk:
+        num = request.sampling.num_logprobs
+        entries = None
+        if num is not None:
+            entries = tuple(TokenLogprob(i, -0.5, tuple((i + n, -0.5 - n) for n in range(num))) for i in ids)
+        return TokenChunk(
+            token_ids=ids, logprobs=entries, finish_reason=reason, num_cached_tokens=self.num_cached_tokens
+        )
+
+
+@dataclass
+class AsgiCall:
+    """One request driven by hand: what a server would do, with a client that can leave."""
+
+    app: Any
+    path: str
+    body: Any = None
+    method: str = "POST"
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    sent: list[dict[str, Any]] = field(default_factory=list)
+    leave: asyncio.Event = field(default_factory=asyncio.Event)
+    chunks: Sequence[bytes] | None = None
+
+    async def run(self) -> None:
+        parts = list(self.chunks) if self.chunks is not None else [json.dumps(self.body).encode()]
+
+        async def receive() -> dict[str, Any]:
+            if parts:
+                part = parts.pop(0)
+                return {"type": "http.request", "body": part, "more_body": bool(parts)}
+            await self.leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            self.sent.append(message)
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "method": self.method,
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(b"content-type", b"application/json"), *self.headers],
+            "server": ("test", 80),
+            "client": ("test", 1),
+        }
+        await self.app(scope, receive, send)
+
+    @property
+    def status(self) -> int:
+        return next(message["status"] for message in self.sent if message["type"] == "http.response.start")
+
+    @property
+    def text(self) -> str:
+        return b"".join(message.get("body", b"") for message in self.sent).decode()

@@ -1,0 +1,125 @@
+"""A small OpenAI-like server, and a way to run the command line."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cluster.cli.main import app
+
+WORKER = {
+    "worker_id": "w0",
+    "phase": "ready",
+    "error": None,
+    "model": "demo",
+    "dtype": "bfloat16",
+    "max_model_len": 2048,
+    "num_running": 2,
+    "num_waiting": 1,
+    "kv_blocks_total": 100,
+    "kv_blocks_used": 7,
+    "num_preemptions": 0,
+    "generated_tokens": 5,
+    "prompt_tokens": 6,
+    "cached_prompt_tokens": 0,
+    "degraded": ["statistics not shared"],
+    "expert_memory": {
+        "budget_bytes": 2**20,
+        "resident_bytes": 2**19,
+        "model_expert_bytes": 2**22,
+        "num_experts": 64,
+        "num_resident": 8,
+        "hits": 90,
+        "misses": 10,
+        "bytes_read": 2**21,
+        "stall_s": 0.25,
+        "read_mode": "direct",
+        "kernel": "native",
+    },
+}
+LAYER = {"layer": 0, "resident": [0, 1, 2, 3], "activations": [1] * 8, "hits": 3, "misses": 1}
+
+
+@dataclass
+class FakeServer:
+    """What the server answers, and the bodies it was sent."""
+
+    url: str = ""
+    pages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    words: list[str] = field(default_factory=lambda: ["one", " two"])
+    error: tuple[int, str] | None = None
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+
+def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            fake.headers.append(dict(self.headers))
+            page = fake.pages.get(self.path)
+            self._send(404 if page is None else 200, page or {"error": {"message": "no such page"}})
+
+        def do_POST(self) -> None:
+            fake.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if fake.error is not None:
+                self._send(fake.error[0], {"error": {"message": fake.error[1]}})
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            chat = "chat" in self.path
+            events: list[dict[str, Any]] = [
+                {"choices": [{"delta": {"content": word}} if chat else {"text": word}]} for word in fake.words
+            ]
+            events.append({"choices": [{"delta": {}, "text": "", "finish_reason": "length"}]})
+            events.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(fake.words)}})
+            for event in events:
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def _send(self, code: int, page: dict[str, Any]) -> None:
+            body = json.dumps(page).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Silent."""
+
+    return Handler
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    fake = FakeServer(
+        pages={
+            "/v1/models": {"data": [{"id": "demo"}]},
+            "/status": {"workers": [WORKER], "draining": False},
+            "/ready": {"status": "ready"},
+            "/experts": {"workers": [{"worker_id": "w0", "layers": [LAYER]}]},
+        }
+    )
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))
+    fake.url = f"http://127.0.0.1:{http.server_address[1]}"
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield fake
+    http.shutdown()
+    http.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    def invoke(*args: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, list(args), input=stdin)
+
+    return invoke

@@ -1,0 +1,87 @@
+"""Every failure is one line on stderr and an exit code; help stays quick."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+Run = Callable[..., Result]
+
+
+def _assert_one_line(result: Result, code: int, *parts: str) -> None:
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["serve", "nosuch-model"], ["nosuch-model", "moesaic-demo"]),
+        (["serve", "--expert-cache", "12XB"], ["cache", "12XB", "512MiB"]),
+        (["serve", "--kv-cache", "lots"], ["kv_cache", "lots"]),
+        (["serve", "--dtype", "int3"], ["dtype", "int3"]),
+        (["serve", "--max-model-len", "999999"], ["max_model_len", "999999", "2048"]),
+        (["serve", "--port", "99999"], ["port", "99999"]),
+        (["serve", "--config", "/nosuch.yaml"], ["/nosuch.yaml"]),
+        (["serve", "--host", "no.such.host.invalid"], ["no.such.host.invalid", "--host"]),
+        (["generate", "--prompt", ""], ["prompt is empty"]),
+        (["generate", "--prompt", "x", "--url", "ftp://x"], ["ftp://x"]),
+        (["bench", "serve", "--rate", "1", "--concurrency", "1"], ["--trace"]),
+        (["bench", "serve", "--rate", "0"], ["rate"]),
+        (["bench", "serve", "--prompts", "/nosuch.jsonl"], ["/nosuch.jsonl"]),
+        (["convert", "widen", "moesaic-demo", "/tmp", "--factor", "2"], ["/tmp", "exists"]),
+    ],
+)
+def test_wrong_input_is_one_line(run: Run, args: list[str], parts: list[str]) -> None:
+    _assert_one_line(run(*args), 2, *parts)
+
+
+@pytest.mark.parametrize("command", [["status"], ["generate", "--prompt", "x"], ["chat"], ["bench", "serve"]])
+def test_server_away(run: Run, command: list[str]) -> None:
+    _assert_one_line(run(*command, "--url", "http://127.0.0.1:1"), 1, "http://127.0.0.1:1", "moesaic serve")
+
+
+def test_port_in_use(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        _assert_one_line(run("serve", "--port", str(port)), 2, f"port {port}", "--port")
+
+
+def test_unknown_key_in_config_file(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("experts:\n  cash: 1\n")
+    _assert_one_line(run("serve", "--config", str(path)), 2, "experts.cash")
+
+
+def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.cli.flags.read_config", interrupt)
+    assert run("serve").exit_code == 130
+
+
+def test_version(run: Run) -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("moesaic ")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom cluster.cli.main import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'ray', 'transformers', 'pydantic', 'httpx', 'redis') if m in sys.modules])\n"
+    )
+    root = Path(__file__).parents[3]
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

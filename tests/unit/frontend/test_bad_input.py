@@ -1,0 +1,234 @@
+"""Every kind of bad input: its status, its envelope, and nothing else disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from fakes import AsgiCall, FakeAttentionWorker
+
+CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+COMPLETION = {"model": "moesaic-demo", "prompt": "hi", "max_tokens": 3}
+
+
+@pytest.fixture
+def refused(make_app, call):
+    """Send a bad request; check the envelope, that the worker saw nothing and that a good one still works."""
+
+    def send(status, *, path="/v1/chat/completions", **arguments):
+        worker = FakeAttentionWorker()
+        app = make_app(worker)
+
+        async def scenario():
+            response = await call(app, "POST", path, **arguments)
+            assert worker.requests == []
+            assert (await call(app, "POST", "/v1/chat/completions", json=CHAT)).status_code == 200
+            return response
+
+        response = asyncio.run(scenario())
+        assert response.status_code == status, response.text
+        assert set(response.json()) == {"error"}
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return error
+
+    return send
+
+
+def test_malformed_json(refused):
+    error = refused(400, content=b'{"model": ')
+    assert "not valid JSON" in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_body_that_is_no_object(refused):
+    assert "JSON object" in refused(400, content=b"[1]")["message"]
+
+
+def test_invalid_utf8(refused):
+    assert "UTF-8" in refused(400, content=b'{"model": "\xff\xfe"}')["message"]
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("max_tokens", "5"),
+        ("max_tokens", 5.5),
+        ("max_tokens", True),
+        ("temperature", "hot"),
+        ("temperature", 2.1),
+        ("temperature", -0.1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", 2),
+        ("top_k", 1.5),
+        ("seed", "x"),
+        ("stream", "yes"),
+        ("stop", 7),
+        ("stop", [""]),
+        ("stop", ["x"] * 17),
+        ("messages", "hi"),
+        ("top_logprobs", 21),
+        ("model", 3),
+    ],
+)
+def test_wrong_types_and_ranges_name_the_field(refused, param, value):
+    body = CHAT | {"logprobs": True, param: value}
+    assert refused(400, json=body)["param"] == param
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("param", ["max_tokens", "max_completion_tokens"])
+def test_max_tokens_below_one(refused, param, value):
+    error = refused(400, json=CHAT | {param: value})
+    assert error["param"] == param
+    assert str(value) in error["message"]
+
+
+def test_unknown_model(refused):
+    error = refused(404, json=CHAT | {"model": "gpt-9"})
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "gpt-9" in error["message"]
+
+
+def test_prompt_longer_than_the_context(refused, tokenizer):
+    text = "word " * 3000
+    num_prompt = len(tokenizer.encode(text))
+    error = refused(400, path="/v1/completions", json=COMPLETION | {"prompt": text})
+    assert error["code"] == "context_length_exceeded"
+    assert str(num_prompt) in error["message"]
+    assert "2048" in error["message"]
+
+
+def test_prompt_and_max_tokens_longer_than_the_context(refused):
+    error = refused(400, json=CHAT | {"max_tokens": 2047})
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+    assert "2048" in error["message"]
+    assert "2047" in error["message"]
+
+
+def test_unknown_parameter_as_openai(refused):
+    assert refused(400, json=CHAT | {"tempratur": 1})["message"] == "Unrecognized request argument supplied: tempratur"
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("n", 2),
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("logit_bias", {"5": 1}),
+        ("best_of", 2),
+    ],
+)
+def test_unsupported_parameters_name_themselves(refused, param, value):
+    error = refused(400, json=CHAT | {param: value})
+    assert error["param"] == param
+    assert "not supported" in error["message"]
+
+
+def test_five_megabytes(refused):
+    body = json.dumps(CHAT | {"user": "x" * 5 * 2**20}).encode()
+    assert str(4 * 2**20) in refused(413, content=body)["message"]
+
+
+def test_five_megabytes_without_a_declared_length(make_app):
+    call = AsgiCall(make_app(), "/v1/chat/completions", chunks=[b"x" * 2**20] * 5)
+    asyncio.run(call.run())
+    assert call.status == 413
+    assert json.loads(call.text)["error"]["type"] == "invalid_request_error"
+
+
+def test_empty_messages(refused):
+    assert refused(400, json=CHAT | {"messages": []})["param"] == "messages"
+
+
+@pytest.mark.parametrize("missing", ["messages", "model"])
+def test_missing_parameters(refused, missing):
+    body = {name: value for name, value in CHAT.items() if name != missing}
+    error = refused(400, json=body)
+    assert error["message"] == f"Missing required parameter: '{missing}'"
+    assert error["param"] == missing
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "robot", "content": "hi"},
+        {"role": "user"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": "hi", "colour": "red"},
+        "hi",
+    ],
+)
+def test_bad_messages(refused, message):
+    assert refused(400, json=CHAT | {"messages": [message]})["param"].startswith("messages.0")
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], [1, "a"], [[1], "a"], [4096], [-1], 5, None, ["x"] * 129])
+def test_bad_prompts(refused, prompt):
+    assert refused(400, path="/v1/completions", json=COMPLETION | {"prompt": prompt})["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"min_tokens": 9}, "min_tokens"),
+        ({"stop_token_ids": [9999]}, "stop_token_ids"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ],
+)
+def test_contradictions(refused, body, param):
+    assert refused(400, json=CHAT | body)["param"] == param
+
+
+def test_echo_with_logprobs(refused):
+    body = COMPLETION | {"echo": True, "logprobs": 1}
+    assert refused(400, path="/v1/completions", json=body)["param"] == "echo"
+
+
+def test_error_messages_are_bounded(refused):
+    many = [{"role": "x" * 20_000, "content": 5}] * 100
+    error = refused(400, json=CHAT | {"messages": many})
+    assert len(error["message"]) < 5000
+    assert "more" in error["message"]
+    assert len(refused(400, json=CHAT | {"k" * 50_000: 1})["message"]) < 300
+    assert len(refused(404, json=CHAT | {"model": "m" * 50_000})["message"]) < 300
+
+
+def test_wrong_key(make_app, call):
+    async def scenario():
+        app = make_app(api_key="secret")
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            for path in ("/v1/models", "/v1/chat/completions", "/experts", "/status"):
+                response = await call(app, "GET", path, headers=headers)
+                assert response.status_code == 401
+                assert response.json()["error"]["code"] == "invalid_api_key"
+                assert response.json()["error"]["type"] == "authentication_error"
+        headers = {"Authorization": "Bearer secret"}
+        assert (await call(app, "POST", "/v1/chat/completions", json=CHAT, headers=headers)).status_code == 200
+        for path in ("/health", "/ready", "/metrics"):
+            assert (await call(app, "GET", path)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_unknown_route_and_method_have_the_envelope(make_app, call):
+    async def scenario():
+        app = make_app()
+        missing = await call(app, "GET", "/v2/nothing")
+        assert missing.status_code == 404
+        assert "/v2/nothing" in missing.json()["error"]["message"]
+        wrong = await call(app, "GET", "/v1/chat/completions")
+        assert wrong.status_code == 405
+        assert wrong.json()["error"]["type"] == "invalid_request_error"
+        model = await call(app, "GET", "/v1/models/other")
+        assert (model.status_code, model.json()["error"]["code"]) == (404, "model_not_found")
+
+    asyncio.run(scenario())
