@@ -1,4 +1,7 @@
-"""Ray shells: plain classes become Serve deployments and actors here, with every Ray option in one place."""
+"""Ray shells: plain classes become Serve deployments and actors here, with every Ray option in one place.
+
+Light to import: torch comes in only where a replica is built.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from typing import Any
 import ray
 from ray import serve
 
-from actors.attention_worker import AttentionWorker
 from cluster.config import from_tree
 from cluster.model_info import load_model_info
 from cluster.observability.logs import configure_logging
@@ -31,6 +33,8 @@ class AttentionWorkerReplica:
     """Serve replica around one AttentionWorker."""
 
     def __init__(self, config_tree: dict[str, Any], redis_url: str | None) -> None:
+        from actors.attention_worker import AttentionWorker
+
         configure_logging()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -96,18 +100,23 @@ def worker_deployment(*, max_open: int) -> serve.Deployment:
     )
 
 
-def start_valkey_actor(namespace: str) -> str:
-    """URL of the cluster's embedded Valkey, started if there is none yet.
-
-    Raises:
-        FileNotFoundError, ConnectionError: there is no server program, or it does not start.
-    """
+def start_valkey_actor(namespace: str) -> ray.ObjectRef:
+    """URL-to-be of the cluster's embedded Valkey, started if there is none yet; returns at once."""
     actor = ray.remote(ValkeyHolder).options(
         name=VALKEY_ACTOR, namespace=namespace, lifetime="detached", get_if_exists=True, num_cpus=0
     )
+    return actor.remote().url.remote()
+
+
+def valkey_url(namespace: str) -> str:
+    """URL of the cluster's embedded Valkey, started if there is none yet.
+
+    Raises:
+        ConnectionError: there is no server program, or it does not start.
+    """
     try:
-        return ray.get(actor.remote().url.remote(), timeout=60)
-    except ray.exceptions.RayActorError as error:
+        return ray.get(start_valkey_actor(namespace), timeout=60)
+    except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
         raise ConnectionError(f"the embedded Valkey did not start: {error}") from error
 
 

@@ -76,16 +76,21 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     import ray
     from ray import serve
 
+    from actors.deployments import start_valkey_actor
+
     stop = threading.Event()
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
     started_ray = _start_ray(config, on_progress)
     try:
+        if _embeds_valkey(config):
+            start_valkey_actor(config.ray.namespace)  # beside Serve's own start; `build` waits for it
         on_progress("starting Ray Serve")
         frontend = config.frontend
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": frontend.host, "port": frontend.port, "request_timeout_s": frontend.request_timeout_s + 30},
         )
+        on_progress("deploying the application")
         handle = serve.run(build(config), name=APPLICATION, route_prefix="/")
         if _wait_until_ready(handle, on_progress, stop):
             _print_ready(config, on_progress)
@@ -107,14 +112,18 @@ def _merged(args: dict[str, Any]) -> MoesaicConfig:
 
 def _store_url(config: MoesaicConfig) -> str | None:
     """URL of the statistics store; None leaves each worker with its own memory, shown as degraded."""
-    from actors.deployments import start_valkey_actor
+    from actors.deployments import valkey_url
 
-    if config.redis.url or not config.redis.embedded:
+    if not _embeds_valkey(config):
         return config.redis.url
     try:
-        return start_valkey_actor(config.ray.namespace)
-    except (FileNotFoundError, ConnectionError):
+        return valkey_url(config.ray.namespace)
+    except ConnectionError:
         return None
+
+
+def _embeds_valkey(config: MoesaicConfig) -> bool:
+    return config.redis.url is None and config.redis.embedded
 
 
 def _start_ray(config: MoesaicConfig, on_progress: Callable[[str], None]) -> bool:
@@ -190,7 +199,7 @@ def _shut_down(config: MoesaicConfig, *, started_ray: bool) -> None:
     from actors.deployments import stop_valkey_actor
 
     serve.delete(APPLICATION)
-    if config.redis.url is None and config.redis.embedded:
+    if _embeds_valkey(config):
         stop_valkey_actor(config.ray.namespace)
     if started_ray:
         serve.shutdown()
