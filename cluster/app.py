@@ -81,6 +81,7 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     stop = threading.Event()
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
     started_ray = _start_ray(config, on_progress)
+    signal.signal(signal.SIGTERM, _setter(stop))  # `ray.init` has put a handler there that exits at once
     try:
         if _embeds_valkey(config):
             start_valkey_actor(config.ray.namespace)  # beside Serve's own start; `build` waits for it
@@ -137,6 +138,7 @@ def _start_ray(config: MoesaicConfig, on_progress: Callable[[str], None]) -> boo
     on_progress("starting a local Ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
+        address="local",  # without it, Ray joins a cluster that it finds on this machine
         namespace=config.ray.namespace,
         include_dashboard=False,
         log_to_driver=False,

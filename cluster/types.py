@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 RequestId = NewType("RequestId", str)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class ExpertId:
-    """One expert of the model: its decoder layer and its index in that layer's gate."""
+class ExpertId(NamedTuple):
+    """One expert of the model: its decoder layer and its index in that layer's gate.
+
+    A tuple, because it is hashed hundreds of times a step.
+    """
 
     layer: int
     expert: int

@@ -87,6 +87,8 @@ class ModelRunner:
 
     def execute_interleaved(self, micro_batches: Seq[Seq[ScheduledRows]]) -> list[Tensor]:
         """Compute several micro-batches, resuming each in turn at every MoE layer; logits of each."""
+        # oneDNN sets every call up anew (50 us); the few small products left to torch are faster without it.
+        torch.backends.mkldnn.enabled = sum(r.num_rows for batch in micro_batches for r in batch) > self._native_rows
         forwards = [(self._prepare(rows), greenlet.greenlet(self._forward)) for rows in micro_batches]
         results: list[Tensor | None] = [None] * len(forwards)
         answers: list[object] = [step for step, _ in forwards]
@@ -106,6 +108,8 @@ class ModelRunner:
     def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
         step = self._step()
         rows_THC = query[0].transpose(0, 1).contiguous()
+        if step.num_decode == len(rows_THC):
+            return self._attend_decode(layer, rows_THC, step, scale, window).unsqueeze(0)
         out = torch.zeros_like(rows_THC) if step.num_rows < len(rows_THC) else torch.empty_like(rows_THC)
         if step.num_decode:
             out[: step.num_decode] = self._attend_decode(layer, rows_THC[: step.num_decode], step, scale, window)
@@ -115,6 +119,9 @@ class ModelRunner:
 
     def append_kv(self, layer: int, key: Tensor, value: Tensor) -> None:
         slots = self._step().write_slots
+        if self._native is not None and key.stride(3) == value.stride(3) == 1:
+            self._native.append_kv(key, value, slots, self._keys[layer], self._values[layer])
+            return
         self._keys[layer].index_copy_(0, slots, key[0].transpose(0, 1))
         self._values[layer].index_copy_(0, slots, value[0].transpose(0, 1))
 
@@ -123,8 +130,7 @@ class ModelRunner:
         return greenlet.getcurrent().parent.switch(ExpertWork(layer, hidden, topk_ids, topk_weights))
 
     def _forward(self, step: StepInputs) -> Tensor:
-        few = len(step.token_ids[0]) <= self._native_rows
-        with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=not few):
+        with torch.inference_mode():
             hidden = self.model.model(
                 input_ids=step.token_ids,
                 position_ids=step.positions,

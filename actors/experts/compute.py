@@ -59,10 +59,15 @@ class ExpertCompute:
         self.plan = KernelPlan(threshold, label)
         return self.plan
 
-    def widen(self, x_TD: Tensor) -> Tensor:
-        """float32, contiguous."""
-        x_TD = x_TD.contiguous()
-        return self._native.widen(x_TD) if self._native else x_TD.float()
+    def group(self, topk_ids: Tensor, counts: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Sort gate choices by expert, stably, and add to `counts`; see NativeKernels.group."""
+        if self._native is not None:
+            return self._native.group(topk_ids.contiguous(), counts)
+        ids = topk_ids.numpy().reshape(-1)
+        chosen = np.bincount(ids, minlength=len(counts))
+        counts += chosen
+        wanted = np.flatnonzero(chosen)
+        return wanted.tolist(), np.concatenate(([0], np.cumsum(chosen[wanted]))), np.argsort(ids, kind="stable")
 
     def run(
         self,
@@ -77,7 +82,7 @@ class ExpertCompute:
         """Unweighted outputs of `experts` into the rows of y_PD that `pairs` names.
 
         Args:
-            x_TD: float32.
+            x_TD: contiguous.
             offsets: (len(experts) + 1,) int64 into pairs.
             pairs: int64; pair t * top_k + k is row t's k-th choice.
         """
@@ -120,8 +125,8 @@ class ExpertCompute:
         self._native.experts_ffn(
             x_TD,
             [expert.pointers for expert in experts],
-            torch.from_numpy(offsets),
-            torch.from_numpy(pairs),
+            offsets,
+            pairs,
             y_PD,
             weight_dtype=experts[0].gate.dtype,
             intermediate=experts[0].gate.shape[0],

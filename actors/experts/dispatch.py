@@ -47,23 +47,19 @@ class LocalDispatcher:
         """The layer's routed output [T, D] in hidden_TD's dtype; rows from `num_rows` on are padding, zero."""
         T, D = work.hidden_TD.shape
         K = work.topk_ids_TK.shape[1]
-        ids = work.topk_ids_TK[:num_rows].numpy().reshape(-1)
-        order = np.argsort(ids, kind="stable")
-        counts = np.bincount(ids, minlength=self._store.layout.num_experts)
-        self._activations[work.layer] += counts
-        wanted = np.flatnonzero(counts)
-        ends = np.cumsum(counts)
-        x = self._compute.widen(work.hidden_TD[:num_rows])
+        counts = self._activations[work.layer]
+        wanted, offsets, pairs = self._compute.group(work.topk_ids_TK[:num_rows], counts)
+        x_TD = work.hidden_TD[:num_rows].contiguous()
         y_PD = torch.empty((num_rows * K, D), dtype=torch.float32)
-        for group in self._store.acquire(work.layer, wanted.tolist()):
-            if len(group) == len(wanted):
-                pairs, offsets = order, np.concatenate(([0], ends[wanted]))
-            else:
-                spans = [order[ends[e] - counts[e] : ends[e]] for e, _ in group]
-                pairs = np.concatenate(spans)
-                offsets = np.cumsum([0, *(len(span) for span in spans)])
+        for group in self._store.acquire(work.layer, wanted):
             weights = [weight for _, weight in group]
-            self._compute.run(x, weights, offsets.astype(np.int64, copy=False), pairs, y_PD, top_k=K)
+            if len(group) == len(wanted):
+                self._compute.run(x_TD, weights, offsets, pairs, y_PD, top_k=K)
+                break
+            place = [wanted.index(expert) for expert, _ in group]
+            spans = [pairs[offsets[i] : offsets[i + 1]] for i in place]
+            starts = np.cumsum([0, *(len(span) for span in spans)])
+            self._compute.run(x_TD, weights, starts, np.concatenate(spans), y_PD, top_k=K)
         out = self._compute.combine(y_PD, work.topk_weights_TK[:num_rows], work.hidden_TD.dtype)
         if num_rows == T:
             return out

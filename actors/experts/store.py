@@ -116,8 +116,13 @@ class ExpertStore:
         Raises:
             ExpertReadError: a load failed; nothing stays pinned.
         """
-        resident = [e for e in experts if ExpertId(layer, e) in self._weights]
-        missing = [ExpertId(layer, e) for e in experts if ExpertId(layer, e) not in self._weights]
+        resident: list[int] = []
+        missing: list[ExpertId] = []
+        for e in experts:
+            if (layer, e) in self._weights:
+                resident.append(e)
+            else:
+                missing.append(ExpertId(layer, e))
         self.counters.hits += len(resident)
         self.counters.misses += len(missing)
         self._layer_hits[layer] += len(resident)

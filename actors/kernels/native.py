@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import mmap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,28 +40,41 @@ class NativeKernels:
     def __init__(self, library: ctypes.CDLL, *, threads: int = 1) -> None:
         self.threads = threads
         self._lib = library
-        self._ffn = _bind(library, "moesaic_experts_ffn", "iip" + "l" * 4 + "ppppp" + "ppli")
+        self._ffn = _bind(library, "moesaic_experts_ffn", "iipilp" + "l" * 4 + "ppppp" + "ppli")
         self._combine = _bind(library, "moesaic_combine", "pplllpi")
-        self._widen = _bind(library, "moesaic_widen", "pipl")
+        self._group = _bind(library, "moesaic_group", "pll" + "p" * 5, returns=ctypes.c_int64)
+        self._append_kv = _bind(library, "moesaic_append_kv", "pllpllplllppi")
+        self._rope = _bind(library, "moesaic_rope", "pllpplllpi")
         self._linear = _bind(library, "moesaic_linear", "pipilllpp")
         self._rms_norm = _bind(library, "moesaic_rms_norm", "ppllfpi")
         self._attention = _bind(library, "moesaic_paged_attention", "pppppp" + "l" * 4 + "fppi")
+        self._read_memory = _bind(library, "moesaic_read_memory", "pl", returns=ctypes.c_float)
         self._scratch = torch.empty(0, dtype=torch.float32)
 
-    def widen(self, x: Tensor) -> Tensor:
-        """float32 copy of a contiguous tensor; itself when it is float32 already."""
-        if x.dtype == torch.float32:
-            return x
-        out = torch.empty(x.shape, dtype=torch.float32)
-        self._widen(x.data_ptr(), DTYPE_CODES[x.dtype], out.data_ptr(), x.numel())
-        return out
+    def group(self, topk_ids: Tensor, counts: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Sort gate choices by expert, stably.
+
+        Args:
+            topk_ids: int64, contiguous, any shape of P elements in [0, num_experts).
+            counts: (num_experts,) int64; each expert's number of choices is added.
+        Returns:
+            The n experts chosen, ascending; (n + 1,) offsets; (P,) pairs: expert i has pairs[offsets[i]:offsets[i + 1]].
+        """
+        P, E = topk_ids.numel(), len(counts)
+        buffer = np.empty(P + 3 * E + 1, dtype=np.int64)
+        base = buffer.ctypes.data
+        n = self._group(
+            topk_ids.data_ptr(), P, E, counts.ctypes.data, base, base + 8 * P, base + 8 * (P + E),
+            base + 8 * (P + 2 * E + 1),
+        )  # fmt: skip
+        return buffer[P : P + n].tolist(), buffer[P + E : P + E + n + 1], buffer[:P]
 
     def experts_ffn(
         self,
         x_TD: Tensor,
         experts: Sequence[ExpertPointers],
-        offsets: Tensor,
-        pairs: Tensor,
+        offsets: np.ndarray,
+        pairs: np.ndarray,
         y_PD: Tensor,
         *,
         weight_dtype: torch.dtype,
@@ -69,7 +85,7 @@ class NativeKernels:
         """Gated FFN of several experts; rows of y_PD named by `pairs` receive unweighted outputs.
 
         Args:
-            x_TD: float32, contiguous.
+            x_TD: float32 or bfloat16, contiguous.
             offsets: (len(experts) + 1,) int64; expert e computes pairs[offsets[e]:offsets[e + 1]].
             pairs: (S,) int64; pair t * top_k + k is row t's k-th choice.
             y_PD: (T * top_k, D) float32.
@@ -79,11 +95,13 @@ class NativeKernels:
         for i, expert in enumerate(experts):
             addresses[i], addresses[num + i], addresses[2 * num + i] = expert.gate, expert.up, expert.down
         base = ctypes.addressof(addresses)
-        scratch = self._floats(2 * _CHUNK_ROWS * intermediate)
+        T, D = x_TD.shape
+        hidden_floats = 2 * _CHUNK_ROWS * intermediate
+        scratch = self._floats(hidden_floats + T * D).data_ptr()
         self._ffn(
-            DTYPE_CODES[weight_dtype], ACTIVATION_CODES[activation], x_TD.data_ptr(), x_TD.shape[1], intermediate,
-            top_k, num, base, base + 8 * num, base + 16 * num, offsets.data_ptr(), pairs.data_ptr(),
-            y_PD.data_ptr(), scratch.data_ptr(), _CHUNK_ROWS, self.threads,
+            DTYPE_CODES[weight_dtype], ACTIVATION_CODES[activation], x_TD.data_ptr(), DTYPE_CODES[x_TD.dtype], T,
+            scratch + 4 * hidden_floats, D, intermediate, top_k, num, base, base + 8 * num, base + 16 * num,
+            offsets.ctypes.data, pairs.ctypes.data, y_PD.data_ptr(), scratch, _CHUNK_ROWS, self.threads,
         )  # fmt: skip
 
     def combine(self, y_PD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,6 +135,24 @@ class NativeKernels:
         )
         return out
 
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate halves: x [1, H, T, C], cos and sin [1, T, C], all of one dtype, rows dense in C."""
+        _, H, T, C = x.shape
+        out = torch.empty((1, H, T, C), dtype=x.dtype)
+        self._rope(
+            x.data_ptr(), x.stride(1), x.stride(2), cos.data_ptr(), sin.data_ptr(), H, T, C, out.data_ptr(),
+            DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+        return out
+
+    def append_kv(self, key: Tensor, value: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+        """Write key and value [1, G, T, C], rows dense in C, to rows `slots` (T,) of the caches [num_slots, G, C]."""
+        _, G, T, C = key.shape
+        self._append_kv(
+            key.data_ptr(), key.stride(1), key.stride(2), value.data_ptr(), value.stride(1), value.stride(2),
+            slots.data_ptr(), T, G, C, k_cache.data_ptr(), v_cache.data_ptr(), key.element_size(),
+        )  # fmt: skip
+
     def paged_attention(
         self, q_RHC: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, starts: Tensor, ends: Tensor, scale: float
     ) -> Tensor:
@@ -137,6 +173,16 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
+    def read_bandwidth(self, num_bytes: int) -> float:
+        """Bytes per second at which one core reads that much memory, once."""
+        block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block.madvise(mmap.MADV_HUGEPAGE)
+        floats = np.frombuffer(block, dtype=np.float32)
+        floats[:] = 1.0
+        began = time.perf_counter()
+        self._read_memory(floats.ctypes.data, num_bytes)
+        return num_bytes / (time.perf_counter() - began)
+
     def _floats(self, num: int) -> Tensor:
         if self._scratch.numel() < num:
             self._scratch = torch.empty(num, dtype=torch.float32)
@@ -151,9 +197,9 @@ def load_native(*, threads: int = 1) -> NativeKernels | None:
     return NativeKernels(ctypes.CDLL(spec.origin), threads=threads)
 
 
-def _bind(library: ctypes.CDLL, name: str, signature: str) -> ctypes._NamedFuncPointer:
+def _bind(library: ctypes.CDLL, name: str, signature: str, returns: type | None = None) -> ctypes._NamedFuncPointer:
     kinds = {"i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "p": ctypes.c_void_p}
     function = getattr(library, name)
     function.argtypes = [kinds[letter] for letter in signature]
-    function.restype = None
+    function.restype = returns
     return function

@@ -47,6 +47,7 @@ def serve(
     overrides["ray"] = {"address": ray_address}
     settings = flags.read_config(config, flags.given_only(overrides))
     check_port_is_free(settings.frontend.host, settings.frontend.port)
+    check_files(settings.model.path)
     report(f"starting {settings.model.path}")
     from cluster.app import run_server  # brings in Ray
 
@@ -61,6 +62,21 @@ def elapsed_reporter(clock: Callable[[], float]) -> Callable[[str], None]:
         typer.echo(f"[{clock() - start_s:6.1f} s] {line}")
 
     return report
+
+
+def check_files(model: str) -> None:
+    """Find damaged or missing files of MODEL before anything is started; reads headers, no weights.
+
+    Raises:
+        CheckpointError: names the file and the tensor.
+    """
+    from actors.model.safetensors_index import read_index
+    from cluster.frontend.tokenizer import Tokenizer
+    from cluster.model_info import resolve_model
+
+    directory = resolve_model(model)
+    read_index(directory)
+    Tokenizer.load(directory)
 
 
 def check_port_is_free(host: str, port: int) -> None:

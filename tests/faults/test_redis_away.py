@@ -1,0 +1,56 @@
+"""Redis is away when the server starts: it serves, says so, and counts are not lost."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+from live_server import LiveServer, free_port, poll, running_server
+
+from cluster.stats.embedded_valkey import start_embedded_valkey
+
+pytestmark = pytest.mark.ray
+
+
+def _generate(server: LiveServer) -> None:
+    body = {"model": "moesaic-demo", "prompt": "Once upon a time", "max_tokens": 8}
+    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+
+def _counted_in_redis(url: str) -> int:
+    with redis.Redis.from_url(url) as store:
+        keys = list(store.scan_iter("moesaic:v1:*:activations"))
+        return sum(int(count) for key in keys for count in store.hvals(key))
+
+
+def _counted_by_worker(server: LiveServer) -> int:
+    (worker,) = server.get("/experts")["workers"]
+    return sum(sum(layer["activations"]) for layer in worker["layers"])
+
+
+def test_unreachable_redis_degrades_and_recovers(tmp_path: Path) -> None:
+    port = free_port()
+    with running_server("--redis-url", f"redis://127.0.0.1:{port}/0") as server:
+        _generate(server)
+        (reason,) = poll(lambda: server.worker()["degraded"], deadline_s=15, what="degraded")
+        assert "statistics store" in reason and str(port) in reason
+        assert server.get("/ready")["phase"] == "ready"
+
+        valkey = start_embedded_valkey(tmp_path, port)
+        try:
+            poll(lambda: not server.worker()["degraded"], deadline_s=20, what=lambda: str(server.worker()["degraded"]))
+            _generate(server)
+            poll(
+                lambda: _counted_in_redis(valkey.url) == _counted_by_worker(server) > 0,
+                deadline_s=15,
+                what=lambda: f"{_counted_in_redis(valkey.url)} counts in Redis, {_counted_by_worker(server)} made",
+            )
+        finally:
+            valkey.stop()
+
+        poll(lambda: server.worker()["degraded"], deadline_s=15, what="degraded again")
+        _generate(server)
+        server.stop(signal.SIGTERM)

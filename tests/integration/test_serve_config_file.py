@@ -1,0 +1,85 @@
+"""`ray start --head` and `serve deploy deploy/serve-config.yaml`: the same system without our command."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from live_server import LiveServer, clean_environment, end_all, free_port, make_root, poll
+
+pytestmark = pytest.mark.ray
+
+FILE = Path(__file__).parents[2] / "deploy" / "serve-config.yaml"
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> Iterator[LiveServer]:
+    """The system of the file on a port of its own, in float32 to compare its texts."""
+    tree = yaml.safe_load(FILE.read_text())
+    port, dashboard = free_port(), free_port()
+    tree["http_options"]["port"] = port
+    tree["applications"][0]["args"]["model"]["dtype"] = "float32"
+    config = tmp_path / "serve-config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    root = make_root()
+    environment = clean_environment(
+        RAY_TMPDIR=str(root), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0"
+    )
+    head = [
+        *(str(BIN / "ray"), "start", "--head", "--block", f"--port={free_port()}", "--object-store-memory=268435456"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"),
+        f"--ray-client-server-port={free_port()}",
+    ]
+    with (root / "log").open("wb") as log:
+        process = subprocess.Popen(
+            head, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    live = LiveServer(process, port, root)
+    try:
+        deploy = [str(BIN / "serve"), "deploy", "--address", f"http://127.0.0.1:{dashboard}", str(config)]
+
+        def is_deployed() -> bool:
+            assert process.poll() is None, live.log
+            run = subprocess.run(deploy, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+            (root / "log").open("a").write(run.stdout + run.stderr)
+            return run.returncode == 0
+
+        poll(is_deployed, deadline_s=120, what=lambda: f"serve deploy; its log:\n{live.log}", every_s=1)
+        live.wait_ready()
+        yield live
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        end_all(root)
+        process.wait(10)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _text(server: LiveServer) -> str:
+    body = {
+        "model": "moesaic-demo",
+        "messages": [{"role": "user", "content": "What is 12 + 30?"}],
+        "max_tokens": 48,
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).raise_for_status().json()
+    return answer["choices"][0]["message"]["content"]
+
+
+def test_config_file_serves_what_the_command_serves(server: LiveServer, deployed: LiveServer) -> None:
+    assert _text(deployed) == _text(server)
+    worker, ours = deployed.worker(), server.worker()
+    same = ("phase", "model", "dtype", "max_model_len", "kv_blocks_total", "degraded")
+    assert {name: worker[name] for name in same} == {name: ours[name] for name in same}

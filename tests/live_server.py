@@ -1,0 +1,178 @@
+"""A real `moesaic serve`: its own process group, port and Ray directory. Knows processes; knows no API but /ready.
+
+Every process of a server has the server's RAY_TMPDIR in its environment, also those that were started
+in sessions of their own or whose parent is gone. That is how they are found again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+
+COMMAND = Path(sys.executable).parent / "moesaic"
+READY_DEADLINE_S = 180.0
+STOP_DEADLINE_S = 60.0
+
+_GONE_DEADLINE_S = 10.0
+_LOG_TAIL_LINES = 30
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveServer:
+    """A server under way. `root` is its RAY_TMPDIR and has its log."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    root: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """What it printed, the last lines."""
+        return "\n".join((self.root / "log").read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+
+    def get(self, path: str) -> dict[str, Any]:
+        """A JSON page."""
+        return httpx.get(self.url + path, timeout=20).raise_for_status().json()
+
+    def worker(self) -> dict[str, Any]:
+        """The attention worker's part of /status."""
+        return self.get("/status")["workers"][0]
+
+    def wait_ready(self) -> None:
+        """Until /ready says so; fails at once when the process has ended."""
+
+        def is_ready() -> bool:
+            assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log}"
+            return _status_code(self.url + "/ready") == 200
+
+        poll(is_ready, deadline_s=READY_DEADLINE_S, what=lambda: f"ready; its log:\n{self.log}")
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
+        """Ask it to end; it must, with exit code 0 and all its processes."""
+        self.process.send_signal(number)
+        self.assert_ends(0)
+
+    def assert_ends(self, code: int, deadline_s: float = STOP_DEADLINE_S) -> None:
+        """It ends by itself with `code`, and no process of it is left."""
+        assert self.process.wait(deadline_s) == code, self.log
+        poll(lambda: not processes_of(self.root), deadline_s=_GONE_DEADLINE_S, what=lambda: _describe(self.root))
+
+
+def launch(*flags: str, **environment: str) -> LiveServer:
+    """Start `moesaic serve` with `flags` and return at once."""
+    root = make_root()
+    port = free_port()
+    with (root / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(COMMAND), "serve", "--port", str(port), *flags],
+            cwd=root,
+            env=clean_environment(RAY_TMPDIR=str(root), **environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return LiveServer(process, port, root)
+
+
+@contextmanager
+def launched(*flags: str, **environment: str) -> Iterator[LiveServer]:
+    """A server that may not even start; whatever is left of it at the end is killed."""
+    server = launch(*flags, **environment)
+    try:
+        yield server
+    finally:
+        end_all(server.root)
+        server.process.wait(10)
+        shutil.rmtree(server.root, ignore_errors=True)
+
+
+@contextmanager
+def running_server(*flags: str, **environment: str) -> Iterator[LiveServer]:
+    """A ready server; at the end it must stop cleanly, if the body has not stopped it."""
+    with launched(*flags, **environment) as server:
+        server.wait_ready()
+        yield server
+        if server.process.poll() is None:
+            server.stop()
+
+
+def poll(look: Callable[[], Found], *, deadline_s: float, what: Callable[[], str] | str, every_s: float = 0.1) -> Found:
+    """The first true result of `look`; fails when there is none before the deadline."""
+    end_s = time.monotonic() + deadline_s
+    while not (found := look()):
+        if time.monotonic() > end_s:
+            raise AssertionError(f"not within {deadline_s:.0f} s: {what if isinstance(what, str) else what()}")
+        time.sleep(every_s)
+    return found
+
+
+def make_root() -> Path:
+    """A directory with a short name: Ray puts sockets far below it, and their paths have at most 107 bytes."""
+    return Path(tempfile.mkdtemp(prefix="msc", dir="/tmp"))
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This process's environment without settings of Ray or Moesaic that the machine may have."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MOESAIC", "RAY_"))}
+    return kept | extra
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def processes_of(root: Path) -> list[psutil.Process]:
+    """Living processes that were started for `root`."""
+    return [process for process in psutil.process_iter() if _is_of(process, root)]
+
+
+def end_all(root: Path) -> None:
+    """Kill what is left of `root`, by process id."""
+    for process in processes_of(root):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _is_of(process: psutil.Process, root: Path) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("RAY_TMPDIR") == str(root)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def _describe(root: Path) -> str:
+    left = [f"{process.pid} {' '.join(process.cmdline())[:120]}" for process in processes_of(root)]
+    return "no process left behind; there are:\n" + "\n".join(left)
+
+
+def _status_code(url: str) -> int | None:
+    try:
+        return httpx.get(url, timeout=10).status_code
+    except httpx.TransportError:
+        return None
