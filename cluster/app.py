@@ -15,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
-from cluster.errors import ConfigError, MoesaicError
+from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.model_info import load_model_info
 from cluster.types import StartupPhase
 
@@ -157,7 +157,13 @@ def _wait_until_ready(handle: DeploymentHandle[Any], on_progress: Callable[[str]
     seen: StartupPhase | None = None
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while not stop.is_set():
-        status = handle.worker_status.remote().result(timeout_s=60)
+        if time.monotonic() > deadline_s:
+            raise MoesaicError(f"not ready after {_START_TIMEOUT_S:.0f} s; the last phase was: {seen}")
+        try:
+            status = handle.worker_status.remote().result(timeout_s=60)
+        except Unavailable:  # too busy to answer in time, or Serve is replacing it
+            stop.wait(_POLL_S)
+            continue
         if status.phase is not seen:
             seen = status.phase
             if seen not in (StartupPhase.READY, StartupPhase.FAILED):
@@ -168,8 +174,6 @@ def _wait_until_ready(handle: DeploymentHandle[Any], on_progress: Callable[[str]
             return True
         if seen is StartupPhase.FAILED:
             raise ConfigError(status.error or "the attention worker could not start")
-        if time.monotonic() > deadline_s:
-            raise MoesaicError(f"not ready after {_START_TIMEOUT_S:.0f} s; the last phase was: {seen}")
         stop.wait(_POLL_S)
     return False
 

@@ -121,7 +121,8 @@ class Batcher:
         self._waiting.popleft()
         sequence.add_blocks(cached + fresh, self.blocks.block_size)
         sequence.computed = computed
-        sequence.num_cached = sequence.num_cached or computed
+        if sequence.num_cached is None:
+            sequence.num_cached = computed
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
         return rows

@@ -111,9 +111,9 @@ class Engine:
                 self.batcher.finish(sequence)
                 del self._sequences[sequence.request.request_id]
             if sequence.num_generated == 1:
-                self.counters.cached_prompt_tokens += sequence.num_cached
+                self.counters.cached_prompt_tokens += sequence.num_cached or 0
             self.counters.generated_tokens += 1
-            outputs.append(StepOutput(sequence.request.request_id, token, logprob, reason, sequence.num_cached))
+            outputs.append(StepOutput(sequence.request.request_id, token, logprob, reason, sequence.num_cached or 0))
         return outputs
 
     def _banned(self, sequence: Sequence) -> tuple[int, ...]:

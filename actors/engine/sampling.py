@@ -53,7 +53,8 @@ def sample(
 
 
 def _draw(logits_V: Tensor, p: SamplingParams, u: float) -> int:
-    probs_V = torch.softmax(logits_V.double() / p.temperature, dim=-1)
+    below_V = logits_V.double() - logits_V.max()  # before dividing: no temperature, however small, overflows
+    probs_V = torch.softmax(below_V / p.temperature, dim=-1)
     if p.min_p > 0:
         probs_V = torch.where(probs_V >= p.min_p * probs_V.max(), probs_V, 0.0)
     if p.top_k > 0 or p.top_p < 1:

@@ -20,13 +20,17 @@ class SequenceState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """tokens = prompt + generated; the first `computed` have their keys and values in the blocks."""
+    """tokens = prompt + generated; the first `computed` have their keys and values in the blocks.
+
+    num_cached: prompt tokens found in the KV cache when first admitted; what a preempted sequence finds
+    of itself later does not count.
+    """
 
     request: GenerationRequest
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None
     published: tuple[int, int] = (0, 0)
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None

@@ -70,6 +70,8 @@ class ExpertReader:
         if not self._fds:
             self.mode = "buffered, page cache dropped"
             self._fds = _open_all(self._paths, direct=False, required=True)
+        for fd in self._fds.values():  # what others (or the dense weights' loader) left in the page cache
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def bytes_read(self) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -43,7 +44,7 @@ def load_model(info: ModelInfo, dtype_name: str) -> LoadedModel:
     """
     index = read_index(info.path)
     register_seams()
-    config = AutoConfig.from_pretrained(info.path)
+    config = _read_config(info)
     _refuse_unsupported(info, config)
     dtype = _compute_dtype(dtype_name, index)
     model = _skeleton(info, config, dtype)
@@ -68,6 +69,14 @@ def load_model(info: ModelInfo, dtype_name: str) -> LoadedModel:
     return LoadedModel(
         model=model, layout=layout, dtype=dtype, top_k=_top_k(text, first_name), activation=str(text.hidden_act)
     )
+
+
+def _read_config(info: ModelInfo) -> Any:
+    try:
+        return AutoConfig.from_pretrained(info.path)
+    except Exception as error:  # noqa: BLE001 - classes of several libraries, and all mean the same to the operator
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{info.path / 'config.json'}: transformers cannot read it: {reason}") from error
 
 
 def _refuse_unsupported(info: ModelInfo, config: Any) -> None:
@@ -136,11 +145,18 @@ def _read_dense(
         if name in wanted and not is_expert_key(name, experts):
             by_file.setdefault(ref.file, []).append((name, ref))
     for file, entries in by_file.items():
-        with safe_open(file, framework="pt") as tensors:
+        with _open(file) as tensors:
             for name, ref in entries:
                 if ref.dtype not in _STORED:
                     raise CheckpointError(f"{file}: tensor {ref.name} is stored as {ref.dtype}; one of F32, BF16, F16 is read")
                 yield name, ref, tensors.get_tensor(ref.name).clone()
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a safetensors file ({error})") from error
 
 
 def _assign(model: nn.Module, name: str, value: Tensor, *, is_buffer: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,11 +56,6 @@ def deployed(tmp_path: Path) -> Iterator[LiveServer]:
         live.wait_ready()
         yield live
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
         end_all(root)
         process.wait(10)
         shutil.rmtree(root, ignore_errors=True)

@@ -1,0 +1,51 @@
+# VENV: where the virtual environment is; ARGS: more arguments for the command at the end of a target.
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+BENCHMARKS := decode serving memory
+
+.PHONY: setup serve fmt check test test-ray test-all bench
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed
+
+serve: setup
+	$(BIN)/moesaic serve $(ARGS)
+
+fmt: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+
+# Seconds: no Ray.
+test: setup
+	$(BIN)/python -m pytest -m "not ray" $(ARGS)
+
+# Minutes: real servers.
+test-ray: setup
+	$(BIN)/python -m pytest -m ray $(ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-bench
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick $(ARGS); done
+
+# Installed again when the requirements, or what is compiled, have changed.
+$(VENV)/.installed: pyproject.toml actors/kernels/native.c
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) '.[dev]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP_INSTALL) '.[bench]'
+	touch $@
