@@ -26,9 +26,9 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 
-# Seconds: no Ray.
+# Seconds: no Ray, nothing slow.
 test: setup
-	$(BIN)/python -m pytest -m "not ray" $(ARGS)
+	$(BIN)/python -m pytest -m "not ray and not slow" $(ARGS)
 
 # Minutes: real servers.
 test-ray: setup
@@ -42,6 +42,7 @@ bench: $(VENV)/.installed-bench
 
 # Installed again when the requirements, or what is compiled, have changed.
 $(VENV)/.installed: pyproject.toml actors/kernels/native.c
+	@echo "installing into $(VENV); the first time takes minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) '.[dev]'
 	touch $@

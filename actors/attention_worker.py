@@ -103,7 +103,9 @@ class AttentionWorker:
         if self.phase is not StartupPhase.READY:
             raise self.error or Unavailable(f"the worker is {self.phase}; try again later")
         if len(self._streams) >= self._max_open:
-            raise Overloaded(f"{len(self._streams)} requests are running or waiting, the most there may be; try again later")
+            raise Overloaded(
+                f"{len(self._streams)} requests are running or waiting, the most there may be; try again later"
+            )
         stream = _Stream(request, asyncio.get_running_loop())
         self._streams[request.request_id] = stream
         self._commands.put(lambda parts: self._add(parts, stream))
@@ -145,8 +147,8 @@ class AttentionWorker:
         except MoesaicError as error:
             self.error, self.phase = error, StartupPhase.FAILED
             return
-        except Exception as error:
-            _LOG.exception("loading failed")
+        except Exception as error:  # noqa: BLE001 - transformers raises anything; status has to name it
+            log_event(_LOG, logging.ERROR, "loading failed", error=error)
             self.error, self.phase = MoesaicError(f"loading {self.info.path} failed: {error}"), StartupPhase.FAILED
             return
         self.parts, self.phase = parts, StartupPhase.READY
@@ -184,7 +186,7 @@ class AttentionWorker:
         try:
             outputs = parts.engine.step()
         except Exception as error:  # noqa: BLE001 - top loop: the step's sequences fail, the worker goes on
-            log_event(_LOG, logging.ERROR, "step failed", error=repr(error))
+            log_event(_LOG, logging.ERROR, "step failed", error=error)
             stopped = parts.engine.abort_all()
             reason = error if isinstance(error, MoesaicError) else MoesaicError(f"the step failed: {error}")
             streams = [self._streams[i] for i in stopped if i in self._streams]

@@ -15,6 +15,8 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.serve import Application
 
 from cluster.config import from_tree
 from cluster.model_info import load_model_info
@@ -25,6 +27,7 @@ from cluster.types import ExpertsReport, GenerationRequest, RequestId, StartupPh
 
 VALKEY_ACTOR = "moesaic-valkey"
 WORKER_DEPLOYMENT = "AttentionWorker"
+INGRESS_DEPLOYMENT = "HttpIngress"
 
 _SWITCH_INTERVAL_S = 0.0005  # the engine's thread and the event loop share the interpreter lock
 
@@ -86,10 +89,9 @@ class ValkeyHolder:
         self._data.cleanup()
 
 
-def worker_deployment(*, max_open: int) -> serve.Deployment:
+def worker_application(config_tree: dict[str, Any], redis_url: str | None, *, max_open: int) -> Application:
     """One replica per worker; Serve must never queue what our own bounded queue is for."""
-    return serve.deployment(
-        AttentionWorkerReplica,
+    deployment = serve.deployment(
         name=WORKER_DEPLOYMENT,
         num_replicas=1,
         max_ongoing_requests=max_open + 64,
@@ -98,11 +100,29 @@ def worker_deployment(*, max_open: int) -> serve.Deployment:
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0},
     )
+    return deployment(AttentionWorkerReplica).bind(config_tree, redis_url)
+
+
+def ingress_application(
+    ingress: type, config_tree: dict[str, Any], worker: Application, *, max_open: int
+) -> Application:
+    """The HTTP ingress; our own bounded queue refuses, Serve's must not queue before it."""
+    deployment = serve.deployment(
+        name=INGRESS_DEPLOYMENT,
+        num_replicas=1,
+        max_ongoing_requests=2 * max_open + 64,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment(serve.ingress()(ingress)).bind(config_tree, worker)
 
 
 def start_valkey_actor(namespace: str) -> ray.ObjectRef:
     """URL-to-be of the cluster's embedded Valkey, started if there is none yet; returns at once."""
-    actor = ray.remote(ValkeyHolder).options(
+    actor_class: Any = ray.remote(ValkeyHolder)
+    actor = actor_class.options(
         name=VALKEY_ACTOR, namespace=namespace, lifetime="detached", get_if_exists=True, num_cpus=0
     )
     return actor.remote().url.remote()
@@ -116,7 +136,7 @@ def valkey_url(namespace: str) -> str:
     """
     try:
         return ray.get(start_valkey_actor(namespace), timeout=60)
-    except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError) as error:
+    except (RayActorError, RayTaskError, GetTimeoutError) as error:
         raise ConnectionError(f"the embedded Valkey did not start: {error}") from error
 
 

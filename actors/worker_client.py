@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -27,7 +28,7 @@ class ServeWorkerClient:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """Stream one sequence; closing the iterator early cancels the call in the worker."""
-        response = self._stream.remote(request)
+        response: Any = self._stream.remote(request)
         finished = False
         try:
             async for chunk in response:

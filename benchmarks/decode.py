@@ -44,7 +44,9 @@ def main() -> int:
         bandwidth = memory_bandwidth()
         for concurrency in CONCURRENCY:
             _compare(report, parts, reference, tokenizer, prompts[:concurrency], rounds, num_tokens, bandwidth)
-    report.notes.append(f"memory read bandwidth of one core: {bandwidth / 1e9:.1f} GB/s; expert kernel: {parts.compute.plan.label}")
+    report.notes.append(
+        f"memory read bandwidth of one core: {bandwidth / 1e9:.1f} GB/s; expert kernel: {parts.compute.plan.label}"
+    )
     return report.finish(as_json=options.json)
 
 
@@ -64,7 +66,9 @@ def _compare(
     for index in range(-1, rounds):  # round -1 warms both sides up and fills the expert memory
         speed, bytes_per_step = _run_ours(parts, prompts, num_tokens)
         other = _run_transformers(reference, tokenizer, prompts, num_tokens)
-        progress(f"{len(prompts)} sequences, round {index + 1} of {rounds}: ours {speed:.1f}, transformers {other:.1f} tok/s")
+        progress(
+            f"{len(prompts)} sequences, round {index + 1} of {rounds}: ours {speed:.1f}, transformers {other:.1f} tok/s"
+        )
         if index >= 0:
             ours.append(speed)
             theirs.append(other)

@@ -104,7 +104,10 @@ def _cached_bytes(file: Path) -> int:
     import mmap
 
     size = file.stat().st_size
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
+    with (
+        file.open("rb") as stream,
+        mmap.mmap(stream.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view,
+    ):
         address = np.frombuffer(view, dtype=np.uint8).ctypes.data
         pages = (size + mmap.PAGESIZE - 1) // mmap.PAGESIZE
         resident = np.zeros(pages, dtype=np.uint8)

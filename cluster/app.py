@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -21,15 +20,14 @@ from cluster.types import StartupPhase
 
 if TYPE_CHECKING:
     from ray.serve import Application
-    from ray.serve.handle import DeploymentHandle
 
+    from actors.ray_runtime import RunningApplication
     from cluster.frontend.generation import GenerationService
 
 APPLICATION = "moesaic"
 
 _START_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
-_OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
 
 
 def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
@@ -40,14 +38,14 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
     Raises:
         ConfigError: an unknown key or a value out of range; names the field.
     """
-    from actors.deployments import worker_deployment
-    from cluster.frontend.http_ingress import ingress_deployment
+    from actors.deployments import ingress_application, worker_application
+    from cluster.frontend.http_ingress import HttpIngress
 
     config = args if isinstance(args, MoesaicConfig) else _merged(args or {})
     tree = to_tree(config)
     max_open = config.attention.max_running + config.attention.max_queue
-    worker = worker_deployment(max_open=max_open).bind(tree, _store_url(config))
-    return ingress_deployment(max_open=max_open).bind(tree, worker)
+    worker = worker_application(tree, _store_url(config), max_open=max_open)
+    return ingress_application(HttpIngress, tree, worker, max_open=max_open)
 
 
 def local_service(config: MoesaicConfig) -> GenerationService:
@@ -73,34 +71,28 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     Returns:
         The process's exit code.
     """
-    import ray
-    from ray import serve
-
-    from actors.deployments import start_valkey_actor
+    from actors.ray_runtime import RayRuntime
 
     stop = threading.Event()
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
-    started_ray = _start_ray(config, on_progress)
+    address, frontend = config.ray.address, config.frontend
+    on_progress(f"joining Ray at {address}" if address else "starting a local Ray")
+    runtime = RayRuntime(address=address, namespace=config.ray.namespace)
     signal.signal(signal.SIGTERM, _setter(stop))  # `ray.init` has put a handler there that exits at once
     try:
         if _embeds_valkey(config):
-            start_valkey_actor(config.ray.namespace)  # beside Serve's own start; `build` waits for it
+            runtime.start_valkey()  # beside Serve's own start; `build` waits for it
         on_progress("starting Ray Serve")
-        frontend = config.frontend
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": frontend.host, "port": frontend.port, "request_timeout_s": frontend.request_timeout_s + 30},
-        )
+        runtime.start_serve(host=frontend.host, port=frontend.port, request_timeout_s=frontend.request_timeout_s)
         on_progress("deploying the application")
-        handle = serve.run(build(config), name=APPLICATION, route_prefix="/")
-        if _wait_until_ready(handle, on_progress, stop):
+        running = runtime.run(build(config), name=APPLICATION)
+        if _wait_until_ready(running, on_progress, stop):
             _print_ready(config, on_progress)
-            while not stop.wait(0.5):
-                pass
-            _drain(handle, frontend.drain_timeout_s, on_progress)
+            stop.wait()
+            _drain(running, frontend.drain_timeout_s, on_progress)
         return 0
     finally:
-        _shut_down(config, started_ray=started_ray)
+        runtime.stop(APPLICATION)
         for number, handler in previous.items():
             signal.signal(number, handler)
         on_progress("stopped")
@@ -127,28 +119,7 @@ def _embeds_valkey(config: MoesaicConfig) -> bool:
     return config.redis.url is None and config.redis.embedded
 
 
-def _start_ray(config: MoesaicConfig, on_progress: Callable[[str], None]) -> bool:
-    """Join or start Ray; True if this process started it and must end it."""
-    import ray
-
-    if config.ray.address:
-        on_progress(f"joining Ray at {config.ray.address}")
-        ray.init(address=config.ray.address, namespace=config.ray.namespace, log_to_driver=False, logging_level="error")
-        return False
-    on_progress("starting a local Ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",  # without it, Ray joins a cluster that it finds on this machine
-        namespace=config.ray.namespace,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
-    return True
-
-
-def _wait_until_ready(handle: DeploymentHandle[Any], on_progress: Callable[[str], None], stop: threading.Event) -> bool:
+def _wait_until_ready(running: RunningApplication, on_progress: Callable[[str], None], stop: threading.Event) -> bool:
     """Report each phase; False if asked to stop before it was ready.
 
     Raises:
@@ -160,7 +131,7 @@ def _wait_until_ready(handle: DeploymentHandle[Any], on_progress: Callable[[str]
         if time.monotonic() > deadline_s:
             raise MoesaicError(f"not ready after {_START_TIMEOUT_S:.0f} s; the last phase was: {seen}")
         try:
-            status = handle.worker_status.remote().result(timeout_s=60)
+            status = running.worker_status()
         except Unavailable:  # too busy to answer in time, or Serve is replacing it
             stop.wait(_POLL_S)
             continue
@@ -184,32 +155,22 @@ def _print_ready(config: MoesaicConfig, on_progress: Callable[[str], None]) -> N
     host = "127.0.0.1" if frontend.host in ("0.0.0.0", "::") else frontend.host
     url = f"http://{host}:{frontend.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_key else ""
-    body = f'{{"model": "{info.name}", "messages": [{{"role": "user", "content": "What is 12 + 30?"}}], "max_tokens": 32}}'
-    on_progress(f"ready: {info.name} at {url}/v1  (status: {url}/status, experts: {url}/experts, metrics: {url}/metrics)")
+    body = (
+        f'{{"model": "{info.name}", "messages": [{{"role": "user", "content": "What is 12 + 30?"}}], "max_tokens": 32}}'
+    )
+    on_progress(
+        f"ready: {info.name} at {url}/v1  (status: {url}/status, experts: {url}/experts, metrics: {url}/metrics)"
+    )
     on_progress(f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
 
 
-def _drain(handle: DeploymentHandle[Any], timeout_s: float, on_progress: Callable[[str], None]) -> None:
+def _drain(running: RunningApplication, timeout_s: float, on_progress: Callable[[str], None]) -> None:
     """Refuse new requests and wait for those in flight."""
-    handle.begin_drain.remote().result(timeout_s=10)
+    running.begin_drain()
     deadline_s = time.monotonic() + timeout_s
-    while (running := handle.num_in_flight.remote().result(timeout_s=10)) and time.monotonic() < deadline_s:
-        on_progress(f"draining: {running} requests in flight")
+    while (in_flight := running.num_in_flight()) and time.monotonic() < deadline_s:
+        on_progress(f"draining: {in_flight} requests in flight")
         time.sleep(1.0)
-
-
-def _shut_down(config: MoesaicConfig, *, started_ray: bool) -> None:
-    import ray
-    from ray import serve
-
-    from actors.deployments import stop_valkey_actor
-
-    serve.delete(APPLICATION)
-    if _embeds_valkey(config):
-        stop_valkey_actor(config.ray.namespace)
-    if started_ray:
-        serve.shutdown()
-        ray.shutdown()
 
 
 def _setter(event: threading.Event) -> Callable[[int, FrameType | None], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -48,21 +48,27 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which model, and how it computes."""
 
-    path: str = Field(DEFAULT_MODEL, description="local Hugging Face directory, hub id, or the embedded moesaic-demo")
-    served_name: str | None = Field(None, description="name clients use; default: the last part of path")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="auto: bfloat16 for bfloat16 checkpoints, else float32")
-    max_model_len: int | None = Field(None, ge=16, description="longest sequence in tokens; default: the model's")
+    path: str = Field(
+        default=DEFAULT_MODEL, description="local Hugging Face directory, hub id, or the embedded moesaic-demo"
+    )
+    served_name: str | None = Field(default=None, description="name clients use; default: the last part of path")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto", description="auto: bfloat16 for bfloat16 checkpoints, else float32"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=16, description="longest sequence in tokens; default: the model's"
+    )
 
 
 class AttentionConfig(_Section):
     """The attention worker: batching, KV cache, threads."""
 
-    kv_cache: str = Field("256MiB", description="KV cache bytes per worker")
-    block_size: int = Field(16, ge=1, le=256, description="tokens per KV block")
-    max_batch_tokens: int = Field(512, ge=1, description="token rows in one step (prefill chunk bound)")
-    max_running: int = Field(32, ge=1, description="sequences that decode together")
-    max_queue: int = Field(256, ge=0, description="requests that may wait; more are answered 429")
-    threads: int = Field(0, ge=0, description="compute threads per worker; 0: all cores but one, at least one")
+    kv_cache: str = Field(default="256MiB", description="KV cache bytes per worker")
+    block_size: int = Field(default=16, ge=1, le=256, description="tokens per KV block")
+    max_batch_tokens: int = Field(default=512, ge=1, description="token rows in one step (prefill chunk bound)")
+    max_running: int = Field(default=32, ge=1, description="sequences that decode together")
+    max_queue: int = Field(default=256, ge=0, description="requests that may wait; more are answered 429")
+    threads: int = Field(default=0, ge=0, description="compute threads per worker; 0: all cores but one, at least one")
 
     @field_validator("kv_cache")
     @classmethod
@@ -74,9 +80,11 @@ class AttentionConfig(_Section):
 class ExpertsConfig(_Section):
     """The expert memory."""
 
-    cache: str = Field("100%", description="fast-tier budget: bytes or percent of the routed-expert bytes")
-    io_threads: int = Field(3, ge=1, le=64, description="threads that read experts from disk")
-    direct_io: Literal["auto", "never"] = Field("auto", description="never: buffered reads that drop the page cache")
+    cache: str = Field(default="100%", description="fast-tier budget: bytes or percent of the routed-expert bytes")
+    io_threads: int = Field(default=3, ge=1, le=64, description="threads that read experts from disk")
+    direct_io: Literal["auto", "never"] = Field(
+        default="auto", description="never: buffered reads that drop the page cache"
+    )
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -88,26 +96,26 @@ class ExpertsConfig(_Section):
 class RedisConfig(_Section):
     """Where activation statistics are aggregated."""
 
-    url: str | None = Field(None, description="redis://[:password@]host:port/db; wins over the embedded server")
-    embedded: bool = Field(True, description="start a Valkey of our own when no url is given")
+    url: str | None = Field(default=None, description="redis://[:password@]host:port/db; wins over the embedded server")
+    embedded: bool = Field(default=True, description="start a Valkey of our own when no url is given")
 
 
 class FrontendConfig(_Section):
     """HTTP front end."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    api_key: SecretStr | None = Field(None, description="clients must send it as a bearer token")
-    max_body_bytes: int = Field(4 * 2**20, ge=1024)
-    request_timeout_s: float = Field(600.0, gt=0)
-    drain_timeout_s: float = Field(30.0, ge=0)
-    keep_alive_s: float = Field(15.0, gt=0, description="an SSE comment after this long without a token")
+    port: int = Field(default=8000, ge=1, le=65535)
+    api_key: SecretStr | None = Field(default=None, description="clients must send it as a bearer token")
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+    keep_alive_s: float = Field(default=15.0, gt=0, description="an SSE comment after this long without a token")
 
 
 class RayConfig(_Section):
     """Which Ray cluster to join."""
 
-    address: str | None = Field(None, description="of a running cluster; default: a local Ray of our own")
+    address: str | None = Field(default=None, description="of a running cluster; default: a local Ray of our own")
     namespace: str = "moesaic"
 
 
@@ -146,12 +154,12 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text())
+            loaded = cast(object, yaml.safe_load(path.read_text()))
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"config file {path}: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"config file {path}: the top level must be a mapping of sections")
-        tree = loaded or {}
+        tree = cast("dict[str, Any]", loaded or {})
     config = _validated(tree)
     if not overrides:
         return config
@@ -180,7 +188,7 @@ def from_tree(tree: dict[str, Any]) -> MoesaicConfig:
             sections[name] = _SECTIONS[name].model_validate(value)
         except ValidationError as error:
             raise ConfigError(_explain(error, section=name)) from error
-    return MoesaicConfig.model_construct(**sections)
+    return MoesaicConfig.model_construct(None, **sections)
 
 
 def _validated(tree: dict[str, Any]) -> MoesaicConfig:

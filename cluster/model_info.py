@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,12 +47,13 @@ def resolve_model(path: str) -> Path:
             f"model {path!r}: no such directory, and no embedded model of that name; "
             "give a Hugging Face directory, a hub id (owner/name), or moesaic-demo"
         )
-    from huggingface_hub import snapshot_download  # heavy, and only for hub ids
+    import huggingface_hub  # heavy, and only for hub ids
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated classes; all mean "not had"
+        hub = cast("Any", huggingface_hub)  # its signatures are only partly typed
+        return Path(hub.snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many unrelated classes; all mean "not had"
         raise ConfigError(f"model {path!r}: not a local directory, and the hub did not give it: {error}") from error
 
 
@@ -67,8 +68,8 @@ def load_model_info(path: str, *, served_name: str | None = None, max_model_len:
         raise CheckpointError(f"{directory / 'config.json'}: max_position_embeddings is missing")
     if max_model_len is not None and max_model_len > context:
         raise ConfigError(f"config field model.max_model_len: {max_model_len} exceeds the model's context of {context}")
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
+    eos: object = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos_ids = tuple(cast("list[int]", eos)) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
     return ModelInfo(
         path=directory,
         name=served_name or directory.name,
@@ -82,8 +83,16 @@ def load_model_info(path: str, *, served_name: str | None = None, max_model_len:
 
 
 def _embedded_roots() -> tuple[Path, ...]:
-    """A checkout (also editable installs) keeps models beside the packages, a wheel under share/."""
-    return (Path(__file__).resolve().parent.parent / "models", Path(sys.prefix) / "share" / "moesaic" / "models")
+    """Where embedded models are: beside the packages in a checkout, below share/ where a wheel was installed."""
+    checkout = Path(__file__).resolve().parent.parent / "models"
+    try:
+        files = metadata.files("moesaic") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    installed = {
+        Path(str(f.locate())).resolve().parent.parent for f in files if f.match("share/moesaic/models/*/config.json")
+    }
+    return (checkout, *sorted(installed))
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:

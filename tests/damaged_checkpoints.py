@@ -1,4 +1,4 @@
-"""Copies of the demo model with one thing wrong. Links what is whole; a damaged weights file is sparse, so it is cheap."""
+"""Copies of the demo model with one thing wrong: links to what is whole, and a sparse file for damaged weights."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Divergence:
     def __str__(self) -> str:
         return (
             f"{self.case.name} ({len(self.case.prompt_ids)} prompt tokens): token {self.index} is {self.got}, "
-            f"reference {self.expected}; relative gaps: top-2 logits {self.logit_gap:.2e}, closest gate {self.gate_gap:.2e}"
+            f"reference {self.expected}; relative gaps: top-2 logits {self.logit_gap:.2e}, gate {self.gate_gap:.2e}"
         )
 
 

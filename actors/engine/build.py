@@ -60,7 +60,9 @@ def build_engine(
     native_rows = speed_up(loaded.model, native) if native else 0
     dispatcher = LocalDispatcher(store, compute)
     block_size = config.attention.block_size
-    runner = ModelRunner(loaded, dispatcher, native, num_blocks=num_blocks, block_size=block_size, native_rows=native_rows)
+    runner = ModelRunner(
+        loaded, dispatcher, native, num_blocks=num_blocks, block_size=block_size, native_rows=native_rows
+    )
     batcher = Batcher(
         KvBlocks(num_blocks, block_size),
         max_batch_tokens=config.attention.max_batch_tokens,
@@ -101,7 +103,7 @@ def _num_blocks(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel) -> 
     needed = -(-info.max_model_len // config.attention.block_size) + 1  # block 0 is for padding
     if num_blocks < needed:
         raise ConfigError(
-            f"config field attention.kv_cache: {config.attention.kv_cache} holds {num_blocks} blocks of {block_bytes} bytes, "
+            f"config field attention.kv_cache: {config.attention.kv_cache} is {num_blocks} blocks of {block_bytes} bytes, "
             f"one sequence of {info.max_model_len} tokens needs {needed}; give at least {needed * block_bytes} bytes "
             f"or lower model.max_model_len"
         )

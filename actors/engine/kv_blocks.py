@@ -77,7 +77,9 @@ class KvBlocks:
             matched.append(block)
         return matched
 
-    def publish(self, token_ids: Sequence[int], blocks: Sequence[int], computed: int, start: int = 0, parent: int = 0) -> tuple[int, int]:
+    def publish(
+        self, token_ids: Sequence[int], blocks: Sequence[int], computed: int, start: int = 0, parent: int = 0
+    ) -> tuple[int, int]:
         """Make full, computed blocks findable by `match_prefix`.
 
         Args:

@@ -114,7 +114,9 @@ class ModelRunner:
         if step.num_decode:
             out[: step.num_decode] = self._attend_decode(layer, rows_THC[: step.num_decode], step, scale, window)
         for span in step.prefill:
-            out[span.start : span.stop] = self._attend_span(layer, rows_THC[span.start : span.stop], span, scale, window)
+            out[span.start : span.stop] = self._attend_span(
+                layer, rows_THC[span.start : span.stop], span, scale, window
+            )
         return out.unsqueeze(0)
 
     def append_kv(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -127,7 +129,9 @@ class ModelRunner:
 
     def run_experts(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """The suspension point: hands the work to whoever drives this forward."""
-        return greenlet.getcurrent().parent.switch(ExpertWork(layer, hidden, topk_ids, topk_weights))
+        driver = greenlet.getcurrent().parent
+        assert driver is not None, "experts outside a driven forward"
+        return driver.switch(ExpertWork(layer, hidden, topk_ids, topk_weights))
 
     def _forward(self, step: StepInputs) -> Tensor:
         with torch.inference_mode():

@@ -91,10 +91,10 @@ class ExpertCompute:
             self._run_native(x_TD, experts, offsets, pairs, y_PD, top_k=top_k)
             return
         many = np.diff(offsets) >= threshold
-        for i in np.flatnonzero(many):
+        for i in np.flatnonzero(many).tolist():
             self._run_torch(x_TD, experts[i], pairs[offsets[i] : offsets[i + 1]], y_PD, top_k=top_k)
-        few = np.flatnonzero(~many)
-        if len(few):
+        few = np.flatnonzero(~many).tolist()
+        if few:
             spans = [pairs[offsets[i] : offsets[i + 1]] for i in few]
             starts = np.cumsum([0, *(len(span) for span in spans)])
             self._run_native(x_TD, [experts[i] for i in few], starts, np.concatenate(spans), y_PD, top_k=top_k)

@@ -6,6 +6,7 @@ system takes it (probed with a real read), else buffered reads whose pages are d
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterable
@@ -48,7 +49,8 @@ def plan_read(parts: Iterable[TensorRef]) -> ReadPlan:
         start, stop = _align_down(ref.offset), _align_up(ref.offset + ref.num_bytes)
         last = segments[-1] if segments else None
         if last is not None and last.file == ref.file and start <= last.file_offset + last.num_bytes:
-            segments[-1] = Segment(ref.file, last.file_offset, stop - last.file_offset, last.slot_offset)
+            num_bytes = max(stop - last.file_offset, last.num_bytes)
+            segments[-1] = Segment(ref.file, last.file_offset, num_bytes, last.slot_offset)
         else:
             segments.append(Segment(ref.file, start, stop - start, _slot_end(segments)))
         offsets[i] = segments[-1].slot_offset + ref.offset - segments[-1].file_offset
@@ -64,12 +66,13 @@ class ExpertReader:
         self._paths = sorted(set(files))
         self.mode = "O_DIRECT"
         try:
-            self._fds = _open_all(self._paths, direct=direct_io)
+            self._fds = _open_all(self._paths, direct=True) if direct_io else {}
         except OSError:
             self._fds = {}
         if not self._fds:
             self.mode = "buffered, page cache dropped"
-            self._fds = _open_all(self._paths, direct=False, required=True)
+            self._fds = _open_all(self._paths, direct=False)
+        self._sizes = {path: os.fstat(fd).st_size for path, fd in self._fds.items()}
         for fd in self._fds.values():  # what others (or the dense weights' loader) left in the page cache
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -102,36 +105,39 @@ class ExpertReader:
 
     def _read_range(self, file: Path, offset: int, view: memoryview) -> int:
         fd, done = self._fds[file], 0
+        wanted = min(
+            len(view), self._sizes[file] - offset
+        )  # the aligned tail of the last tensor may reach past the end
         try:
-            while done < len(view):
+            while done < wanted:
                 got = os.preadv(fd, [view[done:]], offset + done)
                 if got == 0:
-                    break  # the aligned tail of the last tensor may reach past the end of the file
-                done += got
-                if done % PAGE_BYTES:
                     break
+                done += got
             if self.mode != "O_DIRECT":
                 os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise ExpertReadError(f"{file}: reading {len(view)} bytes at {offset} failed: {error}") from error
-        if len(view) - done >= PAGE_BYTES:
-            raise ExpertReadError(f"{file}: shorter than at start: wanted {len(view)} bytes at {offset}, got {done}")
+        if done < wanted:
+            raise ExpertReadError(f"{file}: shorter than at start: wanted {wanted} bytes at {offset}, got {done}")
         return done
 
 
-def _open_all(paths: list[Path], *, direct: bool, required: bool = False) -> dict[Path, int]:
-    if not required and not direct:
-        return {}
+def _open_all(paths: list[Path], *, direct: bool) -> dict[Path, int]:
+    """Raises OSError, with no file left open: one is missing, or its file system refuses O_DIRECT."""
     fds: dict[Path, int] = {}
-    for path in paths:
-        fds[path] = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-    if direct:
-        import mmap
-
-        probe = mmap.mmap(-1, PAGE_BYTES)  # anonymous maps are page-aligned, as O_DIRECT wants
+    try:
+        for path in paths:
+            fds[path] = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+            if direct:
+                with mmap.mmap(-1, PAGE_BYTES) as probe:  # anonymous maps are page-aligned, as O_DIRECT wants
+                    os.preadv(fds[path], [probe], 0)
+            else:  # no read-ahead: what was not asked for would stay in the page cache
+                os.posix_fadvise(fds[path], 0, 0, os.POSIX_FADV_RANDOM)
+    except OSError:
         for fd in fds.values():
-            os.preadv(fd, [probe], 0)
-        probe.close()
+            os.close(fd)
+        raise
     return fds
 
 

@@ -76,7 +76,7 @@ class ExpertStore:
         num_slots = min(budget_bytes // self.slot_bytes, len(self._plans))
         if num_slots < min_experts:
             raise ConfigError(
-                f"config field experts.cache: {budget_bytes} bytes hold {num_slots} experts of {self.slot_bytes} bytes, "
+                f"config field experts.cache: {budget_bytes} bytes hold {num_slots} experts of {self.slot_bytes}, "
                 f"one token's active experts are {min_experts}; the minimum is {min_experts * self.slot_bytes} bytes "
                 f"({100 * min_experts / len(self._plans):.2f}% of {self.model_bytes})"
             )

@@ -58,7 +58,7 @@ class NativeKernels:
             topk_ids: int64, contiguous, any shape of P elements in [0, num_experts).
             counts: (num_experts,) int64; each expert's number of choices is added.
         Returns:
-            The n experts chosen, ascending; (n + 1,) offsets; (P,) pairs: expert i has pairs[offsets[i]:offsets[i + 1]].
+            The n experts chosen, ascending; (n + 1,) offsets; (P,) pairs: [offsets[i], offsets[i + 1]) are the i-th's.
         """
         P, E = topk_ids.numel(), len(counts)
         buffer = np.empty(P + 3 * E + 1, dtype=np.int64)
@@ -130,9 +130,7 @@ class NativeKernels:
         x = x.contiguous()
         D = x.shape[-1]
         out = torch.empty(x.shape, dtype=x.dtype)
-        self._rms_norm(
-            x.data_ptr(), weight.data_ptr(), x.numel() // D, D, eps, out.data_ptr(), DTYPE_CODES[x.dtype]
-        )
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), x.numel() // D, D, eps, out.data_ptr(), DTYPE_CODES[x.dtype])
         return out
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def load_model(info: ModelInfo, dtype_name: str) -> LoadedModel:
 def _read_config(info: ModelInfo) -> Any:
     try:
         return AutoConfig.from_pretrained(info.path)
-    except Exception as error:  # noqa: BLE001 - classes of several libraries, and all mean the same to the operator
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{info.path / 'config.json'}: transformers cannot read it: {reason}") from error
 
@@ -85,7 +85,9 @@ def _refuse_unsupported(info: ModelInfo, config: Any) -> None:
         raise CheckpointError(f"{info.path / 'config.json'}: quantization {method!r} is not supported yet")
     for kind in getattr(config.get_text_config(), "layer_types", None) or ():
         if kind not in ("full_attention", "sliding_attention"):
-            raise CheckpointError(f"{info.path / 'config.json'}: layer type {kind!r} (linear or sparse attention) is not supported")
+            raise CheckpointError(
+                f"{info.path / 'config.json'}: layer type {kind!r} (linear or sparse attention) is not supported"
+            )
 
 
 def _compute_dtype(name: str, index: dict[str, TensorRef]) -> torch.dtype:
@@ -104,7 +106,9 @@ def _skeleton(info: ModelInfo, config: Any, dtype: torch.dtype) -> PreTrainedMod
                 config, dtype=dtype, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION
             )
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{info.path / 'config.json'}: transformers cannot build {info.model_type!r}: {error}") from error
+        raise CheckpointError(
+            f"{info.path / 'config.json'}: transformers cannot build {info.model_type!r}: {error}"
+        ) from error
     # Parameters come from the checkpoint; buffers (rotary frequencies) are computed, so they must be real.
     for module in model.modules():
         buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
@@ -116,7 +120,9 @@ def _skeleton(info: ModelInfo, config: Any, dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
-def _load_dense(model: PreTrainedModel, index: dict[str, TensorRef], rules: ConversionRules, experts: list[str]) -> None:
+def _load_dense(
+    model: PreTrainedModel, index: dict[str, TensorRef], rules: ConversionRules, experts: list[str]
+) -> None:
     parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_expert_key(n, experts)}
     persistent = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     wanted = parameters | persistent
@@ -124,7 +130,9 @@ def _load_dense(model: PreTrainedModel, index: dict[str, TensorRef], rules: Conv
     for name, ref, value in _read_dense(index, rules, experts, set(wanted)):
         target = wanted[name]
         if tuple(target.shape) != ref.shape:
-            raise CheckpointError(f"{ref.file}: tensor {ref.name} has shape {ref.shape}, expected {tuple(target.shape)}")
+            raise CheckpointError(
+                f"{ref.file}: tensor {ref.name} has shape {ref.shape}, expected {tuple(target.shape)}"
+            )
         _assign(model, name, value.to(target.dtype), is_buffer=name in persistent)
         missing.discard(name)
     model.tie_weights()
@@ -148,7 +156,9 @@ def _read_dense(
         with _open(file) as tensors:
             for name, ref in entries:
                 if ref.dtype not in _STORED:
-                    raise CheckpointError(f"{file}: tensor {ref.name} is stored as {ref.dtype}; one of F32, BF16, F16 is read")
+                    raise CheckpointError(
+                        f"{file}: tensor {ref.name} is stored as {ref.dtype}; one of F32, BF16, F16 is read"
+                    )
                 yield name, ref, tensors.get_tensor(ref.name).clone()
 
 

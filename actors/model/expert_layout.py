@@ -117,7 +117,9 @@ def derive_layout(
             experts[ExpertId(layer, expert)] = ExpertTensors(**parts)
     dtypes = {part.dtype for expert in experts.values() for part in expert.parts}
     if len(dtypes) != 1 or not dtypes <= {"BF16", "F16", "F32"}:
-        raise CheckpointError(f"{_any_file(index)}: experts are stored as {sorted(dtypes)}; one of BF16, F16, F32 is read")
+        raise CheckpointError(
+            f"{_any_file(index)}: experts are stored as {sorted(dtypes)}; one of BF16, F16, F32 is read"
+        )
     return ExpertLayout(
         experts=experts,
         layers=tuple(sorted(modules.values())),

@@ -23,7 +23,9 @@ _ROPE = "apply_rotary_pos_emb"
 
 def speed_up(model: nn.Module, native: NativeKernels) -> int:
     """Swap what can be swapped; the number of rows up to which linear layers run compiled."""
-    linears = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in DTYPE_CODES and not m.weight.is_meta]
+    linears = [
+        m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype in DTYPE_CODES and not m.weight.is_meta
+    ]
     max_rows = _calibrate_rows(linears, native)
     for linear in linears:
         linear.forward = _linear_forward(linear, native, max_rows)  # type: ignore[method-assign]
@@ -31,7 +33,10 @@ def speed_up(model: nn.Module, native: NativeKernels) -> int:
         eps = getattr(module, "variance_epsilon", None)
         if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _norm_agrees(module, native, eps):
             module.forward = _norm_forward(module, native, eps)  # type: ignore[method-assign]
-        if _ROPE in getattr(type(module).forward, "__globals__", {}) and _ROPE in type(module).forward.__code__.co_names:
+        if (
+            _ROPE in getattr(type(module).forward, "__globals__", {})
+            and _ROPE in type(module).forward.__code__.co_names
+        ):
             _swap_rope(module, native)
     return max_rows
 
@@ -97,7 +102,9 @@ def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], ours: Callable[
         except (TypeError, RuntimeError):  # another signature or layout: not the common rotary embedding
             return False
         tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-        if not all(torch.allclose(a.float(), b.float(), rtol=tolerance, atol=1e-6) for a, b in zip(expected, got, strict=True)):
+        if not all(
+            torch.allclose(a.float(), b.float(), rtol=tolerance, atol=1e-6) for a, b in zip(expected, got, strict=True)
+        ):
             return False
     return True
 

@@ -52,14 +52,17 @@ def read_index(directory: Path) -> dict[str, TensorRef]:
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            entries: dict[str, object] = json.loads(index.read_text())["weight_map"]
+            weight_map = {name: str(shard) for name, shard in entries.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index ({error})") from error
         tensors: dict[str, TensorRef] = {}
         for shard in sorted(set(weight_map.values())):
             if not (directory / shard).is_file():
                 names = sorted(name for name, file in weight_map.items() if file == shard)
-                raise CheckpointError(f"{directory / shard}: shard is missing; it holds {names[0]} and {len(names) - 1} more")
+                raise CheckpointError(
+                    f"{directory / shard}: shard is missing; it holds {names[0]} and {len(names) - 1} more"
+                )
             tensors |= _read_header(directory / shard)
         for name, shard in weight_map.items():
             if name not in tensors:
@@ -80,19 +83,23 @@ def _read_header(file: Path) -> dict[str, TensorRef]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{file}: truncated or not safetensors: header of {length} bytes, file of {size}")
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError, struct.error) as error:
+            entries: dict[str, dict] = dict(json.loads(stream.read(length)).items())
+    except (OSError, ValueError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file}: not a safetensors file ({error})") from error
     start = 8 + length
     tensors: dict[str, TensorRef] = {}
-    for name, entry in header.items():
+    for name, entry in entries.items():
         if name == "__metadata__":
             continue
         try:
-            begin, end = entry["data_offsets"]
+            begin, end = (int(offset) for offset in entry["data_offsets"])
             dtype, shape = str(entry["dtype"]), tuple(int(dim) for dim in entry["shape"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{file}: tensor {name} has a broken header entry ({error})") from error
+        if not 0 <= begin <= end or any(dim < 0 for dim in shape):
+            raise CheckpointError(
+                f"{file}: tensor {name} has a broken header entry (offsets {begin}:{end}, shape {shape})"
+            )
         if start + end > size:
             raise CheckpointError(
                 f"{file}: truncated: tensor {name} ends at byte {start + end}, the file at {size}; download it again"

@@ -52,7 +52,9 @@ class PackedCache:
     def __init__(self, target: SeamTarget) -> None:
         self._target = target
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append the step's rows; the attention function reads the pages, so the inputs go back as they are."""
         self._target.append_kv(layer_idx, key_states, value_states)
         return key_states, value_states

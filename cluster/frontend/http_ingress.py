@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import MoesaicConfig, from_tree
@@ -18,10 +17,10 @@ from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient
 from cluster.types import WorkerStatus
 
-INGRESS_DEPLOYMENT = "HttpIngress"
 
-
-def build_front_end(config: MoesaicConfig, info: ModelInfo, worker: AttentionWorkerClient) -> tuple[GenerationService, FastAPI]:
+def build_front_end(
+    config: MoesaicConfig, info: ModelInfo, worker: AttentionWorkerClient
+) -> tuple[GenerationService, FastAPI]:
     """The generation service and the HTTP application over `worker`."""
     metrics = FrontendMetrics()
     service = GenerationService(worker, Tokenizer.load(info.path), info, config.frontend, metrics)
@@ -29,7 +28,7 @@ def build_front_end(config: MoesaicConfig, info: ModelInfo, worker: AttentionWor
 
 
 class HttpIngress:
-    """Serve ingress replica: owns one HTTP application."""
+    """Serve ingress replica: owns one HTTP application. Its options are in `actors/deployments.py`."""
 
     def __init__(self, config_tree: dict[str, Any], workers: DeploymentHandle[Any]) -> None:
         from actors.worker_client import ServeWorkerClient
@@ -55,17 +54,3 @@ class HttpIngress:
     async def num_in_flight(self) -> int:
         """Requests still being answered."""
         return self._app.state.requests.num_in_flight
-
-
-def ingress_deployment(*, max_open: int) -> serve.Deployment:
-    """The ingress; our own bounded queue refuses, Serve's must not queue before it."""
-    return serve.deployment(
-        serve.ingress()(HttpIngress),
-        name=INGRESS_DEPLOYMENT,
-        num_replicas=1,
-        max_ongoing_requests=2 * max_open + 64,
-        health_check_period_s=5,
-        graceful_shutdown_timeout_s=5,
-        graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0},
-    )

@@ -33,6 +33,7 @@ def test_interrupt_finishes_the_stream_and_refuses_new_requests() -> None:
             return answer if answer.status_code != 200 else None
 
         answer = poll(refused, deadline_s=5, what="new requests are refused")
+        assert answer is not None
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
         assert httpx.get(f"{server.url}/ready", timeout=20).json()["phase"] == "draining"

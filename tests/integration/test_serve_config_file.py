@@ -33,11 +33,16 @@ def deployed(tmp_path: Path) -> Iterator[LiveServer]:
     environment = clean_environment(
         RAY_TMPDIR=str(root), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0"
     )
-    head = [
-        *(str(BIN / "ray"), "start", "--head", "--block", f"--port={free_port()}", "--object-store-memory=268435456"),
-        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"),
-        f"--ray-client-server-port={free_port()}",
-    ]
+    # Every port that has a default, so that this Ray can live beside another.
+    options = {
+        "port": free_port(),
+        "ray-client-server-port": free_port(),
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": free_port(),
+        "object-store-memory": 2**28,
+    }
+    head = [str(BIN / "ray"), "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
             head, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

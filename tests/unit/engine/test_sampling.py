@@ -26,17 +26,18 @@ def _draws(logits: Tensor, num: int, **fields: Any) -> list[int]:
     return tokens
 
 
-def _frequencies(tokens: list[int], size: int) -> Tensor:
-    return torch.bincount(torch.tensor(tokens), minlength=size).double() / len(tokens)
-
-
-def _chi_square(tokens: list[int], probs: Tensor) -> float:
-    """Per degree of freedom: about 1 if the tokens are drawn from `probs`."""
+def _deviation(tokens: list[int], probs: Tensor) -> float:
+    """Chi-square of the tokens against `probs`, as standard deviations (Wilson-Hilferty); about 0 +- 1 if they fit."""
     expected = probs * len(tokens)
     seen = torch.bincount(torch.tensor(tokens), minlength=len(probs)).double()
-    assert not seen[probs == 0].any(), "a token of probability zero was drawn"
     kept = probs > 0
-    return float(((seen[kept] - expected[kept]) ** 2 / expected[kept]).sum() / max(1, int(kept.sum()) - 1))
+    assert not seen[~kept].any(), "a token of probability zero was drawn"
+    freedom = int(kept.sum()) - 1
+    if freedom == 0:
+        return 0.0
+    chi_square = float(((seen[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    spread = 2 / (9 * freedom)
+    return ((chi_square / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
 
 
 def _filtered(logits: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
@@ -93,18 +94,18 @@ def test_temperature_zero_is_greedy_whatever_the_filters(logits: list[float], se
 def test_draws_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
 
-    tokens = _draws(logits, 2500, temperature=0.7, seed=11)
+    tokens = _draws(logits, 1000, temperature=0.7, seed=11)
 
-    assert _chi_square(tokens, torch.softmax(logits.double() / 0.7, dim=-1)) < 2.2
+    assert _deviation(tokens, torch.softmax(logits.double() / 0.7, dim=-1)) < 3.5
 
 
 def test_draws_over_seeds_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
-    num = 2500
+    num = 1000
 
     tokens, _ = sample(logits.expand(num, -1), [_params(seed=s) for s in range(num)], [(0, 0)] * num, [()] * num)
 
-    assert _chi_square(tokens, torch.softmax(logits.double(), dim=-1)) < 2.2
+    assert _deviation(tokens, torch.softmax(logits.double(), dim=-1)) < 3.5
 
 
 @pytest.mark.parametrize(
@@ -127,10 +128,10 @@ def test_filtered_draws_follow_the_filtered_distribution(filters: dict[str, Any]
     logits = torch.tensor([0.3, 2.0, -0.5, 1.2, 0.9, -2.0, 1.9, 0.0])
     exact = _filtered(logits, temperature=0.9, **({"top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters))
 
-    tokens = _draws(logits, 1500, temperature=0.9, seed=5, **filters)
+    tokens = _draws(logits, 800, temperature=0.9, seed=5, **filters)
 
     assert set(tokens) == set(torch.nonzero(exact).flatten().tolist())
-    assert _chi_square(tokens, exact) < 2.5
+    assert _deviation(tokens, exact) < 3.5
 
 
 @settings(max_examples=60, deadline=None)
@@ -163,9 +164,9 @@ def test_tiny_temperature_is_greedy(temperature: float) -> None:
 
 
 def test_huge_temperature_is_even() -> None:
-    tokens = _draws(torch.tensor([100.0, 0.0, -100.0, 5.0]), 2000, temperature=1e6)
+    tokens = _draws(torch.tensor([100.0, 0.0, -100.0, 5.0]), 800, temperature=1e6)
 
-    assert _chi_square(tokens, torch.full((4,), 0.25, dtype=torch.float64)) < 2.5
+    assert _deviation(tokens, torch.full((4,), 0.25, dtype=torch.float64)) < 3.5
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -233,7 +234,3 @@ def test_bfloat16_logits_are_taken() -> None:
     tokens, _ = sample(torch.tensor([[0.0, 5.0]], dtype=torch.bfloat16), [_params(temperature=0.0)], [(0, 0)], [()])
 
     assert tokens == [1]
-
-
-def test_frequencies_of_two_even_tokens_are_even() -> None:
-    assert float(_frequencies(_draws(torch.zeros(2), 2000), 2)[0]) == pytest.approx(0.5, abs=0.03)

@@ -1,0 +1,94 @@
+"""Starts and stops Ray and Ray Serve, and talks to the running application: Ray's side of `moesaic serve`.
+
+Knows Ray's life cycle calls and options; knows nothing of models or configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve import Application
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from actors.deployments import start_valkey_actor, stop_valkey_actor
+from cluster.types import WorkerStatus
+
+_OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
+_CALL_TIMEOUT_S = 30.0
+_SPARE_TIMEOUT_S = 30.0  # our own deadline must come before Serve's
+
+
+class RayRuntime:
+    """A Ray cluster, joined or started; ends only what it started."""
+
+    def __init__(self, *, address: str | None, namespace: str) -> None:
+        self._namespace = namespace
+        self._started_ray = address is None
+        self._started_valkey = False
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if address is None:
+            ray.init(
+                address="local",  # without it, Ray joins a cluster that it finds on this machine
+                namespace=namespace,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+            )
+        else:
+            ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+
+    def start_valkey(self) -> None:
+        """Begin to start the cluster's embedded Valkey; does not wait for it."""
+        start_valkey_actor(self._namespace)
+        self._started_valkey = True
+
+    def start_serve(self, *, host: str, port: int, request_timeout_s: float) -> None:
+        """Start Serve's controller and its HTTP proxy."""
+        timeout_s = request_timeout_s + _SPARE_TIMEOUT_S
+        serve.start(
+            proxy_location="HeadOnly", http_options={"host": host, "port": port, "request_timeout_s": timeout_s}
+        )
+
+    def run(self, application: Application, *, name: str) -> RunningApplication:
+        """Deploy and return when every replica exists (its model may still be loading)."""
+        return RunningApplication(name, serve.run(application, name=name, route_prefix="/"))
+
+    def stop(self, application: str) -> None:
+        """Take the application down, then what was started here; tolerates what is gone already."""
+        with contextlib.suppress(RayServeException, RayError):
+            serve.delete(application)
+        if self._started_valkey:
+            with contextlib.suppress(RayError):
+                stop_valkey_actor(self._namespace)
+        if self._started_ray:
+            with contextlib.suppress(RayServeException, RayError):
+                serve.shutdown()
+            ray.shutdown()
+
+
+class RunningApplication:
+    """The ingress of a deployed application, for whoever started it."""
+
+    def __init__(self, name: str, handle: DeploymentHandle) -> None:
+        self.name = name
+        self._handle = handle
+
+    def worker_status(self) -> WorkerStatus:
+        """The attention worker's status."""
+        return self._handle.worker_status.remote().result(timeout_s=_CALL_TIMEOUT_S)
+
+    def begin_drain(self) -> None:
+        """Refuse new requests from now on."""
+        self._handle.begin_drain.remote().result(timeout_s=_CALL_TIMEOUT_S)
+
+    def num_in_flight(self) -> int:
+        """Requests still being answered."""
+        return self._handle.num_in_flight.remote().result(timeout_s=_CALL_TIMEOUT_S)
