@@ -89,7 +89,7 @@ def _compare(
 
 
 def _engine(path: Path) -> EngineParts:
-    config = load_config(None, {"model": {"path": str(path), "dtype": "bfloat16"}})
+    config = load_config(None, {"model": {"path": str(path), "dtype": "bfloat16"}, "experts": {"cache": "100%"}})
     return build_engine(config, load_model_info(str(path)), threads=1)
 
 

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from cluster.errors import ConfigError
 
 DEFAULT_MODEL = "moesaic-demo"
+AUTO = "auto"
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
@@ -80,7 +81,7 @@ class AttentionConfig(_Section):
 class ExpertsConfig(_Section):
     """The expert memory."""
 
-    cache: str = Field(default="100%", description="fast-tier budget: bytes or percent of the routed-expert bytes")
+    cache: str = Field(default=AUTO, description="fast-tier budget: bytes, percent of the routed-expert bytes, or auto")
     io_threads: int = Field(default=3, ge=1, le=64, description="threads that read experts from disk")
     direct_io: Literal["auto", "never"] = Field(
         default="auto", description="never: buffered reads that drop the page cache"
@@ -89,7 +90,8 @@ class ExpertsConfig(_Section):
     @field_validator("cache", mode="before")
     @classmethod
     def _is_cache_size(cls, value: object) -> str:
-        parse_cache_size(str(value), total_bytes=1)
+        if value != AUTO:
+            parse_cache_size(str(value), total_bytes=1)
         return str(value)
 
 

@@ -1,7 +1,7 @@
 """A real `moesaic serve`: its own process group, port and Ray directory. Knows processes; knows no API but /ready.
 
-Every process of a server has the server's RAY_TMPDIR in its environment, also those that were started
-in sessions of their own or whose parent is gone. That is how they are found again.
+Processes of a server are found by the server's RAY_TMPDIR in their environment, which they have also when
+they were started in sessions of their own or their parent is gone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,9 +73,20 @@ class LiveServer:
         self.assert_ends(0)
 
     def assert_ends(self, code: int, deadline_s: float = STOP_DEADLINE_S) -> None:
-        """It ends by itself with `code`, and no process of it is left."""
-        assert self.process.wait(deadline_s) == code, self.log
-        poll(lambda: not processes_of(self.root), deadline_s=_GONE_DEADLINE_S, what=lambda: _describe(self.root))
+        """It ends by itself with `code`, and no process that it ever had is left."""
+        seen: set[psutil.Process] = set()
+
+        def has_ended() -> bool:
+            seen.update(processes_of(self.root))
+            return self.process.poll() is not None
+
+        poll(has_ended, deadline_s=deadline_s, what=lambda: f"the end of the server; its log:\n{self.log}", every_s=0.2)
+        assert self.process.returncode == code, self.log
+        poll(
+            lambda: not any(_lives(process) for process in seen),
+            deadline_s=_GONE_DEADLINE_S,
+            what=lambda: f"no process left behind; there are {[p for p in seen if _lives(p)]}",
+        )
 
 
 def launch(*flags: str, **environment: str) -> LiveServer:
@@ -145,30 +156,42 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def processes_of(root: Path) -> list[psutil.Process]:
-    """Living processes that were started for `root`."""
-    return [process for process in psutil.process_iter() if _is_of(process, root)]
+def processes_of(root: Path) -> set[psutil.Process]:
+    """Living processes started for `root`, and their descendants: some programs overwrite their environment."""
+    found = {process for process in psutil.process_iter() if _has_root(process, root)}
+    for process in tuple(found):
+        with suppress(psutil.NoSuchProcess):
+            found.update(process.children(recursive=True))
+    return {process for process in found if _lives(process)}
 
 
 def end_all(root: Path) -> None:
-    """Kill what is left of `root`, by process id."""
-    for process in processes_of(root):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    """Kill what is left of `root`, by process id, and what that starts meanwhile."""
+
+    def none_left() -> bool:
+        left = processes_of(root)
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return not left
+
+    poll(none_left, deadline_s=_GONE_DEADLINE_S, what=lambda: f"the end of {processes_of(root)}")
 
 
-def _is_of(process: psutil.Process, root: Path) -> bool:
+def _has_root(process: psutil.Process, root: Path) -> bool:
+    # Read here, because psutil stops at the zeros that Ray leaves there when it renames its processes.
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("RAY_TMPDIR") == str(root)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # ended meanwhile, or not ours to look at
         return False
+    return f"RAY_TMPDIR={root}".encode() in environment
 
 
-def _describe(root: Path) -> str:
-    left = [f"{process.pid} {' '.join(process.cmdline())[:120]}" for process in processes_of(root)]
-    return "no process left behind; there are:\n" + "\n".join(left)
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _status_code(url: str) -> int | None:

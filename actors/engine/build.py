@@ -14,6 +14,7 @@ from actors.engine.batcher import Batcher
 from actors.engine.engine import Engine
 from actors.engine.kv_blocks import KvBlocks
 from actors.engine.model_runner import ModelRunner
+from actors.experts.budget import expert_budget
 from actors.experts.compute import ExpertCompute
 from actors.experts.dispatch import LocalDispatcher
 from actors.experts.policies.lru import LruPolicy
@@ -22,7 +23,7 @@ from actors.experts.store import TORCH_DTYPES, ExpertStore, held_expert_bytes
 from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
 from actors.model.fast_modules import speed_up
-from cluster.config import MoesaicConfig, parse_cache_size, parse_size
+from cluster.config import MoesaicConfig, parse_size
 from cluster.errors import ConfigError
 from cluster.model_info import ModelInfo
 from cluster.types import StartupPhase
@@ -87,7 +88,11 @@ def _build_store(config: MoesaicConfig, loaded: LoadedModel) -> ExpertStore:
         layout,
         reader,
         LruPolicy(),
-        budget_bytes=parse_cache_size(config.experts.cache, total_bytes=held_expert_bytes(layout, held)),
+        budget_bytes=expert_budget(
+            config.experts.cache,
+            total_bytes=held_expert_bytes(layout, held),
+            kv_bytes=parse_size(config.attention.kv_cache),
+        ),
         held_dtype=held,
         min_experts=loaded.top_k,
         io_threads=config.experts.io_threads,
@@ -103,7 +108,7 @@ def _num_blocks(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel) -> 
     needed = -(-info.max_model_len // config.attention.block_size) + 1  # block 0 is for padding
     if num_blocks < needed:
         raise ConfigError(
-            f"config field attention.kv_cache: {config.attention.kv_cache} is {num_blocks} blocks of {block_bytes} bytes, "
+            f"config field attention.kv_cache: {config.attention.kv_cache} is {num_blocks} blocks of {block_bytes} B, "
             f"one sequence of {info.max_model_len} tokens needs {needed}; give at least {needed * block_bytes} bytes "
             f"or lower model.max_model_len"
         )

@@ -196,7 +196,7 @@ def test_finish_frees_everything_in_any_state(steps: int) -> None:
     assert batcher.plan() == []
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(0, 1)), min_size=1, max_size=12),
     max_batch_tokens=st.integers(1, 40),

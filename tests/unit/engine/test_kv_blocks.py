@@ -209,4 +209,4 @@ class KvBlocksMachine(RuleBasedStateMachine):
 
 
 TestKvBlocksUnderRandomUse = KvBlocksMachine.TestCase
-TestKvBlocksUnderRandomUse.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestKvBlocksUnderRandomUse.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)

@@ -53,7 +53,7 @@ def _run(
         store.close()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 40), padding=st.integers(0, 5), slots=st.integers(1, 16), seed=st.integers(0, 2**31))
 def test_any_routing_equals_the_dense_definition(
     experts: ExpertFile, compute: ExpertCompute, rows: int, padding: int, slots: int, seed: int

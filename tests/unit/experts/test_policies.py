@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-from hypothesis import given
+from hypothesis import given, settings
 
 from actors.experts.policies.lru import LruPolicy
 from cluster.types import ExpertId
@@ -11,6 +11,7 @@ from cluster.types import ExpertId
 EXPERTS = [ExpertId(layer, expert) for layer in range(2) for expert in range(3)]
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     steps=st.lists(
         st.tuples(

@@ -131,7 +131,7 @@ def test_every_expert_is_read_as_stored(tmp_path: Path, direct_io: bool, adjacen
     reader.close()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(shift=st.integers(0, 5000), sizes=st.tuples(st.integers(1, 90), st.integers(1, 60)), direct_io=st.booleans())
 def test_any_sizes_and_offsets_are_read_as_stored(
     tmp_path_factory: pytest.TempPathFactory, shift: int, sizes: tuple[int, int], direct_io: bool

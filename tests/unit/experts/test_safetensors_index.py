@@ -136,7 +136,7 @@ _ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(header=_JSON | st.dictionaries(st.text(max_size=3), _ENTRY, max_size=3))
 def test_any_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, header: Any) -> None:
     directory = tmp_path_factory.mktemp("header")

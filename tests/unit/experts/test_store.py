@@ -54,7 +54,7 @@ def _acquire(store: ExpertStore, file: ExpertFile, layer: int, wanted: Sequence[
     return groups
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     slots=st.integers(1, 2 * NUM_EXPERTS),
     asks=st.lists(
