@@ -28,7 +28,7 @@ check: setup
 
 # Seconds: no Ray, nothing slow.
 test: setup
-	$(BIN)/python -m pytest -m "not ray and not slow" $(ARGS)
+	$(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
 
 # Minutes: real servers.
 test-ray: setup

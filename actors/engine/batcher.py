@@ -36,7 +36,7 @@ class Batcher:
         self.blocks = blocks
         self.num_preemptions = 0
         self._max_batch_tokens = max_batch_tokens
-        self._max_running = max_running
+        self._max_running = min(max_running, max_batch_tokens)  # every running sequence gets a row each step
         self._max_queue = max_queue
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from actors.engine.batcher import Batcher, ScheduledRows
-from actors.engine.model_runner import ModelRunner
 from actors.engine.sampling import sample
 from actors.engine.sequence import Sequence, SequenceState
 from cluster.errors import InvalidRequest
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenLogprob
+
+if TYPE_CHECKING:  # brings in transformers: seconds that a fake runner need not wait for
+    from actors.engine.model_runner import ModelRunner
 
 
 @dataclass(frozen=True, slots=True)

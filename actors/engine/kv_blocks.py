@@ -7,6 +7,8 @@ automatic prefix caching). Block 0 is never given out: padding rows write there.
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -20,8 +22,8 @@ class KvBlocks:
         self._free: list[int] = list(range(num_blocks - 1, 0, -1))
         self._cached_free: OrderedDict[int, None] = OrderedDict()
         self._refs: dict[int, int] = {}
-        self._block_by_hash: dict[int, int] = {}
-        self._hash_by_block: dict[int, int] = {}
+        self._block_by_hash: dict[bytes, int] = {}
+        self._hash_by_block: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
@@ -66,7 +68,7 @@ class KvBlocks:
         At least one token is left over: its logits are needed.
         """
         matched: list[int] = []
-        parent = 0
+        parent = b""
         for start in range(0, (len(token_ids) - 1) // self.block_size * self.block_size, self.block_size):
             parent = _chain(parent, token_ids[start : start + self.block_size])
             block = self._block_by_hash.get(parent)
@@ -78,8 +80,8 @@ class KvBlocks:
         return matched
 
     def publish(
-        self, token_ids: Sequence[int], blocks: Sequence[int], computed: int, start: int = 0, parent: int = 0
-    ) -> tuple[int, int]:
+        self, token_ids: Sequence[int], blocks: Sequence[int], computed: int, start: int = 0, parent: bytes = b""
+    ) -> tuple[int, bytes]:
         """Make full, computed blocks findable by `match_prefix`.
 
         Args:
@@ -98,5 +100,6 @@ class KvBlocks:
         return start, parent
 
 
-def _chain(parent: int, tokens: Sequence[int]) -> int:
-    return hash((parent, *tokens))
+def _chain(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Name of a prefix. A strong hash: requests of different people must never share a block by collision."""
+    return hashlib.blake2b(array("q", tokens).tobytes(), key=parent, digest_size=16).digest()

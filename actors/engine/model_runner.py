@@ -9,6 +9,8 @@ Shapes: T packed rows, R sampled rows, H query heads, G key-value heads, C head 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -87,8 +89,6 @@ class ModelRunner:
 
     def execute_interleaved(self, micro_batches: Seq[Seq[ScheduledRows]]) -> list[Tensor]:
         """Compute several micro-batches, resuming each in turn at every MoE layer; logits of each."""
-        # oneDNN sets every call up anew (50 us); the few small products left to torch are faster without it.
-        torch.backends.mkldnn.enabled = sum(r.num_rows for batch in micro_batches for r in batch) > self._native_rows
         forwards = [(self._prepare(rows), greenlet.greenlet(self._forward)) for rows in micro_batches]
         results: list[Tensor | None] = [None] * len(forwards)
         answers: list[object] = [step for step, _ in forwards]
@@ -97,7 +97,8 @@ class ModelRunner:
             for i in list(active):
                 step, forward = forwards[i]
                 self._current = step
-                asked = forward.switch(answers[i])
+                with _step_context(onednn=len(step.token_ids[0]) > self._native_rows):
+                    asked = forward.switch(answers[i])
                 if forward.dead:
                     results[i] = asked
                     active.remove(i)
@@ -134,14 +135,13 @@ class ModelRunner:
         return driver.switch(ExpertWork(layer, hidden, topk_ids, topk_weights))
 
     def _forward(self, step: StepInputs) -> Tensor:
-        with torch.inference_mode():
-            hidden = self.model.model(
-                input_ids=step.token_ids,
-                position_ids=step.positions,
-                past_key_values=self._cache,
-                use_cache=True,
-            ).last_hidden_state[0]
-            return self.model.lm_head(hidden[step.sampled_rows])
+        hidden = self.model.model(
+            input_ids=step.token_ids,
+            position_ids=step.positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        ).last_hidden_state[0]
+        return self.model.lm_head(hidden[step.sampled_rows])
 
     def _prepare(self, rows: Seq[ScheduledRows]) -> StepInputs:
         ordered = sorted(rows, key=lambda r: r.num_rows > 1)
@@ -203,6 +203,22 @@ class ModelRunner:
         if not self._pads_rows:
             return num_rows
         return next((bucket for bucket in _ROW_BUCKETS if bucket >= num_rows), num_rows)
+
+
+@contextlib.contextmanager
+def _step_context(*, onednn: bool) -> Iterator[None]:
+    """Modes of the thread and the process while a forward runs; entered anew at every switch, so that interleaved
+    forwards leave everything as they found it.
+
+    oneDNN sets every call up anew (50 us); the few small products left to torch are faster without it.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = onednn
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def _sdpa(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, scale: float, window: int | None) -> Tensor:

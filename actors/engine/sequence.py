@@ -31,7 +31,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
     num_cached: int | None = None
-    published: tuple[int, int] = (0, 0)
+    published: tuple[int, bytes] = (0, b"")
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -57,6 +57,6 @@ class Sequence:
 
     def reset(self) -> None:
         """Forget everything computed; the tokens stay, so nothing emitted is lost."""
-        self.blocks, self.computed, self.published = [], 0, (0, 0)
+        self.blocks, self.computed, self.published = [], 0, (0, b"")
         self.slots = np.empty(0, dtype=np.int64)
         self.state = SequenceState.WAITING

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from actors.experts.store import ExpertWeights
 from actors.kernels.native import ACTIVATION_CODES, NativeKernels
+from cluster.errors import CheckpointError
 
 _NEVER = 1 << 30
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -35,6 +36,8 @@ class ExpertCompute:
     """Expert FFNs of one model: fixed activation, dtype and kernels."""
 
     def __init__(self, native: NativeKernels | None, *, activation: str, compute_dtype: torch.dtype) -> None:
+        if activation not in _TORCH_ACTIVATIONS:
+            raise CheckpointError(f"config.json: hidden_act {activation!r} of the experts is not supported")
         self._native = native if activation in ACTIVATION_CODES else None
         self._activation = activation
         self._dtype = compute_dtype

@@ -18,6 +18,7 @@ from cluster.errors import ExpertReadError
 
 PAGE_BYTES = 4096
 _CHUNKS_PER_EXPERT = 3
+_MIN_CHUNK_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class ExpertReader:
         Raises:
             ExpertReadError: the file is gone, shorter than at start, or the disk failed; names the file.
         """
-        chunk = _align_up(-(-plan.slot_bytes // _CHUNKS_PER_EXPERT))
+        chunk = max(_MIN_CHUNK_BYTES, _align_up(-(-plan.slot_bytes // _CHUNKS_PER_EXPERT)))
         total = 0
         for segment in plan.segments:
             for start in range(0, segment.num_bytes, chunk):

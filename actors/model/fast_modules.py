@@ -56,7 +56,14 @@ def _linear_forward(linear: nn.Linear, native: NativeKernels, max_rows: int) -> 
 
 def _norm_forward(module: nn.Module, native: NativeKernels, eps: float) -> Callable[[Tensor], Tensor]:
     weight: Tensor = module.weight.data  # type: ignore[union-attr, assignment]
-    return lambda hidden_states: native.rms_norm(hidden_states, weight, eps)
+    original = module.forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != weight.dtype:
+            return original(hidden_states)
+        return native.rms_norm(hidden_states, weight, eps)
+
+    return forward
 
 
 def _norm_agrees(module: nn.Module, native: NativeKernels, eps: float) -> bool:
@@ -81,7 +88,8 @@ def _swap_rope(module: nn.Module, native: NativeKernels) -> None:
     original = forward.__globals__[_ROPE]
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        if unsqueeze_dim != 1 or len(q) != 1 or q.stride(3) != 1 or k.stride(3) != 1 or q.dtype != cos.dtype:
+        fits = q.dtype == k.dtype == cos.dtype and q.shape[3] == k.shape[3] == cos.shape[-1]
+        if unsqueeze_dim != 1 or len(q) != 1 or not fits or q.stride(3) != 1 or k.stride(3) != 1:
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return native.rope(q, cos, sin), native.rope(k, cos, sin)
 

@@ -15,7 +15,7 @@ Model = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration file.")]
 ExpertCache = Annotated[
-    str | None, typer.Option(metavar="SIZE|PERCENT", help="Memory for experts: 512MiB, or 25% of all; default: what is free.")
+    str | None, typer.Option(metavar="SIZE|PERCENT", help="Memory for experts: 512MiB or 25%; default: what is free.")
 ]
 KvCache = Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache: 256MiB.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's.")]

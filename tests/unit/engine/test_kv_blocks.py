@@ -100,7 +100,7 @@ def test_publishing_in_pieces_equals_publishing_at_once() -> None:
     tokens = list(range(13))
     owned = _take(blocks, 4)
 
-    state = (0, 0)
+    state = (0, b"")
     for computed in (3, 5, 9, 13):
         state = blocks.publish(tokens, owned, computed, *state)
 

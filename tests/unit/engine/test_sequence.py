@@ -33,7 +33,7 @@ def test_reset_keeps_tokens_and_forgets_the_rest() -> None:
     sequence.reset()
 
     assert sequence.tokens == [4, 5, 6, 9]
-    assert (sequence.computed, sequence.blocks, len(sequence.slots), sequence.published) == (0, [], 0, (0, 0))
+    assert (sequence.computed, sequence.blocks, len(sequence.slots), sequence.published) == (0, [], 0, (0, b""))
     assert (sequence.num_generated, sequence.num_pending) == (1, 4)
     assert sequence.state is SequenceState.WAITING
 

@@ -8,6 +8,8 @@ import pytest
 
 from actors.ray_runtime import RayRuntime
 
+pytestmark = pytest.mark.slow  # Ray Serve takes seconds to import
+
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ from actors.convert.safetensors_files import PlannedTensor, order_loose_tensors,
 from actors.convert.widen import widen_checkpoint
 from cluster.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.slow  # transformers' models take seconds to import
+
 DEMO = Path(__file__).parents[2] / "models" / "moesaic-demo"
 
 

@@ -22,6 +22,8 @@ from cluster.config import from_tree
 from cluster.errors import CheckpointError, ConfigError
 from cluster.model_info import load_model_info
 
+pytestmark = pytest.mark.slow  # transformers' models take seconds to import
+
 EXPERT = "model.layers.3.mlp.experts.5.up_proj.weight"
 DENSE = "model.layers.2.self_attn.k_proj.weight"
 

@@ -1,0 +1,3 @@
+"""Makes the front end's fixtures known here."""
+
+from frontend_fixtures import *  # noqa: F403
