@@ -98,14 +98,23 @@ class AttentionWorker:
         if self.phase is StartupPhase.READY:
             self.phase = StartupPhase.DRAINING
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        """Stream one sequence (AttentionWorkerClient.generate)."""
+    def check_admission(self) -> None:
+        """Return if one more sequence would be taken now.
+
+        Raises:
+            Unavailable: not ready, or draining.
+            Overloaded: the queue is full.
+        """
         if self.phase is not StartupPhase.READY:
             raise self.error or Unavailable(f"the worker is {self.phase}; try again later")
         if len(self._streams) >= self._max_open:
             raise Overloaded(
                 f"{len(self._streams)} requests are running or waiting, the most there may be; try again later"
             )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
+        """Stream one sequence (AttentionWorkerClient.generate)."""
+        self.check_admission()
         stream = _Stream(request, asyncio.get_running_loop())
         self._streams[request.request_id] = stream
         self._commands.put(lambda parts: self._add(parts, stream))

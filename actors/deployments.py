@@ -9,7 +9,6 @@ import asyncio
 import logging
 import sys
 import tempfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from ray import serve
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve import Application
 
+from actors.token_stream import StreamAddress, TokenOutbox
 from cluster.config import from_tree
 from cluster.model_info import load_model_info
 from cluster.observability.logs import configure_logging
 from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
 from cluster.stats.open_store import open_store
-from cluster.types import ExpertsReport, GenerationRequest, RequestId, StartupPhase, TokenChunk, WorkerStatus
+from cluster.types import ExpertsReport, GenerationRequest, StartupPhase, WorkerStatus
 
 VALKEY_ACTOR = "moesaic-valkey"
 WORKER_DEPLOYMENT = "AttentionWorker"
@@ -45,14 +45,15 @@ class AttentionWorkerReplica:
         model = config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
         self._worker = AttentionWorker(config, info, open_store(redis_url))
+        self._outbox: TokenOutbox | None = None  # made in the event loop that serves requests
         self._worker.start()
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        async for chunk in self._worker.generate(request):
-            yield chunk
-
-    async def abort(self, request_id: RequestId) -> None:
-        await self._worker.abort(request_id)
+    async def submit(self, request: GenerationRequest, address: StreamAddress) -> str:
+        """Start a sequence whose tokens go to the front end at `address`; this worker's id."""
+        self._worker.check_admission()
+        if self._outbox is None:
+            self._outbox = TokenOutbox(self._worker.worker_id, self._worker.generate)
+        return await self._outbox.submit(request, address)
 
     async def status(self) -> WorkerStatus:
         return await self._worker.status()

@@ -32,6 +32,7 @@ class RayRuntime:
         self._started_ray = address is None
         self._started_valkey = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program preempt the engine
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if address is None:
             ray.init(

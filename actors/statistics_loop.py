@@ -16,7 +16,7 @@ from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
 
 _LOG = logging.getLogger(__name__)
-_INTERVAL_S = 1.0
+_INTERVAL_S = 2.0
 
 
 class StatisticsLoop:

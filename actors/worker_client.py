@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from actors.token_stream import TokenInbox
 from cluster.errors import MoesaicError, Overloaded, Unavailable
 from cluster.types import ExpertsReport, GenerationRequest, RequestId, TokenChunk, WorkerStatus
 
@@ -23,27 +24,27 @@ class ServeWorkerClient:
     """An `AttentionWorkerClient` over the Serve deployment of attention workers."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._unary = handle
-        self._stream = handle.options(method_name="generate", stream=True)
+        self._handle = handle
+        self._inbox = TokenInbox(ray.util.get_node_ip_address())
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        """Stream one sequence; closing the iterator early cancels the call in the worker."""
-        response: Any = self._stream.remote(request)
-        finished = False
+        """Stream one sequence; closing the iterator early stops it in the worker within one step."""
+        request_id = request.request_id
+        self._inbox.open(request_id)
+        ended = False
         try:
-            async for chunk in response:
-                finished = chunk.finish_reason is not None
+            worker_id = await self._call("submit", request, await self._inbox.address())
+            await self._inbox.attach(request_id, str(worker_id))
+            while not ended:
+                chunk = await self._inbox.take(request_id)
+                ended = chunk.finish_reason is not None
                 yield chunk
-        except Exception as error:
-            finished = True
-            raise _translated(error) from error
         finally:
-            if not finished:
-                response.cancel()
+            self._inbox.close(request_id, abort=not ended)
 
     async def abort(self, request_id: RequestId) -> None:
         """Stop a sequence within one step."""
-        await self._call("abort", request_id)
+        self._inbox.close(request_id, abort=True)
 
     async def status(self) -> WorkerStatus:
         """Status of the worker; answers in every phase."""
@@ -60,7 +61,7 @@ class ServeWorkerClient:
     async def _call(self, method: str, *args: object) -> object:
         try:
             async with asyncio.timeout(_CALL_TIMEOUT_S):
-                return await getattr(self._unary, method).remote(*args)
+                return await getattr(self._handle, method).remote(*args)
         except TimeoutError as error:
             raise Unavailable(f"the attention worker did not answer {method} within {_CALL_TIMEOUT_S:.0f} s") from error
         except Exception as error:
