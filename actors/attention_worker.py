@@ -93,16 +93,11 @@ class AttentionWorker:
         self._commands.put(None)
         self._thread.join(timeout=30)
 
-    def begin_drain(self) -> None:
-        """Refuse new sequences; those running go on."""
-        if self.phase is StartupPhase.READY:
-            self.phase = StartupPhase.DRAINING
-
     def check_admission(self) -> None:
         """Return if one more sequence would be taken now.
 
         Raises:
-            Unavailable: not ready, or draining.
+            Unavailable: not ready.
             Overloaded: the queue is full.
         """
         if self.phase is not StartupPhase.READY:

@@ -31,10 +31,6 @@ class StatisticsLoop:
         self._error: str | None = None
 
     @property
-    def store_description(self) -> str:
-        return self._store.description
-
-    @property
     def degraded(self) -> tuple[str, ...]:
         """Why statistics are not shared now, in words; empty when they are."""
         if self._error is not None:

@@ -7,7 +7,6 @@ in float32 the compiled kernel is as fast and does not let a row's result depend
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from actors.experts.store import ExpertWeights
 from actors.kernels.native import ACTIVATION_CODES, NativeKernels
+from actors.kernels.timing import best_time
 from cluster.errors import CheckpointError
 
 _NEVER = 1 << 30
@@ -53,8 +53,8 @@ class ExpertCompute:
             x = torch.randn(rows, hidden)
             y = torch.empty(rows, hidden)
             offsets, pairs = np.array([0, rows]), np.arange(rows)
-            native = _best_time(lambda: self._run_native(x, [weights], offsets, pairs, y, top_k=1))  # noqa: B023
-            plain = _best_time(lambda: self._run_torch(x, weights, pairs, y, top_k=1))  # noqa: B023
+            native = best_time(lambda: self._run_native(x, [weights], offsets, pairs, y, top_k=1))  # noqa: B023
+            plain = best_time(lambda: self._run_torch(x, weights, pairs, y, top_k=1))  # noqa: B023
             if plain < native:
                 threshold = rows
                 break
@@ -164,14 +164,3 @@ def _random_expert(dtype: torch.dtype, hidden: int, intermediate: int) -> Expert
     gate, up = (torch.randn(intermediate, hidden).to(dtype) for _ in range(2))
     down = torch.randn(hidden, intermediate).to(dtype)
     return ExpertWeights(gate, up, down, ExpertPointers(gate.data_ptr(), up.data_ptr(), down.data_ptr()))
-
-
-def _best_time(run: Callable[[], None]) -> float:
-    """The shortest of a few runs after a warm-up, which also lets oneDNN compile its kernel."""
-    run()
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
-    return best

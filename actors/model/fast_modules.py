@@ -7,7 +7,6 @@ calibration found. Everything else keeps the model's own forward.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from types import FunctionType, MethodType
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.kernels.native import DTYPE_CODES, NativeKernels
+from actors.kernels.timing import best_time
 
 _MAX_NATIVE_ROWS = 64
 _ROPE = "apply_rotary_pos_emb"
@@ -127,17 +127,7 @@ def _calibrate_rows(linears: list[nn.Linear], native: NativeKernels) -> int:
     rows = 1
     while rows <= _MAX_NATIVE_ROWS:
         x = torch.randn(1, rows, in_features).to(same[0].dtype)
-        if _best_time(lambda: [native.linear(x, w) for w in same]) > _best_time(lambda: [F.linear(x, w) for w in same]):  # noqa: B023
+        if best_time(lambda: [native.linear(x, w) for w in same]) > best_time(lambda: [F.linear(x, w) for w in same]):  # noqa: B023
             break
         rows *= 2
     return rows // 2
-
-
-def _best_time(run: Callable[[], object]) -> float:
-    run()
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
-    return best
