@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 BENCHMARKS := decode serving memory
 
-.PHONY: setup serve fmt check test test-ray test-all bench
+.PHONY: setup serve proto fmt check test test-ray test-all bench
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
 
 serve: setup
 	$(BIN)/moesaic serve $(ARGS)
+
+# cluster/rpc from proto/, both of which are committed.
+proto: setup
+	$(BIN)/python proto/generate.py
 
 fmt: setup
 	$(BIN)/ruff format .
@@ -25,6 +29,7 @@ check: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/vulture
+	$(BIN)/buf lint proto
 
 # Seconds: no Ray, nothing slow.
 test: setup

@@ -15,17 +15,19 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from actors.engine.build import EngineParts, build_engine
+from actors.cluster_counts import ClusterCounts
+from actors.engine.build import EngineParts, HostAccess, build_engine
 from actors.engine.engine import StepOutput
+from actors.experts.host_links import Locate
 from actors.statistics_loop import StatisticsLoop
 from actors.worker_report import experts_report, worker_status
-from cluster.config import MoesaicConfig
+from cluster.config import MoesaicConfig, worker_threads
 from cluster.errors import MoesaicError, Overloaded, Unavailable
 from cluster.model_info import ModelInfo
 from cluster.observability.logs import log_event
-from cluster.observability.worker_metrics import worker_metrics_text
 from cluster.protocols import StateStore
 from cluster.types import (
+    ExpertHostStatus,
     ExpertsReport,
     FinishReason,
     GenerationRequest,
@@ -53,6 +55,7 @@ class _Stream:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_cached: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: BaseException | None = None
 
     def take(self) -> TokenChunk:
@@ -62,8 +65,9 @@ class _Stream:
             logprobs=tuple(self.logprobs) if self.request.sampling.num_logprobs is not None else None,
             finish_reason=self.finish_reason,
             num_cached_tokens=self.num_cached,
+            prompt_logprobs=self.prompt_logprobs,
         )
-        self.token_ids, self.logprobs = [], []
+        self.token_ids, self.logprobs, self.prompt_logprobs = [], [], None
         self.ready.clear()
         return chunk
 
@@ -71,14 +75,19 @@ class _Stream:
 class AttentionWorker:
     """One engine and its clients' streams. `start` returns at once; the phase tells when it is ready."""
 
-    def __init__(self, config: MoesaicConfig, info: ModelInfo, store: StateStore) -> None:
+    def __init__(
+        self, config: MoesaicConfig, info: ModelInfo, store: StateStore, locate_host: Locate | None = None
+    ) -> None:
+        """Args: locate_host: where expert host i is now; None: all experts are computed here."""
         self.worker_id = uuid.uuid4().hex[:8]
         self.info = info
         self.phase = StartupPhase.STARTING
         self.error: MoesaicError | None = None
         self.parts: EngineParts | None = None
         self.statistics = StatisticsLoop(store, info.fingerprint)
+        self.cluster_counts = ClusterCounts(store, info.fingerprint)
         self._config = config
+        self._hosts = None if locate_host is None else HostAccess(worker_id=self.worker_id, locate=locate_host)
         self._max_open = config.attention.max_running + config.attention.max_queue
         self._streams: dict[RequestId, _Stream] = {}
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -132,22 +141,22 @@ class AttentionWorker:
         stream.finish_reason = FinishReason.ABORT
         stream.ready.set()
 
-    async def status(self) -> WorkerStatus:
-        """What this worker says of itself."""
-        return worker_status(self, self._config)
+    async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
+        """What this worker says of itself (AttentionWorkerClient: here the cluster is one worker)."""
+        return (worker_status(self, self._config),)
 
-    async def experts(self) -> ExpertsReport:
+    async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
+        """Hosts are other processes: none is known here."""
+        return ()
+
+    async def experts_reports(self) -> tuple[ExpertsReport, ...]:
         """Residency and activation per layer; empty while loading."""
-        return experts_report(self)
-
-    async def metrics_text(self) -> str:
-        """Prometheus text of the engine and the expert memory."""
-        return worker_metrics_text(worker_status(self, self._config))
+        return (await experts_report(self),)
 
     def _run(self) -> None:
         try:
-            threads = self._config.attention.threads or max(1, (os.cpu_count() or 2) - 1)
-            parts = build_engine(self._config, self.info, threads=threads, on_phase=self._set_phase)
+            threads = worker_threads(self._config, os.cpu_count() or 2)
+            parts = build_engine(self._config, self.info, threads=threads, hosts=self._hosts, on_phase=self._set_phase)
         except MoesaicError as error:
             self.error, self.phase = error, StartupPhase.FAILED
             return
@@ -156,11 +165,11 @@ class AttentionWorker:
             self.error, self.phase = MoesaicError(f"loading {self.info.path} failed: {error}"), StartupPhase.FAILED
             return
         self.parts, self.phase = parts, StartupPhase.READY
-        self.statistics.start(parts.dispatcher.activations)
+        self.statistics.start(parts.recorder.counts)
         while self._apply_commands(parts):
             self._step(parts)
         self.statistics.stop()
-        parts.store.close()
+        parts.dispatcher.close()
         self._fail_all(Unavailable("the worker is stopping; try again"))
 
     def _set_phase(self, phase: StartupPhase) -> None:
@@ -219,6 +228,8 @@ class AttentionWorker:
                 stream.logprobs.append(output.logprob)
             stream.finish_reason = output.finish_reason
             stream.num_cached = output.num_cached
+            if output.prompt_logprobs is not None:
+                stream.prompt_logprobs = output.prompt_logprobs
             stream.ready.set()
 
     def _fail(self, streams: list[_Stream], error: BaseException) -> None:

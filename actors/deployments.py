@@ -8,24 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import tempfile
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import ray
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve import Application
 
+from actors.expert_host_actor import locate_host
 from actors.token_stream import StreamAddress, TokenOutbox
-from cluster.config import from_tree
+from cluster.config import MoesaicConfig, from_tree, to_tree
 from cluster.model_info import load_model_info
 from cluster.observability.logs import configure_logging
-from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
 from cluster.stats.open_store import open_store
 from cluster.types import ExpertsReport, GenerationRequest, StartupPhase, WorkerStatus
 
-VALKEY_ACTOR = "moesaic-valkey"
 WORKER_DEPLOYMENT = "AttentionWorker"
 INGRESS_DEPLOYMENT = "HttpIngress"
 
@@ -44,7 +40,8 @@ class AttentionWorkerReplica:
         config = from_tree(config_tree)
         model = config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
-        self._worker = AttentionWorker(config, info, open_store(redis_url))
+        locate = partial(locate_host, config.ray.namespace) if config.experts.hosts else None
+        self._worker = AttentionWorker(config, info, open_store(redis_url), locate)
         self._outbox: TokenOutbox | None = None  # made in the event loop that serves requests
         self._worker.start()
 
@@ -55,14 +52,11 @@ class AttentionWorkerReplica:
             self._outbox = TokenOutbox(self._worker.worker_id, self._worker.generate)
         return await self._outbox.submit(request, address)
 
-    async def status(self) -> WorkerStatus:
-        return await self._worker.status()
+    async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
+        return await self._worker.worker_statuses()
 
-    async def experts(self) -> ExpertsReport:
-        return await self._worker.experts()
-
-    async def metrics_text(self) -> str:
-        return await self._worker.metrics_text()
+    async def experts_reports(self) -> tuple[ExpertsReport, ...]:
+        return await self._worker.experts_reports()
 
     async def check_health(self) -> None:
         """Serve shows the message of a start that failed; nothing else is unhealthy."""
@@ -73,35 +67,22 @@ class AttentionWorkerReplica:
         await asyncio.to_thread(self._worker.stop)
 
 
-class ValkeyHolder:
-    """Keeps the embedded Valkey: its child process ends with this actor."""
-
-    def __init__(self) -> None:
-        self._data = tempfile.TemporaryDirectory(prefix="moesaic-valkey-")
-        self._server: EmbeddedValkey = start_embedded_valkey(Path(self._data.name))
-
-    def url(self) -> str:
-        """Where it listens."""
-        return self._server.url
-
-    def stop(self) -> None:
-        """End the server."""
-        self._server.stop()
-        self._data.cleanup()
-
-
-def worker_application(config_tree: dict[str, Any], redis_url: str | None, *, max_open: int) -> Application:
+def worker_application(config: MoesaicConfig, redis_url: str | None, *, max_open: int) -> Application:
     """One replica per worker; Serve must never queue what our own bounded queue is for."""
+    options: dict[str, Any] = {"num_cpus": 0}
+    if config.ray.worker_resources:
+        options["resources"] = config.ray.worker_resources
     deployment = serve.deployment(
         name=WORKER_DEPLOYMENT,
-        num_replicas=1,
+        logging_config={"enable_access_log": False},  # status pages and readiness would fill it
+        num_replicas=config.attention.workers,
         max_ongoing_requests=max_open + 64,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=options,
     )
-    return deployment(AttentionWorkerReplica).bind(config_tree, redis_url)
+    return deployment(AttentionWorkerReplica).bind(to_tree(config), redis_url)
 
 
 def ingress_application(
@@ -118,34 +99,3 @@ def ingress_application(
         ray_actor_options={"num_cpus": 0},
     )
     return deployment(serve.ingress()(ingress)).bind(config_tree, worker)
-
-
-def start_valkey_actor(namespace: str) -> ray.ObjectRef:
-    """URL-to-be of the cluster's embedded Valkey, started if there is none yet; returns at once."""
-    actor_class: Any = ray.remote(ValkeyHolder)
-    actor = actor_class.options(
-        name=VALKEY_ACTOR, namespace=namespace, lifetime="detached", get_if_exists=True, num_cpus=0
-    )
-    return actor.remote().url.remote()
-
-
-def valkey_url(namespace: str) -> str:
-    """URL of the cluster's embedded Valkey, started if there is none yet.
-
-    Raises:
-        ConnectionError: there is no server program, or it does not start.
-    """
-    try:
-        return ray.get(start_valkey_actor(namespace), timeout=60)
-    except (RayActorError, RayTaskError, GetTimeoutError) as error:
-        raise ConnectionError(f"the embedded Valkey did not start: {error}") from error
-
-
-def stop_valkey_actor(namespace: str) -> None:
-    """End the embedded Valkey of this cluster, if there is one."""
-    try:
-        holder = ray.get_actor(VALKEY_ACTOR, namespace=namespace)
-    except ValueError:
-        return
-    ray.get(holder.stop.remote(), timeout=10)
-    ray.kill(holder)

@@ -16,8 +16,10 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.deployments import start_valkey_actor, stop_valkey_actor
-from cluster.types import WorkerStatus
+from actors.expert_host_actor import stop_expert_hosts
+from actors.gateway import Gateways
+from actors.valkey_actor import start_valkey_actor, stop_valkey_actor
+from cluster.types import ExpertHostStatus, WorkerStatus
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
 _CALL_TIMEOUT_S = 30.0
@@ -60,12 +62,15 @@ class RayRuntime:
 
     def run(self, application: Application, *, name: str) -> RunningApplication:
         """Deploy and return when every replica exists (its model may still be loading)."""
-        return RunningApplication(name, serve.run(application, name=name, route_prefix="/"))
+        handle = serve.run(application, name=name, route_prefix="/")
+        return RunningApplication(name, handle, Gateways(self._namespace))
 
-    def stop(self, application: str) -> None:
+    def stop(self, application: str, *, num_hosts: int = 0) -> None:
         """Take the application down, then what was started here; tolerates what is gone already."""
         with contextlib.suppress(RayServeException, RayError):
             serve.delete(application)
+        Gateways(self._namespace).stop()
+        stop_expert_hosts(self._namespace, num_hosts)
         if self._started_valkey:
             with contextlib.suppress(RayError):
                 stop_valkey_actor(self._namespace)
@@ -76,20 +81,35 @@ class RayRuntime:
 
 
 class RunningApplication:
-    """The ingress of a deployed application, for whoever started it."""
+    """The front ends of a deployed application, for whoever started it."""
 
-    def __init__(self, name: str, handle: DeploymentHandle) -> None:
+    def __init__(self, name: str, handle: DeploymentHandle, gateways: Gateways) -> None:
         self.name = name
         self._handle = handle
+        self._gateways = gateways
 
-    def worker_status(self) -> WorkerStatus:
-        """The attention worker's status."""
-        return self._handle.worker_status.remote().result(timeout_s=_CALL_TIMEOUT_S)
+    def worker_statuses(self) -> tuple[WorkerStatus, ...]:
+        """The attention workers' status."""
+        return self._handle.worker_statuses.remote().result(timeout_s=_CALL_TIMEOUT_S)
+
+    def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
+        """The expert hosts' status."""
+        return self._handle.host_statuses.remote().result(timeout_s=_CALL_TIMEOUT_S)
+
+    def grpc_addresses(self) -> list[str]:
+        """Where the gRPC gateways listen; waits until they do.
+
+        Raises:
+            ConfigError: one cannot, and why.
+        """
+        return self._gateways.addresses()
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on."""
+        self._gateways.begin_drain()
         self._handle.begin_drain.remote().result(timeout_s=_CALL_TIMEOUT_S)
 
     def num_in_flight(self) -> int:
         """Requests still being answered."""
-        return self._handle.num_in_flight.remote().result(timeout_s=_CALL_TIMEOUT_S)
+        num_http = self._handle.num_in_flight.remote().result(timeout_s=_CALL_TIMEOUT_S)
+        return num_http + self._gateways.num_in_flight()

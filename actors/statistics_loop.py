@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 
 import numpy as np
 
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
+from cluster.stats.activation_counts import Counts
+from cluster.types import Phase
 
 _LOG = logging.getLogger(__name__)
 _INTERVAL_S = 2.0
+_MAX_SHARE = 0.005  # of one core, whatever the number of experts: a larger model is sent less often
 
 
 class StatisticsLoop:
-    """Sends activation counts of one worker; a store that is away delays counts and nothing else."""
+    """Sends activation counts of one worker; a store that is away delays counts and nothing else.
+
+    `num_flushes` and their `flush_cpu_s` (processor time) are since start; the next is due after `wait_s`.
+    """
 
     def __init__(self, store: StateStore, fingerprint: str, *, interval_s: float = _INTERVAL_S) -> None:
         self._store = store
         self._fingerprint = fingerprint
+        self.num_flushes = 0
+        self.flush_cpu_s = 0.0
+        self.wait_s = interval_s
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -33,12 +43,11 @@ class StatisticsLoop:
     @property
     def degraded(self) -> tuple[str, ...]:
         """Why statistics are not shared now, in words; empty when they are."""
-        if self._error is not None:
-            return (f"statistics store: {self._error}",)
-        return () if self._store.is_shared else (f"statistics store: {self._store.description}",)
+        reason = self._reason()
+        return (f"statistics store: {reason}",) if reason is not None else ()
 
     def start(self, counts: Mapping[int, np.ndarray]) -> None:
-        """Send `counts` (by layer, (num_experts,) int64, growing) from now on."""
+        """Send `counts` (by layer, (2 phases, num_experts) int64, growing) from now on."""
         sent = {layer: np.zeros_like(values) for layer, values in counts.items()}
         self._thread = threading.Thread(target=self._run, args=(counts, sent), name="statistics", daemon=True)
         self._thread.start()
@@ -50,28 +59,45 @@ class StatisticsLoop:
             self._thread.join(timeout=5)
 
     def _run(self, counts: Mapping[int, np.ndarray], sent: dict[int, np.ndarray]) -> None:
-        while not self._stop.wait(self._interval_s):
+        while not self._stop.wait(self.wait_s):
+            began = time.thread_time()
             self._flush(counts, sent)
+            cost_s = time.thread_time() - began
+            self.num_flushes += 1
+            self.flush_cpu_s += cost_s
+            self.wait_s = max(self._interval_s, cost_s / _MAX_SHARE)
         self._flush(counts, sent)
 
     def _flush(self, counts: Mapping[int, np.ndarray], sent: dict[int, np.ndarray]) -> None:
+        was_shared = self._reason() is None
         now = {layer: values.copy() for layer, values in counts.items()}
-        deltas = {
-            layer: {int(e): int(values[e] - sent[layer][e]) for e in np.flatnonzero(values - sent[layer])}
-            for layer, values in now.items()
-        }
-        deltas = {layer: changed for layer, changed in deltas.items() if changed}
+        deltas = _deltas(now, sent)
         try:
-            self._store.ping()
             if deltas:
                 self._store.add_activations(self._fingerprint, deltas)
+                sent.update(now)
+            else:
+                self._store.ping()
+            self._error = None
         except ConnectionError as error:
-            if self._error is None:
-                log_event(_LOG, logging.WARNING, "statistics store unreachable", reason=str(error))
             self._error = str(error)
-            return
         except Exception as error:  # noqa: BLE001 - top loop: counts may be lost, serving must go on
             log_event(_LOG, logging.ERROR, "statistics flush failed", reason=repr(error))
-            return
-        self._error = None
-        sent.update(now)
+        if was_shared and (reason := self._reason()) is not None:
+            log_event(_LOG, logging.WARNING, "statistics are not shared", reason=reason)
+
+    def _reason(self) -> str | None:
+        return self._error or (None if self._store.is_shared else self._store.description)
+
+
+def _deltas(now: Mapping[int, np.ndarray], sent: Mapping[int, np.ndarray]) -> Counts:
+    """What was counted since it was sent: only experts that were chosen."""
+    deltas: Counts = {}
+    for layer, values in now.items():
+        for phase, changes in zip(Phase, values - sent[layer], strict=True):
+            experts = np.flatnonzero(changes)
+            if len(experts):
+                deltas.setdefault(phase, {})[layer] = dict(
+                    zip(experts.tolist(), changes[experts].tolist(), strict=True)
+                )
+    return deltas

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from actors.expert_host_actor import ExpertHostsClient
 from actors.token_stream import TokenInbox
 from cluster.errors import MoesaicError, Overloaded, Unavailable
-from cluster.types import ExpertsReport, GenerationRequest, RequestId, TokenChunk, WorkerStatus
+from cluster.types import (
+    ExpertHostStatus,
+    ExpertsReport,
+    GenerationRequest,
+    RequestId,
+    TokenChunk,
+    WorkerStatus,
+)
 
 _CALL_TIMEOUT_S = 5.0
 
@@ -23,8 +32,9 @@ _CALL_TIMEOUT_S = 5.0
 class ServeWorkerClient:
     """An `AttentionWorkerClient` over the Serve deployment of attention workers."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, *, namespace: str, num_hosts: int = 0) -> None:
         self._handle = handle
+        self._hosts = ExpertHostsClient(namespace, num_hosts)
         self._inbox = TokenInbox(ray.util.get_node_ip_address())
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
@@ -35,6 +45,7 @@ class ServeWorkerClient:
         try:
             worker_id = await self._call("submit", request, await self._inbox.address())
             await self._inbox.attach(request_id, str(worker_id))
+            yield TokenChunk(token_ids=())  # taken: the other choices of its answer need not wait for a token
             while not ended:
                 chunk = await self._inbox.take(request_id)
                 ended = chunk.finish_reason is not None
@@ -46,17 +57,35 @@ class ServeWorkerClient:
         """Stop a sequence within one step."""
         self._inbox.close(request_id, abort=True)
 
-    async def status(self) -> WorkerStatus:
-        """Status of the worker; answers in every phase."""
-        return await self._call("status")  # type: ignore[return-value]
+    async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
+        """What each worker says of itself; one that does not answer is left out."""
+        return await self._ask_all("worker_statuses")
 
-    async def experts(self) -> ExpertsReport:
-        """Residency and activation of experts."""
-        return await self._call("experts")  # type: ignore[return-value]
+    async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
+        """What each expert host says of itself."""
+        return await self._hosts.statuses()
 
-    async def metrics_text(self) -> str:
-        """The worker's metrics."""
-        return await self._call("metrics_text")  # type: ignore[return-value]
+    async def experts_reports(self) -> tuple[ExpertsReport, ...]:
+        """Residency and activation of experts, of each worker and then of each host."""
+        workers, hosts = await asyncio.gather(self._ask_all("experts_reports"), self._hosts.experts_reports())
+        return (*workers, *hosts)
+
+    async def _ask_all(self, method: str) -> tuple[Any, ...]:
+        """The answers of all workers, joined.
+
+        Raises:
+            Unavailable: none answers in time.
+        """
+        try:
+            answers = await self._handle.broadcast(method).results_async(
+                timeout_s=_CALL_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, RayError, DeploymentUnavailableError) as error:
+            raise Unavailable(f"no attention worker answered {method}: {type(error).__name__}") from error
+        good = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not good:
+            raise _translated(answers[0])
+        return tuple(part for answer in good for part in answer)
 
     async def _call(self, method: str, *args: object) -> object:
         try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actors.engine.build import EngineParts
+from actors.experts.backend import ExpertBackend
+from actors.experts.remote_dispatch import HostDispatcher
 from cluster.config import MoesaicConfig
-from cluster.types import ExpertMemoryStatus, ExpertsReport, WorkerStatus
+from cluster.types import DataPlaneStatus, ExpertMemoryStatus, ExpertsReport, LayerExperts, Phase, WorkerStatus
 
 if TYPE_CHECKING:
     from actors.attention_worker import AttentionWorker
@@ -18,9 +19,11 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
     engine = parts.engine if parts else None
     blocks = engine.batcher.blocks if engine else None
     degraded: list[str] = []
-    if parts and parts.store.read_mode != "O_DIRECT":
-        degraded.append(f"experts are read {parts.store.read_mode}: O_DIRECT is not possible here")
-    if parts and parts.compute.plan.label == "torch":
+    if parts and parts.backend and parts.backend.store.read_mode != "O_DIRECT":
+        degraded.append(f"experts are read {parts.backend.store.read_mode}: O_DIRECT is not possible here")
+    if parts and parts.links:
+        degraded.extend(parts.links.degraded)
+    if parts and parts.kernel == "torch":
         degraded.append("compiled kernels are missing: plain torch is used (a C compiler is needed at install time)")
     return WorkerStatus(
         worker_id=worker.worker_id,
@@ -37,22 +40,39 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         generated_tokens=engine.counters.generated_tokens if engine else 0,
         prompt_tokens=engine.counters.prompt_tokens if engine else 0,
         cached_prompt_tokens=engine.counters.cached_prompt_tokens if engine else 0,
-        expert_memory=_expert_memory(parts) if parts else None,
+        expert_memory=memory_status(parts.backend) if parts and parts.backend else None,
+        data_plane=_data_plane(parts.dispatcher) if parts and isinstance(parts.dispatcher, HostDispatcher) else None,
         degraded=(*degraded, *worker.statistics.degraded),
     )
 
 
-def experts_report(worker: AttentionWorker) -> ExpertsReport:
-    """Residency and activation per layer; empty until the engine exists."""
+async def experts_report(worker: AttentionWorker) -> ExpertsReport:
+    """Residency and activation per layer, this worker's and the cluster's; empty until the engine exists."""
     parts = worker.parts
     if parts is None:
-        return ExpertsReport(worker_id=worker.worker_id, layers=())
-    activations = {layer: counts.tolist() for layer, counts in parts.dispatcher.activations.items()}
-    return ExpertsReport(worker_id=worker.worker_id, layers=parts.store.layers_report(activations))
+        return ExpertsReport(owner_id=worker.worker_id, layers=())
+    activations = {
+        layer: {phase: tuple(row) for phase, row in zip(Phase, counts.tolist(), strict=True)}
+        for layer, counts in parts.recorder.counts.items()
+    }
+    num_experts = next(iter(parts.recorder.counts.values())).shape[1]
+    if parts.backend is not None:
+        layers = parts.backend.store.layers_report(activations)
+    else:
+        layers = tuple(
+            LayerExperts(layer=layer, num_experts=num_experts, resident=(), activations=by_phase, hits=0, misses=0)
+            for layer, by_phase in activations.items()
+        )
+    return ExpertsReport(
+        owner_id=worker.worker_id,
+        layers=layers,
+        cluster=await worker.cluster_counts.read(tuple(activations), num_experts),
+    )
 
 
-def _expert_memory(parts: EngineParts) -> ExpertMemoryStatus:
-    store = parts.store
+def memory_status(backend: ExpertBackend) -> ExpertMemoryStatus:
+    """One process's expert memory."""
+    store = backend.store
     return ExpertMemoryStatus(
         budget_bytes=store.budget_bytes,
         resident_bytes=store.num_resident * store.slot_bytes,
@@ -64,5 +84,21 @@ def _expert_memory(parts: EngineParts) -> ExpertMemoryStatus:
         bytes_read=store.bytes_read,
         stall_s=store.counters.stall_s,
         read_mode=store.read_mode,
-        kernel=parts.compute.plan.label,
+        kernel=backend.compute.plan.label,
+    )
+
+
+def _data_plane(dispatcher: HostDispatcher) -> DataPlaneStatus:
+    counters = dispatcher.counters
+    return DataPlaneStatus(
+        carriers=dispatcher.links.carriers,
+        layers=counters.layers,
+        frames=counters.frames,
+        rows=counters.rows,
+        wait_s=counters.wait_s,
+        send_s=counters.send_s,
+        host_s=counters.host_s,
+        redispatched=counters.redispatched,
+        fallbacks=counters.fallbacks,
+        hosts_lost=dispatcher.links.num_lost,
     )

@@ -37,7 +37,10 @@ def main() -> int:
     port = _free_port()
     began = time.monotonic()
     server = subprocess.Popen(
-        [Path(sys.executable).with_name("moesaic"), "serve", str(path), "--port", str(port), "--threads", "1"],
+        [
+            Path(sys.executable).with_name("moesaic"),
+            *("serve", str(path), "--port", str(port), "--grpc-port", str(_free_port()), "--threads", "1"),
+        ],
         stdout=subprocess.DEVNULL,
     )
     try:

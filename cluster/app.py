@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +39,22 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
         ConfigError: an unknown key or a value out of range; names the field.
     """
     from actors.deployments import ingress_application, worker_application
+    from actors.expert_host_actor import start_expert_hosts
+    from actors.gateway import Gateways
+    from cluster.frontend.grpc_gateway import GrpcGateway
     from cluster.frontend.http_ingress import HttpIngress
 
     config = args if isinstance(args, MoesaicConfig) else _merged(args or {})
     tree = to_tree(config)
     max_open = config.attention.max_running + config.attention.max_queue
-    worker = worker_application(tree, _store_url(config), max_open=max_open)
+    if config.experts.hosts:
+        start_expert_hosts(config, tree, load_model_info(config.model.path).fingerprint)
+    gateways = Gateways(config.ray.namespace)
+    if config.grpc.enabled:
+        gateways.start(GrpcGateway, tree)
+    else:
+        gateways.stop()
+    worker = worker_application(config, _store_url(config), max_open=max_open)
     return ingress_application(HttpIngress, tree, worker, max_open=max_open)
 
 
@@ -86,13 +96,13 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
         runtime.start_serve(host=frontend.host, port=frontend.port, request_timeout_s=frontend.request_timeout_s)
         on_progress("deploying the application")
         running = runtime.run(build(config), name=APPLICATION)
-        if _wait_until_ready(running, on_progress, stop):
-            _print_ready(config, on_progress)
+        if _wait_until_ready(running, config.attention.workers, on_progress, stop):
+            _print_ready(config, running.grpc_addresses(), on_progress)
             stop.wait()
             _drain(running, frontend.drain_timeout_s, on_progress)
         return 0
     finally:
-        runtime.stop(APPLICATION)
+        runtime.stop(APPLICATION, num_hosts=config.experts.hosts)
         for number, handler in previous.items():
             signal.signal(number, handler)
         on_progress("stopped")
@@ -105,7 +115,7 @@ def _merged(args: dict[str, Any]) -> MoesaicConfig:
 
 def _store_url(config: MoesaicConfig) -> str | None:
     """URL of the statistics store; None leaves each worker with its own memory, shown as degraded."""
-    from actors.deployments import valkey_url
+    from actors.valkey_actor import valkey_url
 
     if not _embeds_valkey(config):
         return config.redis.url
@@ -119,7 +129,9 @@ def _embeds_valkey(config: MoesaicConfig) -> bool:
     return config.redis.url is None and config.redis.embedded
 
 
-def _wait_until_ready(running: RunningApplication, on_progress: Callable[[str], None], stop: threading.Event) -> bool:
+def _wait_until_ready(
+    running: RunningApplication, num_workers: int, on_progress: Callable[[str], None], stop: threading.Event
+) -> bool:
     """Report each phase; False if asked to stop before it was ready.
 
     Raises:
@@ -131,25 +143,27 @@ def _wait_until_ready(running: RunningApplication, on_progress: Callable[[str], 
         if time.monotonic() > deadline_s:
             raise MoesaicError(f"not ready after {_START_TIMEOUT_S:.0f} s; the last phase was: {seen}")
         try:
-            status = running.worker_status()
+            statuses = running.worker_statuses()
         except Unavailable:  # too busy to answer in time, or Serve is replacing it
             stop.wait(_POLL_S)
             continue
-        if status.phase is not seen:
-            seen = status.phase
-            if seen not in (StartupPhase.READY, StartupPhase.FAILED):
+        slowest = min(statuses, key=lambda status: list(StartupPhase).index(status.phase))
+        failed = next((status for status in statuses if status.phase is StartupPhase.FAILED), None)
+        if failed is not None:
+            raise ConfigError(failed.error or "an attention worker could not start")
+        if slowest.phase is not seen:
+            seen = slowest.phase
+            if seen is not StartupPhase.READY:
                 on_progress(f"attention worker: {seen}")
-        if seen is StartupPhase.READY:
-            for line in status.degraded:
+        if seen is StartupPhase.READY and len(statuses) == num_workers:
+            for line in {line: None for status in statuses for line in status.degraded}:
                 on_progress(f"degraded: {line}")
             return True
-        if seen is StartupPhase.FAILED:
-            raise ConfigError(status.error or "the attention worker could not start")
         stop.wait(_POLL_S)
     return False
 
 
-def _print_ready(config: MoesaicConfig, on_progress: Callable[[str], None]) -> None:
+def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progress: Callable[[str], None]) -> None:
     frontend, model = config.frontend, config.model
     info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
     host = "127.0.0.1" if frontend.host in ("0.0.0.0", "::") else frontend.host
@@ -161,6 +175,8 @@ def _print_ready(config: MoesaicConfig, on_progress: Callable[[str], None]) -> N
     on_progress(
         f"ready: {info.name} at {url}/v1  (status: {url}/status, experts: {url}/experts, metrics: {url}/metrics)"
     )
+    for address in grpc_addresses:
+        on_progress(f"ready: moesaic.v1 over gRPC{' with TLS' if config.grpc.tls_cert else ''} at {address}")
     on_progress(f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster.errors import ConfigError
@@ -68,8 +68,11 @@ class AttentionConfig(_Section):
     block_size: int = Field(default=16, ge=1, le=256, description="tokens per KV block")
     max_batch_tokens: int = Field(default=512, ge=1, description="token rows in one step (prefill chunk bound)")
     max_running: int = Field(default=32, ge=1, description="sequences that decode together")
+    workers: int = Field(default=1, ge=1, le=1024, description="attention workers (Serve replicas)")
     max_queue: int = Field(default=256, ge=0, description="requests that may wait; more are answered 429")
-    threads: int = Field(default=0, ge=0, description="compute threads per worker; 0: all cores but one, at least one")
+    threads: int = Field(
+        default=0, ge=0, description="compute threads per worker; 0: its share of all cores but one, at least one"
+    )
 
     @field_validator("kv_cache")
     @classmethod
@@ -79,15 +82,30 @@ class AttentionConfig(_Section):
 
 
 class ExpertsConfig(_Section):
-    """The expert memory."""
+    """The expert memory of workers and expert hosts, and the way between them."""
 
-    cache: str = Field(default=AUTO, description="fast-tier budget: bytes, percent of the routed-expert bytes, or auto")
+    cache: str = Field(
+        default=AUTO,
+        description="a worker's budget: bytes, percent of the routed-expert bytes, or auto (all; with hosts none)",
+    )
+    hosts: int = Field(default=0, ge=0, le=1024, description="expert hosts: processes that own and compute experts")
+    host_cache: str = Field(default=AUTO, description="a host's budget, as cache; auto: the experts that it owns")
+    host_threads: int = Field(
+        default=0, ge=0, description="compute threads per host; 0: its share of all cores, at least one"
+    )
+    host_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="a host that takes longer for a layer is taken for lost"
+    )
+    carrier: Literal["auto", "shared_memory", "grpc", "actor_call"] = Field(
+        default="auto", description="how rows reach a host; auto: shared memory where there is any, else gRPC"
+    )
+    checksums: bool = Field(default=False, description="check the arrays of every frame, for suspected transports")
     io_threads: int = Field(default=3, ge=1, le=64, description="threads that read experts from disk")
     direct_io: Literal["auto", "never"] = Field(
         default="auto", description="never: buffered reads that drop the page cache"
     )
 
-    @field_validator("cache", mode="before")
+    @field_validator("cache", "host_cache", mode="before")
     @classmethod
     def _is_cache_size(cls, value: object) -> str:
         if value != AUTO:
@@ -114,11 +132,52 @@ class FrontendConfig(_Section):
     keep_alive_s: float = Field(default=15.0, gt=0, description="an SSE comment after this long without a token")
 
 
+class GrpcConfig(_Section):
+    """gRPC front end. API key, request timeout and drain timeout are those of `frontend`."""
+
+    enabled: bool = True
+    host: str | None = Field(default=None, description="address to listen on; default: that of frontend")
+    port: int = Field(default=50051, ge=1, le=65535)
+    max_message_bytes: int = Field(default=16 * 2**20, ge=1024, description="of one message, both ways")
+    reflection: bool = Field(default=True, description="clients may ask which services there are")
+    tls_cert: str | None = Field(default=None, description="PEM file with the certificate chain; default: plain text")
+    tls_key: str | None = Field(default=None, description="PEM file with the private key of tls_cert")
+    tls_client_ca: str | None = Field(
+        default=None, description="PEM file; clients must have a certificate signed by one of these"
+    )
+    keepalive_s: float = Field(default=60.0, ge=1, description="a silent client is asked after this long")
+    max_connection_age_s: float | None = Field(
+        default=None, ge=1, description="clients reconnect after this long, so that a balancer can spread them"
+    )
+
+    @model_validator(mode="after")
+    def _has_whole_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; give both or none")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        return self
+
+
+class MetricsConfig(_Section):
+    """What Prometheus sees."""
+
+    per_expert: bool = Field(
+        default=False, description="a series for every layer, expert and phase; thousands for a large model"
+    )
+
+
 class RayConfig(_Section):
     """Which Ray cluster to join."""
 
     address: str | None = Field(default=None, description="of a running cluster; default: a local Ray of our own")
     namespace: str = "moesaic"
+    worker_resources: dict[str, float] = Field(
+        default_factory=dict, description="Ray resources that an attention worker needs, to choose its nodes"
+    )
+    host_resources: dict[str, float] = Field(
+        default_factory=dict, description="Ray resources that an expert host needs, to choose its nodes"
+    )
 
 
 class MoesaicConfig(BaseSettings):
@@ -133,6 +192,8 @@ class MoesaicConfig(BaseSettings):
     experts: ExpertsConfig = ExpertsConfig()
     redis: RedisConfig = RedisConfig()
     frontend: FrontendConfig = FrontendConfig()
+    grpc: GrpcConfig = GrpcConfig()
+    metrics: MetricsConfig = MetricsConfig()
     ray: RayConfig = RayConfig()
 
     @classmethod
@@ -145,6 +206,17 @@ class MoesaicConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (env_settings, init_settings)
+
+
+def worker_threads(config: MoesaicConfig, num_cores: int) -> int:
+    """Compute threads of an attention worker: as set, else its share of a machine of `num_cores`."""
+    num_processes = config.attention.workers + config.experts.hosts
+    return config.attention.threads or max(1, (num_cores - 1 if num_processes == 1 else num_cores) // num_processes)
+
+
+def host_threads(config: MoesaicConfig, num_cores: int) -> int:
+    """Compute threads of an expert host: as set, else its share of a machine of `num_cores`."""
+    return config.experts.host_threads or max(1, num_cores // (config.attention.workers + config.experts.hosts))
 
 
 def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] | None = None) -> MoesaicConfig:
@@ -212,5 +284,7 @@ _SECTIONS: dict[str, type[_Section]] = {
     "experts": ExpertsConfig,
     "redis": RedisConfig,
     "frontend": FrontendConfig,
+    "grpc": GrpcConfig,
+    "metrics": MetricsConfig,
     "ray": RayConfig,
 }

@@ -63,11 +63,11 @@ def load_model_info(path: str, *, served_name: str | None = None, max_model_len:
     config = _read_json(directory / "config.json", required=True)
     text_config = cast("dict[str, Any]", config.get("text_config", config))
     generation = _read_json(directory / "generation_config.json", required=False)
-    context = text_config.get("max_position_embeddings")
-    if not isinstance(context, int):
-        raise CheckpointError(f"{directory / 'config.json'}: max_position_embeddings is missing")
+    context, limited_by = _context(directory, text_config)
     if max_model_len is not None and max_model_len > context:
-        raise ConfigError(f"config field model.max_model_len: {max_model_len} exceeds the model's context of {context}")
+        raise ConfigError(
+            f"config field model.max_model_len: {max_model_len} exceeds the model's context of {context}{limited_by}"
+        )
     eos: object = generation.get("eos_token_id", config.get("eos_token_id"))
     eos_ids = tuple(cast("list[int]", eos)) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
     return ModelInfo(
@@ -80,6 +80,29 @@ def load_model_info(path: str, *, served_name: str | None = None, max_model_len:
         eos_token_ids=eos_ids,
         config=config,
     )
+
+
+def _context(directory: Path, text_config: Mapping[str, Any]) -> tuple[int, str]:
+    """Tokens a sequence may have, and what limits them other than the model's own maximum.
+
+    longrope takes other rotary frequencies for all tokens of a sequence once it outgrows the original context.
+    Sequences of both kinds cannot share a step, nor can one keep its earlier keys; so no sequence may outgrow it.
+    """
+    context = text_config.get("max_position_embeddings")
+    if not isinstance(context, int):
+        raise CheckpointError(f"{directory / 'config.json'}: max_position_embeddings is missing")
+    rope: object = text_config.get("rope_parameters") or text_config.get("rope_scaling")
+    if not isinstance(rope, dict):
+        return context, ""
+    by_layer_type = cast("dict[str, Any]", rope)
+    kinds = [by_layer_type, *(cast("dict[str, Any]", k) for k in by_layer_type.values() if isinstance(k, dict))]
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) not in ("longrope", "su"):
+            continue
+        original = kind.get("original_max_position_embeddings", text_config.get("original_max_position_embeddings"))
+        if isinstance(original, int) and original < context:
+            return original, f" (longrope is served up to its original context; the model itself goes to {context})"
+    return context, ""
 
 
 def _embedded_roots() -> tuple[Path, ...]:

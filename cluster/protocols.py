@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
-from cluster.types import ExpertsReport, GenerationRequest, RequestId, TokenChunk, WorkerStatus
+from cluster.types import (
+    ExpertHostStatus,
+    ExpertsReport,
+    GenerationRequest,
+    Phase,
+    RequestId,
+    TokenChunk,
+    WorkerStatus,
+)
 
 
 class AttentionWorkerClient(Protocol):
@@ -13,6 +21,8 @@ class AttentionWorkerClient(Protocol):
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """Stream the tokens of one sequence; closing the iterator early aborts the sequence.
+
+        The first chunk may have no tokens: then it tells that a worker has taken the sequence.
 
         Raises:
             Overloaded: the worker's queue is full (before the first chunk).
@@ -24,16 +34,20 @@ class AttentionWorkerClient(Protocol):
         """Stop a sequence within one step and free its memory; unknown ids are ignored."""
         ...
 
-    async def status(self) -> WorkerStatus:
-        """What the worker says of itself; answers in every phase, also while loading."""
+    async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
+        """What each worker says of itself, also while it loads; one that does not answer is left out.
+
+        Raises:
+            Unavailable: none answers.
+        """
         ...
 
-    async def experts(self) -> ExpertsReport:
-        """Residency and activation of experts, per layer."""
+    async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
+        """What each expert host says of itself; one that does not answer is shown as failed."""
         ...
 
-    async def metrics_text(self) -> str:
-        """The worker's own metrics in Prometheus text format."""
+    async def experts_reports(self) -> tuple[ExpertsReport, ...]:
+        """Residency and activation of experts per layer, of each worker and then of each host."""
         ...
 
 
@@ -57,10 +71,10 @@ class StateStore(Protocol):
         """Return if the store answers."""
         ...
 
-    def add_activations(self, fingerprint: str, deltas: Mapping[int, Mapping[int, int]]) -> None:
-        """Add activation counts, `deltas[layer][expert]`, to those of the model `fingerprint`."""
+    def add_activations(self, fingerprint: str, deltas: Mapping[Phase, Mapping[int, Mapping[int, int]]]) -> None:
+        """Add activation counts, `deltas[phase][layer][expert]`, to those of the model `fingerprint`."""
         ...
 
-    def activations(self, fingerprint: str) -> dict[int, dict[int, int]]:
-        """Total activation counts by layer and expert."""
+    def activations(self, fingerprint: str) -> dict[Phase, dict[int, dict[int, int]]]:
+        """Total activation counts by phase, layer and expert; what was never chosen may be missing."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, NewType
@@ -27,12 +28,20 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class Phase(StrEnum):
+    """What a token row of a step does: PREFILL takes a prompt in, DECODE continues a sequence by one token."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class StartupPhase(StrEnum):
-    """What an attention worker is doing; everything before READY is start-up."""
+    """What an attention worker or expert host is doing; everything before READY is start-up."""
 
     STARTING = "starting"
     LOADING = "loading dense weights"
     CALIBRATING = "calibrating kernels"
+    CONNECTING = "connecting to expert hosts"
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
@@ -43,7 +52,13 @@ class SamplingParams:
     """How the next token is chosen and when a sequence ends.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `num_logprobs` None gives no
-    log-probabilities, n gives the chosen token's and those of the n likeliest tokens.
+    log-probabilities, n gives the chosen token's and those of the n likeliest tokens; `num_prompt_logprobs`
+    the same for the tokens of the prompt.
+
+    presence_penalty and frequency_penalty count generated tokens, repetition_penalty also those of the prompt
+    (vLLM's and transformers' rule: positive logits are divided by it, negative ones multiplied). `allowed_token_ids`
+    empty allows all. `bad_words` are token sequences whose last token is not drawn after the others.
+    `include_stop_str_in_output` and `skip_special_tokens` concern the text alone.
     """
 
     max_tokens: int
@@ -57,6 +72,20 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    num_prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the logits depend on which tokens came before."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,21 +100,30 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-probability of the chosen token and of the likeliest ones, under the unscaled logits."""
+    """Log-probability of the chosen token and of the likeliest ones, under the unscaled logits.
+
+    `rank` of the chosen token, 1 for the likeliest, is known for prompt tokens only.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenChunk:
-    """Tokens that became known together; the last chunk of a sequence carries the finish reason."""
+    """Tokens that became known together; the last chunk of a sequence carries the finish reason.
+
+    `prompt_logprobs`, where asked for, come once, with the first token: one for each prompt token but the first.
+    A chunk without tokens may come first: it tells that the sequence was taken.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +141,25 @@ class ExpertMemoryStatus:
     stall_s: float
     read_mode: str
     kernel: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPlaneStatus:
+    """One worker's traffic with expert hosts since start. `carriers` has one entry for each host.
+
+    Steps waited `wait_s` for answers; hosts computed for `host_s`: the difference is the way there and back.
+    """
+
+    carriers: tuple[str, ...]
+    layers: int
+    frames: int
+    rows: int
+    wait_s: float
+    send_s: float
+    host_s: float
+    redispatched: int
+    fallbacks: int
+    hosts_lost: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +181,7 @@ class WorkerStatus:
     prompt_tokens: int
     cached_prompt_tokens: int
     expert_memory: ExpertMemoryStatus | None
+    data_plane: DataPlaneStatus | None = None
     degraded: tuple[str, ...] = ()
 
 
@@ -132,15 +190,58 @@ class LayerExperts:
     """Experts of one layer: where they are and how often the gate chose them."""
 
     layer: int
+    num_experts: int
     resident: tuple[int, ...]
-    activations: tuple[int, ...]
+    activations: Mapping[Phase, tuple[int, ...]]
     hits: int
     misses: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertsReport:
-    """Residency and activation per layer of one worker's expert memory."""
+class LayerActivations:
+    """How often the gate of one layer chose each expert, by phase."""
 
-    worker_id: str
+    layer: int
+    activations: Mapping[Phase, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterActivations:
+    """Activations that all workers of the cluster counted, from the shared store; workers send every few seconds.
+
+    `degraded` says in words why they are not up to date or not all workers'; None when they are.
+    """
+
+    layers: tuple[LayerActivations, ...]
+    degraded: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertHostStatus:
+    """What one expert host says of itself. `owned` counts the experts that the plan gives it."""
+
+    host_id: str
+    phase: StartupPhase
+    error: str | None
+    epoch: int
+    owned: int
+    num_connections: int
+    num_frames: int
+    num_rows: int
+    num_batches: int
+    num_refused: int
+    busy_s: float
+    expert_memory: ExpertMemoryStatus | None
+    degraded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsReport:
+    """Residency and activation per layer of one process's expert memory: a worker's or a host's.
+
+    `activations` are what this process counted, so a host has none. `cluster` is a worker's view of the shared store.
+    """
+
+    owner_id: str
     layers: tuple[LayerExperts, ...]
+    cluster: ClusterActivations | None = None

@@ -41,10 +41,12 @@ class CountingRunner:
 
     def execute(self, rows: Sequence[ScheduledRows]) -> Tensor:
         self.steps.append([(r.sequence.request.request_id, r.num_rows) for r in rows])
-        logits = torch.zeros(sum(r.samples for r in rows), VOCABULARY)
-        for row, item in enumerate(r for r in rows if r.samples):
+        logits = torch.zeros(sum(r.num_logits for r in rows), VOCABULARY)
+        ends = [r.sequence.computed + r.num_rows - back for r in rows for back in reversed(range(r.num_logits))]
+        owners = [r.sequence for r in rows for _ in range(r.num_logits)]
+        for row, (sequence, end) in enumerate(zip(owners, ends, strict=True)):
             logits[row] = torch.arange(VOCABULARY, 0, -1) / VOCABULARY
-            logits[row, self.choose(item.sequence.tokens)] = 10.0
+            logits[row, self.choose(sequence.tokens[:end])] = 10.0
         return logits
 
 

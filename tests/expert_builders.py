@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from actors.experts.activations import Activation
+from actors.experts.formats.base import TORCH_DTYPES
+from actors.experts.formats.dense import DenseFormat
+from actors.experts.formats.expert import ExpertForm, ExpertWeights
 from actors.experts.policies.lru import LruPolicy
 from actors.experts.reader import ExpertReader
-from actors.experts.store import TORCH_DTYPES, ExpertStore, ExpertWeights, held_expert_bytes
-from actors.kernels.native import ExpertPointers
+from actors.experts.store import ExpertStore, held_expert_bytes
 from actors.model.expert_layout import ConversionRules, ExpertLayout, derive_layout
 from actors.model.safetensors_index import read_index
 from cluster.types import ExpertId
@@ -33,6 +36,11 @@ RULES = ConversionRules(
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
+def dense_form(dtype: torch.dtype, activation: str = "silu") -> ExpertForm:
+    """Gate, up and down apart, row-major, without bias."""
+    return ExpertForm(format=DenseFormat(dtype), activation=Activation(activation))
+
+
 @dataclass(frozen=True, slots=True)
 class Matrices:
     """The truth about one expert."""
@@ -48,8 +56,7 @@ class Matrices:
 
     def weights(self) -> ExpertWeights:
         """As the store would hand it out."""
-        pointers = ExpertPointers(self.gate.data_ptr(), self.up.data_ptr(), self.down.data_ptr())
-        return ExpertWeights(self.gate, self.up, self.down, pointers)
+        return ExpertWeights.of(dense_form(self.gate.dtype), (self.gate, self.up, self.down))
 
 
 @dataclass(frozen=True, slots=True)

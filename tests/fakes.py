@@ -9,11 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.types import (
+    ClusterActivations,
+    ExpertHostStatus,
     ExpertMemoryStatus,
     ExpertsReport,
     FinishReason,
     GenerationRequest,
+    LayerActivations,
     LayerExperts,
+    Phase,
     RequestId,
     StartupPhase,
     TokenChunk,
@@ -76,7 +80,7 @@ class FakeAttentionWorker:
                     reason = FinishReason.STOP
                 elif sent >= request.sampling.max_tokens:
                     reason = FinishReason.LENGTH
-                yield self._chunk(request, ids, reason)
+                yield self._chunk(request, ids, reason, is_first=sent == len(ids))
                 if reason is not None:
                     return
                 await asyncio.sleep(0)
@@ -86,9 +90,12 @@ class FakeAttentionWorker:
     async def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)
 
-    async def status(self) -> WorkerStatus:
+    async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
         if self.status_error is not None:
             raise self.status_error
+        return (self._status(),)
+
+    def _status(self) -> WorkerStatus:
         return WorkerStatus(
             worker_id="w0",
             phase=self.phase,
@@ -119,20 +126,34 @@ class FakeAttentionWorker:
             ),
         )
 
-    async def experts(self) -> ExpertsReport:
-        layer = LayerExperts(layer=0, resident=(1,), activations=(2, 3), hits=3, misses=1)
-        return ExpertsReport(worker_id="w0", layers=(layer,))
+    async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
+        return ()
 
-    async def metrics_text(self) -> str:
-        return "moesaic_num_requests_running 0\n"
+    async def experts_reports(self) -> tuple[ExpertsReport, ...]:
+        own = {Phase.PREFILL: (2, 3), Phase.DECODE: (0, 0)}
+        layer = LayerExperts(layer=0, num_experts=2, resident=(1,), activations=own, hits=3, misses=1)
+        total = LayerActivations(layer=0, activations={Phase.PREFILL: (2, 6), Phase.DECODE: (0, 0)})
+        cluster = ClusterActivations(layers=(total,), degraded=None)
+        return (ExpertsReport(owner_id="w0", layers=(layer,), cluster=cluster),)
 
-    def _chunk(self, request: GenerationRequest, ids: tuple[int, ...], reason: FinishReason | None) -> TokenChunk:
-        num = request.sampling.num_logprobs
+    def _chunk(
+        self, request: GenerationRequest, ids: tuple[int, ...], reason: FinishReason | None, *, is_first: bool
+    ) -> TokenChunk:
+        """A prompt token's log-probability is minus its id, its rank 2, and token 7 is always likelier."""
+        num, num_prompt = request.sampling.num_logprobs, request.sampling.num_prompt_logprobs
+        scored = None
+        if num_prompt is not None and is_first:
+            top = ((7, -0.25),) * num_prompt
+            scored = tuple(TokenLogprob(i, -float(i), top, 2) for i in request.prompt_ids[1:])
         entries = None
         if num is not None:
             entries = tuple(TokenLogprob(i, -0.5, tuple((i + n, -0.5 - n) for n in range(num))) for i in ids)
         return TokenChunk(
-            token_ids=ids, logprobs=entries, finish_reason=reason, num_cached_tokens=self.num_cached_tokens
+            token_ids=ids,
+            logprobs=entries,
+            finish_reason=reason,
+            num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=scored,
         )
 
 

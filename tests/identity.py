@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from live_server import poll
 
-from actors.engine.build import EngineParts, build_engine
+from actors.engine.build import EngineParts, HostAccess, build_engine
 from actors.engine.engine import Engine, StepOutput
+from actors.expert_host import ExpertHost
 from cluster.config import load_config
 from cluster.loadgen.prompts import BUNDLED_PROMPTS
 from cluster.model_info import load_model_info
-from cluster.types import GenerationRequest, RequestId, SamplingParams
+from cluster.types import GenerationRequest, RequestId, SamplingParams, StartupPhase
 
 NEAR_TIE = 1e-4
 MAX_NEAR_TIES_PER_1000 = 2
@@ -126,12 +128,12 @@ def demo_cases(encode: Any, *, num_domains: int = 10, prompts_per_domain: int = 
     return cases
 
 
-def random_cases(num: int, *, vocab_size: int, seed: int = 0) -> list[Case]:
+def random_cases(num: int, *, vocab_size: int, seed: int = 0, max_tokens: int = 24) -> list[Case]:
     """Random token ids; enough for random weights."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(5, 120, (num,), generator=generator).tolist()
     return [
-        Case(f"random-{i}", tuple(torch.randint(3, vocab_size, (length,), generator=generator).tolist()), 24)
+        Case(f"random-{i}", tuple(torch.randint(3, vocab_size, (length,), generator=generator).tolist()), max_tokens)
         for i, length in enumerate(lengths)
     ]
 
@@ -144,29 +146,62 @@ def engine_parts(
     dtype: str = "float32",
     kv_blocks: int | None = None,
     max_model_len: int = 384,
+    hosts: Sequence[ExpertHost] = (),
+    carrier: str = "auto",
     **attention: Any,
 ) -> Iterator[EngineParts]:
-    """An engine as the worker builds it. Args: kv_blocks: usable blocks of KV; default: plenty."""
+    """An engine as the worker builds it.
+
+    Args:
+        kv_blocks: usable blocks of KV; default: plenty.
+        hosts: ready expert hosts (`expert_hosts`); the cache is then the worker's own.
+    """
     info = load_model_info(str(path), max_model_len=max_model_len)
     if kv_blocks is not None:
         attention["kv_cache"] = str((kv_blocks + 1) * kv_block_bytes(info.config, dtype=dtype))
     overrides = {
         "model": {"path": str(path), "dtype": dtype, "max_model_len": max_model_len},
-        "experts": {"cache": cache},
+        "experts": {"cache": cache, "hosts": len(hosts), "carrier": carrier},
         "attention": attention,
     }
-    parts = build_engine(load_config(None, overrides), info, threads=1)
+    access = HostAccess(worker_id="test", locate=lambda i: hosts[i].endpoint()) if hosts else None
+    parts = build_engine(load_config(None, overrides), info, threads=1, hosts=access)
     try:
         yield parts
     finally:
-        parts.store.close()
+        parts.dispatcher.close()
+
+
+@contextmanager
+def expert_hosts(
+    path: Path, num: int, *, host_cache: str = "auto", dtype: str = "float32", max_model_len: int = 384
+) -> Iterator[list[ExpertHost]]:
+    """Ready expert hosts in threads of this process: everything of a host but its process."""
+    info = load_model_info(str(path), max_model_len=max_model_len)
+    overrides = {"model": {"dtype": dtype}, "experts": {"hosts": num, "host_cache": host_cache, "host_threads": 1}}
+    hosts = [ExpertHost(load_config(None, overrides), info, i) for i in range(num)]
+    try:
+        for host in hosts:
+            host.start("127.0.0.1")
+        for host in hosts:
+            poll(lambda host=host: host.phase is StartupPhase.READY or host.error, deadline_s=60, what="a ready host")
+            if host.error is not None:
+                raise host.error
+        yield hosts
+    finally:
+        for host in hosts:
+            host.stop()
 
 
 def kv_block_bytes(config: Any, *, dtype: str, block_size: int = 16) -> int:
     """Bytes of one KV block of a model, from its config.json."""
-    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     itemsize = 4 if dtype == "float32" else 2
-    return 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * dim * itemsize * block_size
+    if "kv_lora_rank" in config:
+        per_layer = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+    else:
+        dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        per_layer = 2 * config["num_key_value_heads"] * dim
+    return config["num_hidden_layers"] * per_layer * itemsize * block_size
 
 
 def greedy(case: Case, *, max_tokens: int | None = None) -> SamplingParams:

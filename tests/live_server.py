@@ -40,6 +40,7 @@ class LiveServer:
     process: subprocess.Popen[bytes]
     port: int
     root: Path
+    grpc_port: int
 
     @property
     def url(self) -> str:
@@ -92,10 +93,10 @@ class LiveServer:
 def launch(*flags: str, **environment: str) -> LiveServer:
     """Start `moesaic serve` with `flags` and return at once."""
     root = make_root()
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
-            [str(COMMAND), "serve", "--port", str(port), *flags],
+            [str(COMMAND), "serve", "--port", str(port), "--grpc-port", str(grpc_port), *flags],
             cwd=root,
             env=clean_environment(RAY_TMPDIR=str(root), **environment),
             stdin=subprocess.DEVNULL,
@@ -103,7 +104,7 @@ def launch(*flags: str, **environment: str) -> LiveServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return LiveServer(process, port, root)
+    return LiveServer(process, port, root, grpc_port)
 
 
 @contextmanager

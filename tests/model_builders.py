@@ -1,6 +1,7 @@
 """Small random checkpoints of every family under test, written as users have them: weights, config, tokenizer.
 
-To add a family, add an entry to FAMILIES: what its config calls things, and nothing else.
+To add a family, add an entry to FAMILIES, or to OTHER_FAMILIES for the shorter proof: what its config calls things, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from other_families import NUM_EXPERTS, OTHER_FAMILIES
 
 DEMO = Path(__file__).resolve().parents[1] / "models" / "moesaic-demo"
-NUM_EXPERTS = 8
 TOP_K = 2
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -27,6 +28,33 @@ class Family:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
+_LATENT: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "n_routed_experts": NUM_EXPERTS,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 28,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.7,
+    },
+}
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -36,6 +64,59 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("olmoe", {"num_experts": NUM_EXPERTS, "intermediate_size": 48}),
         Family("mixtral", {"num_local_experts": NUM_EXPERTS, "intermediate_size": 80, "sliding_window": None}),
+        Family("deepseek_v2", _LATENT | {"topk_method": "group_limited_greedy"}),
+        Family("deepseek_v3", _LATENT | {"norm_topk_prob": True}),
+        Family(
+            "qwen2_moe",
+            {
+                "num_experts": NUM_EXPERTS,
+                "moe_intermediate_size": 48,
+                "shared_expert_intermediate_size": 80,
+                "use_sliding_window": True,
+                "sliding_window": 24,
+                "max_window_layers": 1,
+            },
+        ),
+        Family(
+            "phimoe",
+            {
+                "num_local_experts": NUM_EXPERTS,
+                "intermediate_size": 48,
+                "attention_bias": True,
+                "lm_head_bias": True,
+                "max_position_embeddings": 2048,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 512,
+                    "short_factor": [1.0 + i / 10 for i in range(8)],
+                    "long_factor": [2.0 + i for i in range(8)],
+                    "short_mscale": 1.2,
+                    "long_mscale": 1.3,
+                },
+            },
+        ),
+        Family(
+            "gpt_oss",
+            {
+                "num_local_experts": NUM_EXPERTS,
+                "intermediate_size": 48,
+                "head_dim": 16,
+                "sliding_window": 24,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        ),
+        Family(
+            "granitemoe",
+            {
+                "num_local_experts": NUM_EXPERTS,
+                "intermediate_size": 48,
+                "embedding_multiplier": 3.0,
+                "logits_scaling": 4.0,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.125,
+            },
+        ),
     )
 }
 
@@ -75,7 +156,8 @@ def build_checkpoint(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **(_COMMON | FAMILIES[family].fields | changes))
+    fields = FAMILIES[family].fields if family in FAMILIES else OTHER_FAMILIES[family]
+    config = AutoConfig.for_model(family, **(_COMMON | fields | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(path, save_original_format=not fused, max_shard_size=max_shard_size)
     for name in _TOKENIZER_FILES:

@@ -15,6 +15,8 @@ from actors.engine.kv_blocks import KvBlocks
 from actors.engine.sequence import Sequence, SequenceState
 from cluster.errors import Overloaded
 
+_MAX_SCORED_ROWS = 64  # rows of a step that are scored against the whole vocabulary: logits are 0.6 MB each at 150,000
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRows:
@@ -27,6 +29,11 @@ class ScheduledRows:
     def samples(self) -> bool:
         """Whether these rows reach the sequence's last token, so that the next one can be drawn."""
         return self.sequence.computed + self.num_rows == len(self.sequence.tokens)
+
+    @property
+    def num_logits(self) -> int:
+        """How many of these rows, from the last one back, need logits: those of a scored prompt, else the sampled."""
+        return self.num_rows if self.sequence.needs_prompt_logits else int(self.samples)
 
 
 class Batcher:
@@ -86,13 +93,15 @@ class Batcher:
             for sequence in list(self._running):
                 if sequence.state is not SequenceState.RUNNING or (sequence.num_pending == 1) is not decoding:
                     continue
-                rows = min(sequence.num_pending, budget)
+                rows = _num_rows(sequence, sequence.num_pending, budget)
                 if rows and self._reserve(sequence, rows, planned):
                     planned.append(ScheduledRows(sequence, rows))
                     budget -= rows
         while self._waiting and budget and len(self._running) < self._max_running:
             if self.num_preemptions > preemptions:
                 break  # who was just put out must not come back before somebody finished
+            if self._is_being_computed(self._waiting[0]):
+                break  # the choices of one request: from the next step on their prompt is in the cache
             rows = self._admit(self._waiting[0], budget)
             if not rows:
                 break
@@ -110,9 +119,9 @@ class Batcher:
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
         """Start the sequence if all its tokens find blocks without preempting anyone; returns its first rows."""
-        cached = self.blocks.match_prefix(sequence.tokens)
+        cached = [] if sequence.needs_prompt_logits else self.blocks.match_prefix(sequence.tokens)
         computed = len(cached) * self.blocks.block_size
-        rows = min(len(sequence.tokens) - computed, budget)
+        rows = _num_rows(sequence, len(sequence.tokens) - computed, budget)
         if self.blocks.blocks_for(len(sequence.tokens) + 1) - len(cached) > self.blocks.num_free:
             self.blocks.release(cached)
             return 0
@@ -126,6 +135,14 @@ class Batcher:
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
         return rows
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is at the same prompt and will leave blocks of it in the cache."""
+        prompt = sequence.request.prompt_ids
+        shared = (len(prompt) - 1) // self.blocks.block_size * self.blocks.block_size
+        if not shared or sequence.needs_prompt_logits:
+            return False
+        return any(other.computed < shared and other.request.prompt_ids == prompt for other in self._running)
 
     def _reserve(self, sequence: Sequence, rows: int, planned: list[ScheduledRows]) -> bool:
         """Blocks for `rows` more tokens, preempting the youngest if need be; False if it was itself."""
@@ -147,3 +164,7 @@ class Batcher:
         sequence.reset()
         self._waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+
+def _num_rows(sequence: Sequence, num_pending: int, budget: int) -> int:
+    return min(num_pending, budget, _MAX_SCORED_ROWS) if sequence.needs_prompt_logits else min(num_pending, budget)

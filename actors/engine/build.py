@@ -1,6 +1,6 @@
-"""Puts an engine together from a configuration: model, expert memory, kernels, batcher.
+"""Puts an engine together from a configuration: model, experts here or on hosts, kernels, batcher.
 
-The composition root of one attention worker's process; knows every class of the engine.
+The composition root of one attention worker's process, and of the experts of a host's; knows every class of the engine.
 """
 
 from __future__ import annotations
@@ -10,56 +10,101 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.data_plane.connect import Connector
+from actors.engine.attention_check import AttentionCheck
 from actors.engine.batcher import Batcher
 from actors.engine.engine import Engine
 from actors.engine.kv_blocks import KvBlocks
 from actors.engine.model_runner import ModelRunner
-from actors.experts.budget import expert_budget
-from actors.experts.compute import ExpertCompute
-from actors.experts.dispatch import LocalDispatcher
-from actors.experts.policies.lru import LruPolicy
-from actors.experts.reader import ExpertReader
-from actors.experts.store import TORCH_DTYPES, ExpertStore, held_expert_bytes
+from actors.experts.backend import ExpertBackend
+from actors.experts.build import BackendBuilder
+from actors.experts.dispatch import Dispatcher, LocalDispatcher
+from actors.experts.host_links import HostLinks, Locate
+from actors.experts.local_memory import LocalMemory
+from actors.experts.recorder import ActivationRecorder
+from actors.experts.remote_dispatch import HostDispatcher
+from actors.experts.store import ExpertStore
 from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
 from actors.model.fast_modules import speed_up
-from cluster.config import MoesaicConfig, parse_size
+from cluster.config import AUTO, MoesaicConfig, parse_size
 from cluster.errors import ConfigError
 from cluster.model_info import ModelInfo
+from cluster.scheduler.placement import even_placement
 from cluster.types import StartupPhase
+
+_HOSTS_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """The engine and the parts that status and statistics look at."""
+    """The engine and the parts that status and statistics look at. `backend` None: no experts in this process."""
 
     engine: Engine
-    store: ExpertStore
-    dispatcher: LocalDispatcher
-    compute: ExpertCompute
+    dispatcher: Dispatcher
+    recorder: ActivationRecorder
+    backend: ExpertBackend | None
+    links: HostLinks | None
+    kernel: str
     dtype: torch.dtype
+
+    @property
+    def store(self) -> ExpertStore:
+        """This process's expert memory; only where there is one."""
+        assert self.backend is not None, "no experts in this process"
+        return self.backend.store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostAccess:
+    """How a worker finds its expert hosts. `locate` may raise while a host starts."""
+
+    worker_id: str
+    locate: Locate
 
 
 def build_engine(
-    config: MoesaicConfig, info: ModelInfo, *, threads: int, on_phase: Callable[[StartupPhase], None] = lambda _: None
+    config: MoesaicConfig,
+    info: ModelInfo,
+    *,
+    threads: int,
+    hosts: HostAccess | None = None,
+    on_phase: Callable[[StartupPhase], None] = lambda _: None,
 ) -> EngineParts:
     """Load the model and make it ready to step.
 
     Raises:
         ConfigError: a budget too small; names the field and the minimum.
         CheckpointError: the checkpoint is damaged or unsupported.
+        Unavailable: an expert host cannot be reached.
     """
     torch.set_num_threads(threads)
     on_phase(StartupPhase.LOADING)
     loaded = load_model(info, config.model.dtype)
     native = load_native(threads=threads)
     num_blocks = _num_blocks(config, info, loaded)
-    store = _build_store(config, loaded)
-    compute = ExpertCompute(native, activation=loaded.activation, compute_dtype=loaded.dtype)
+    builder = BackendBuilder(config.experts, loaded, native)
     on_phase(StartupPhase.CALIBRATING)
-    compute.calibrate(store.held_dtype, loaded.layout.hidden, loaded.layout.intermediate)
+    builder.calibrate()
+    check = AttentionCheck.prepare(loaded)
     native_rows = speed_up(loaded.model, native) if native else 0
-    dispatcher = LocalDispatcher(store, compute)
+    check.verify(native, native_rows)
+    recorder = ActivationRecorder(loaded.layout.layers, loaded.layout.num_experts, native)
+    backend = _local_backend(config, builder)
+    links: HostLinks | None = None
+    if hosts is None or not config.experts.hosts:
+        assert backend is not None
+        dispatcher: Dispatcher = LocalDispatcher(backend, recorder)
+    else:
+        on_phase(StartupPhase.CONNECTING)
+        links = _connect_hosts(config, info, loaded, hosts)
+        dispatcher = HostDispatcher(
+            links,
+            LocalMemory(backend, builder.build_smallest, recorder),
+            recorder,
+            num_experts=loaded.layout.num_experts,
+            timeout_s=config.experts.host_timeout_s,
+        )
     block_size = config.attention.block_size
     runner = ModelRunner(
         loaded, dispatcher, native, num_blocks=num_blocks, block_size=block_size, native_rows=native_rows
@@ -71,38 +116,52 @@ def build_engine(
         max_queue=config.attention.max_queue,
     )
     engine = Engine(runner, batcher, max_model_len=info.max_model_len, eos_token_ids=info.eos_token_ids)
-    return EngineParts(engine, store, dispatcher, compute, loaded.dtype)
+    return EngineParts(engine, dispatcher, recorder, backend, links, builder.compute.plan.label, loaded.dtype)
 
 
-def _build_store(config: MoesaicConfig, loaded: LoadedModel) -> ExpertStore:
+def build_host_backend(
+    config: MoesaicConfig, info: ModelInfo, host_index: int, *, threads: int
+) -> tuple[ExpertBackend, dict[int, tuple[int, ...]]]:
+    """The experts of host `host_index`, and which of them it owns, by layer. Raises as build_engine."""
+    torch.set_num_threads(threads)
+    loaded = load_model(info, config.model.dtype, dense=False)
+    builder = BackendBuilder(config.experts, loaded, load_native(threads=threads))
+    builder.calibrate()
+    layout, num_hosts = loaded.layout, config.experts.hosts
+    owned = even_placement(layout.layers, layout.num_experts, num_hosts)[host_index]
+    share = sum(len(experts) for experts in owned.values()) / len(layout.experts)
+    return builder.build(builder.budget(config.experts.host_cache, kv_bytes=0, share=share)), owned
+
+
+def _local_backend(config: MoesaicConfig, builder: BackendBuilder) -> ExpertBackend | None:
+    """Experts in the worker's own memory: all by default without hosts, none with hosts."""
+    setting = config.experts.cache
+    if config.experts.hosts and setting == AUTO:
+        return None
+    budget = builder.budget(setting, kv_bytes=parse_size(config.attention.kv_cache))
+    return None if config.experts.hosts and budget == 0 else builder.build(budget)
+
+
+def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, hosts: HostAccess) -> HostLinks:
+    connector = Connector(
+        config.experts.carrier,
+        worker_id=hosts.worker_id,
+        fingerprint=info.fingerprint,
+        max_rows=config.attention.max_batch_tokens,
+        dim=loaded.layout.hidden,
+        top_k=loaded.top_k,
+        checked=config.experts.checksums,
+    )
     layout = loaded.layout
-    stored = TORCH_DTYPES[layout.stored_dtype]
-    # In float32 the stored narrow values are widened in the kernel, which is exact: never hold more bytes than stored.
-    held = stored if stored.itemsize <= loaded.dtype.itemsize else loaded.dtype
-    reader = ExpertReader(
-        {part.file for expert in layout.experts.values() for part in expert.parts},
-        direct_io=config.experts.direct_io == "auto",
+    links = HostLinks(
+        config.experts.hosts, hosts.locate, connector.connect, layers=layout.layers, num_experts=layout.num_experts
     )
-
-    return ExpertStore(
-        layout,
-        reader,
-        LruPolicy(),
-        budget_bytes=expert_budget(
-            config.experts.cache,
-            total_bytes=held_expert_bytes(layout, held),
-            kv_bytes=parse_size(config.attention.kv_cache),
-        ),
-        held_dtype=held,
-        min_experts=loaded.top_k,
-        io_threads=config.experts.io_threads,
-    )
+    links.start(_HOSTS_TIMEOUT_S)
+    return links
 
 
 def _num_blocks(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel) -> int:
-    text = loaded.model.config.get_text_config()
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * dim * loaded.dtype.itemsize
+    token_bytes = sum(layer.values_per_token for layer in loaded.attention) * loaded.dtype.itemsize
     block_bytes = token_bytes * config.attention.block_size
     num_blocks = parse_size(config.attention.kv_cache) // block_bytes
     needed = -(-info.max_model_len // config.attention.block_size) + 1  # block 0 is for padding

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actors.engine.batcher import Batcher, ScheduledRows
+from actors.engine.logits import score_tokens
 from actors.engine.sampling import sample
 from actors.engine.sequence import Sequence, SequenceState
 from cluster.errors import InvalidRequest
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenLogprob
 
-if TYPE_CHECKING:  # brings in transformers: seconds that a fake runner need not wait for
-    from actors.engine.model_runner import ModelRunner
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from actors.engine.model_runner import ModelRunner  # imports transformers: seconds that a fake runner need not wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class StepOutput:
     logprob: TokenLogprob | None
     finish_reason: FinishReason | None
     num_cached: int
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -91,24 +95,27 @@ class Engine:
         planned = self.batcher.plan()
         if not planned:
             return []
-        logits = self.runner.execute(planned)
+        logits_RV = self.runner.execute(planned)
         self.counters.steps += 1
         sampling = [rows for rows in planned if rows.samples]
+        if len(logits_RV) > len(sampling):
+            logits_RV = _score_prompts(planned, logits_RV)
         for rows in planned:
             self.batcher.on_computed(rows)
-        return self._sample(sampling, logits)
+        return self._sample(sampling, logits_RV)
 
-    def _sample(self, sampling: list[ScheduledRows], logits_RV: object) -> list[StepOutput]:
+    def _sample(self, sampling: list[ScheduledRows], logits_RV: Tensor) -> list[StepOutput]:
         if not sampling:
             return []
         sequences = [rows.sequence for rows in sampling]
         params = [s.request.sampling for s in sequences]
         keys = [(s.request.choice, s.num_generated) for s in sequences]
-        banned = [self._banned(s) for s in sequences]
-        tokens, logprobs = sample(logits_RV, params, keys, banned)  # type: ignore[arg-type]
+        banned = [s.banned(self._eos) for s in sequences]
+        tokens, logprobs = sample(logits_RV, params, keys, banned, [s.counts for s in sequences])
         outputs: list[StepOutput] = []
         for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            sequence.tokens.append(token)
+            prompt_logprobs = tuple(sequence.prompt_logprobs) if sequence.needs_prompt_logits else None
+            sequence.append(token)
             reason = self._finish_reason(sequence, token)
             if reason is not None:
                 self.batcher.finish(sequence)
@@ -116,12 +123,12 @@ class Engine:
             if sequence.num_generated == 1:
                 self.counters.cached_prompt_tokens += sequence.num_cached or 0
             self.counters.generated_tokens += 1
-            outputs.append(StepOutput(sequence.request.request_id, token, logprob, reason, sequence.num_cached or 0))
+            outputs.append(
+                StepOutput(
+                    sequence.request.request_id, token, logprob, reason, sequence.num_cached or 0, prompt_logprobs
+                )
+            )
         return outputs
-
-    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
-        p = sequence.request.sampling
-        return (*self._eos, *p.stop_token_ids) if sequence.num_generated < p.min_tokens else ()
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         p = sequence.request.sampling
@@ -132,3 +139,20 @@ class Engine:
         if sequence.num_generated >= p.max_tokens or len(sequence.tokens) >= self.max_model_len:
             return FinishReason.LENGTH
         return None
+
+
+def _score_prompts(planned: Seq[ScheduledRows], logits_RV: Tensor) -> Tensor:
+    """Note the log-probabilities of prompt tokens whose rows were computed; the logits of sampled rows alone."""
+    sampled: list[int] = []
+    start = 0
+    for rows in planned:
+        sequence, stop = rows.sequence, start + rows.num_logits
+        num_top = sequence.request.sampling.num_prompt_logprobs
+        if num_top is not None and sequence.needs_prompt_logits:
+            first = sequence.computed + 1  # a row's logits tell of the token after it
+            following = sequence.tokens[first : first + rows.num_rows]
+            sequence.prompt_logprobs += score_tokens(logits_RV[start : start + len(following)], following, num_top)
+        if rows.samples:
+            sampled.append(stop - 1)
+        start = stop
+    return logits_RV[sampled]

@@ -14,6 +14,8 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from actors.engine.logits import shape_logits
+from actors.engine.token_counts import TokenCounts
 from cluster.types import SamplingParams, TokenLogprob
 
 _MASK = (1 << 64) - 1
@@ -26,27 +28,28 @@ def uniform(seed: int, choice: int, index: int) -> float:
 
 
 def sample(
-    logits_RV: Tensor, params: Seq[SamplingParams], keys: Seq[tuple[int, int]], banned: Seq[tuple[int, ...]]
+    logits_RV: Tensor,
+    params: Seq[SamplingParams],
+    keys: Seq[tuple[int, int]],
+    banned: Seq[tuple[int, ...]],
+    counts: Seq[TokenCounts | None],
 ) -> tuple[list[int], list[TokenLogprob | None]]:
-    """One token for each row, and its log-probability where asked for.
+    """One token for each row, and its log-probability, as the model alone gives it, where asked for.
 
     Args:
         logits_RV: any float dtype.
         keys: (choice, token index) of each row; the seed is in its params.
-        banned: token ids that may not be chosen now (end of sequence before min_tokens).
+        banned: token ids that may not be chosen now.
+        counts: tokens so far of the rows that have penalties.
     """
-    logits_RV = logits_RV.float()
-    raw = logits_RV
-    if any(banned):
-        logits_RV = logits_RV.clone()
-        for row, ids in enumerate(banned):
-            logits_RV[row, list(ids)] = -torch.inf
+    raw_RV = logits_RV.float()
+    logits_RV = shape_logits(raw_RV, params, banned, counts)
     tokens: list[int] = logits_RV.argmax(dim=-1).tolist()
     for row, (p, (choice, index)) in enumerate(zip(params, keys, strict=True)):
         if p.temperature > 0:
             tokens[row] = _draw(logits_RV[row], p, uniform(p.seed, choice, index))
     logprobs = [
-        _logprob(raw[row], token, p.num_logprobs) if p.num_logprobs is not None else None
+        _logprob(raw_RV[row], token, p.num_logprobs) if p.num_logprobs is not None else None
         for row, (token, p) in enumerate(zip(tokens, params, strict=True))
     ]
     return tokens, logprobs

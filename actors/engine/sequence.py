@@ -7,7 +7,8 @@ from enum import Enum, auto
 
 import numpy as np
 
-from cluster.types import FinishReason, GenerationRequest
+from actors.engine.token_counts import TokenCounts
+from cluster.types import FinishReason, GenerationRequest, TokenLogprob
 
 
 class SequenceState(Enum):
@@ -24,6 +25,8 @@ class Sequence:
 
     num_cached: prompt tokens found in the KV cache when first admitted; what a preempted sequence finds
     of itself later does not count.
+    counts: what penalties are computed from; None when there are none.
+    prompt_logprobs: those of the prompt tokens scored so far, until the first token takes them along.
     """
 
     request: GenerationRequest
@@ -35,10 +38,15 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    counts: TokenCounts | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.tokens:
             self.tokens = list(self.request.prompt_ids)
+        sampling = self.request.sampling
+        if sampling.has_penalties:
+            self.counts = TokenCounts(self.request.prompt_ids if sampling.repetition_penalty != 1 else ())
 
     @property
     def num_generated(self) -> int:
@@ -48,6 +56,25 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose keys and values are still to be computed (1 while decoding)."""
         return len(self.tokens) - self.computed
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether every row to come needs logits, to score the prompt. Nothing of it may come from the prefix cache."""
+        return self.request.sampling.num_prompt_logprobs is not None and self.num_generated == 0
+
+    def append(self, token: int) -> None:
+        """Take a generated token."""
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts.add((token,))
+
+    def banned(self, end_tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens that may not come next: ends before min_tokens, and those that would complete a bad word."""
+        p = self.request.sampling
+        banned = (*end_tokens, *p.stop_token_ids) if self.num_generated < p.min_tokens else ()
+        if p.bad_words:
+            banned += tuple(word[-1] for word in p.bad_words if self._has_just_said(word[:-1]))
+        return banned
 
     def add_blocks(self, blocks: list[int], block_size: int) -> None:
         """Append KV blocks and the slots they consist of."""
@@ -60,3 +87,8 @@ class Sequence:
         self.blocks, self.computed, self.published = [], 0, (0, b"")
         self.slots = np.empty(0, dtype=np.int64)
         self.state = SequenceState.WAITING
+        if self.num_generated == 0:
+            self.prompt_logprobs = []
+
+    def _has_just_said(self, words: tuple[int, ...]) -> bool:
+        return not words or (len(words) <= self.num_generated and tuple(self.tokens[-len(words) :]) == words)

@@ -7,7 +7,7 @@ in float32 the compiled kernel is as fast and does not let a row's result depend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.experts.store import ExpertWeights
-from actors.kernels.native import ACTIVATION_CODES, NativeKernels
+from actors.experts.formats.base import Matrix
+from actors.experts.formats.expert import ExpertForm, ExpertWeights
+from actors.kernels.native import NativeKernels
 from actors.kernels.timing import best_time
-from cluster.errors import CheckpointError
 
 _NEVER = 1 << 30
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -33,21 +33,21 @@ class KernelPlan:
 
 
 class ExpertCompute:
-    """Expert FFNs of one model: fixed activation, dtype and kernels."""
+    """Expert FFNs of one model: fixed form, dtype and kernels."""
 
-    def __init__(self, native: NativeKernels | None, *, activation: str, compute_dtype: torch.dtype) -> None:
-        if activation not in _TORCH_ACTIVATIONS:
-            raise CheckpointError(f"config.json: hidden_act {activation!r} of the experts is not supported")
-        self._native = native if activation in ACTIVATION_CODES else None
-        self._activation = activation
+    def __init__(self, native: NativeKernels | None, form: ExpertForm, *, compute_dtype: torch.dtype) -> None:
+        """Args: form: of the experts as the store holds them."""
+        self._form = form
+        self._kernel_form = form.kernel_form()
+        self._native = native if self._kernel_form is not None else None
         self._dtype = compute_dtype
         self.plan = KernelPlan(_NEVER, "native") if self._native else KernelPlan(0, "torch")
 
-    def calibrate(self, weight_dtype: torch.dtype, hidden: int, intermediate: int) -> KernelPlan:
+    def calibrate(self, hidden: int, intermediate: int) -> KernelPlan:
         """Measure both paths on this machine and keep the cross-over; takes a fraction of a second."""
         if self._native is None or self._dtype == torch.float32:
             return self.plan
-        weights = _random_expert(weight_dtype, hidden, intermediate)
+        weights = ExpertWeights.random(self._form, hidden, intermediate)
         threshold = _NEVER
         for rows in (8, 16, 32, 64, 128):
             x = torch.randn(rows, hidden)
@@ -62,13 +62,12 @@ class ExpertCompute:
         self.plan = KernelPlan(threshold, label)
         return self.plan
 
-    def group(self, topk_ids: Tensor, counts: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Sort gate choices by expert, stably, and add to `counts`; see NativeKernels.group."""
+    def group(self, topk_ids: Tensor, num_experts: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Sort gate choices by expert, stably; see NativeKernels.group."""
         if self._native is not None:
-            return self._native.group(topk_ids.contiguous(), counts)
+            return self._native.group(topk_ids.contiguous(), num_experts)
         ids = topk_ids.numpy().reshape(-1)
-        chosen = np.bincount(ids, minlength=len(counts))
-        counts += chosen
+        chosen = np.bincount(ids, minlength=num_experts)
         wanted = np.flatnonzero(chosen)
         return wanted.tolist(), np.concatenate(([0], np.cumsum(chosen[wanted]))), np.argsort(ids, kind="stable")
 
@@ -124,17 +123,16 @@ class ExpertCompute:
         *,
         top_k: int,
     ) -> None:
-        assert self._native is not None
+        assert self._native is not None and self._kernel_form is not None
         self._native.experts_ffn(
             x_TD,
             [expert.pointers for expert in experts],
             offsets,
             pairs,
             y_PD,
-            weight_dtype=experts[0].gate.dtype,
-            intermediate=experts[0].gate.shape[0],
+            form=self._kernel_form,
+            intermediate=self._intermediate(experts[0]),
             top_k=top_k,
-            activation=self._activation,
         )
 
     def _run_torch(self, x_TD: Tensor, expert: ExpertWeights, pairs: np.ndarray, y_PD: Tensor, *, top_k: int) -> None:
@@ -143,24 +141,20 @@ class ExpertCompute:
         if self._dtype != torch.float32:  # oneDNN compiles a kernel per shape: keep the shapes few
             padded = next((b for b in _ROW_BUCKETS if b >= len(pairs)), len(pairs))
             rows = F.pad(rows, (0, 0, 0, padded - len(pairs)))
-        gate, up, down = (w.to(self._dtype) for w in (expert.gate, expert.up, expert.down))
-        hidden = _TORCH_ACTIVATIONS[self._activation](F.linear(rows, gate)) * F.linear(rows, up)
-        y_PD[index] = F.linear(hidden, down)[: len(pairs)].float()
+        hidden = self._form.activation(*self._gate_and_up(rows, expert))
+        y_PD[index] = self._project(hidden, expert.down)[: len(pairs)].float()
 
+    def _gate_and_up(self, rows: Tensor, expert: ExpertWeights) -> tuple[Tensor, Tensor]:
+        gate = self._project(rows, expert.gate)
+        if expert.up is None:
+            return gate[:, ::2], gate[:, 1::2]
+        return gate, self._project(rows, expert.up)
 
-_TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+    def _project(self, rows: Tensor, matrix: Matrix) -> Tensor:
+        weight = self._form.format.dequantize(matrix).to(self._dtype)
+        bias = None if matrix.bias is None else matrix.bias.to(self._dtype)
+        return F.linear(rows, weight.T if self._form.transposed else weight, bias)
 
-
-def _random_expert(dtype: torch.dtype, hidden: int, intermediate: int) -> ExpertWeights:
-    from actors.kernels.native import ExpertPointers
-
-    gate, up = (torch.randn(intermediate, hidden).to(dtype) for _ in range(2))
-    down = torch.randn(hidden, intermediate).to(dtype)
-    return ExpertWeights(gate, up, down, ExpertPointers(gate.data_ptr(), up.data_ptr(), down.data_ptr()))
+    def _intermediate(self, expert: ExpertWeights) -> int:
+        neurons = expert.gate.data.shape[1 if self._form.transposed else 0]
+        return neurons // 2 if expert.up is None else neurons

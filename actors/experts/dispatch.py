@@ -1,22 +1,22 @@
 """Dispatch tokens to experts and combine what comes back; here: all experts in this process.
 
-Knows rows, gate choices and kernels; knows nothing of sequences. Every pair (row, gate rank) has
-its own output row, and rows are summed in gate order in float32 whatever the order of execution,
-so that cache state, batch and (later) hosts cannot change a result.
+Knows rows and gate choices; knows nothing of sequences. `start` gives the work away and returns what fetches the
+result, so that a driver with several micro-batches can do something else meanwhile.
 
-Shapes: T token rows, D model dim, K experts per token (top-k), P = T * K pairs.
+Shapes: T token rows, D model dim, K experts per token (top-k).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from actors.experts.compute import ExpertCompute
-from actors.experts.store import ExpertStore
+from actors.experts.backend import ExpertBackend
+from actors.experts.recorder import ActivationRecorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,40 +29,49 @@ class ExpertWork:
     topk_weights_TK: Tensor
 
 
+class Dispatcher(Protocol):
+    """Runs the experts of a step's layers, wherever they are."""
+
+    recorder: ActivationRecorder
+
+    def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
+        """Begin one layer; calling the result waits for its routed output [T, D] in hidden_TD's dtype.
+
+        Args:
+            num_rows: rows from here on are padding; their output is zero.
+            num_decode: the first rows decode, the other real ones are prefill: that is what is recorded.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what it holds."""
+        ...
+
+
 class LocalDispatcher:
     """Runs every expert from this process's expert memory; the base and the specification."""
 
-    def __init__(self, store: ExpertStore, compute: ExpertCompute) -> None:
-        self._store = store
-        self._compute = compute
-        num = store.layout.num_experts
-        self._activations = {layer: np.zeros(num, dtype=np.int64) for layer in store.layout.layers}
+    def __init__(self, backend: ExpertBackend, recorder: ActivationRecorder) -> None:
+        self.recorder = recorder
+        self._backend = backend
 
-    @property
-    def activations(self) -> dict[int, np.ndarray]:
-        """(num_experts,) int64 counts of gate choices since start, by layer; real tokens only."""
-        return self._activations
+    def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
+        """Compute at once; see Dispatcher."""
+        ids_TK = work.topk_ids_TK[:num_rows]
+        self.recorder.record(work.layer, ids_TK, num_decode)
+        hidden, weights_TK = work.hidden_TD, work.topk_weights_TK[:num_rows]
+        out = self._backend.partial_sums(work.layer, hidden[:num_rows], ids_TK, weights_TK, hidden.dtype)
+        return lambda: padded(out, len(hidden))
 
-    def run(self, work: ExpertWork, num_rows: int) -> Tensor:
-        """The layer's routed output [T, D] in hidden_TD's dtype; rows from `num_rows` on are padding, zero."""
-        T, D = work.hidden_TD.shape
-        K = work.topk_ids_TK.shape[1]
-        counts = self._activations[work.layer]
-        wanted, offsets, pairs = self._compute.group(work.topk_ids_TK[:num_rows], counts)
-        x_TD = work.hidden_TD[:num_rows].contiguous()
-        y_PD = torch.empty((num_rows * K, D), dtype=torch.float32)
-        for group in self._store.acquire(work.layer, wanted):
-            weights = [weight for _, weight in group]
-            if len(group) == len(wanted):
-                self._compute.run(x_TD, weights, offsets, pairs, y_PD, top_k=K)
-                break
-            place = [wanted.index(expert) for expert, _ in group]
-            spans = [pairs[offsets[i] : offsets[i + 1]] for i in place]
-            starts = np.cumsum([0, *(len(span) for span in spans)])
-            self._compute.run(x_TD, weights, starts, np.concatenate(spans), y_PD, top_k=K)
-        out = self._compute.combine(y_PD, work.topk_weights_TK[:num_rows], work.hidden_TD.dtype)
-        if num_rows == T:
-            return out
-        padded = torch.zeros_like(work.hidden_TD)
-        padded[:num_rows] = out
-        return padded
+    def close(self) -> None:
+        """Stop reading and give the memory back."""
+        self._backend.store.close()
+
+
+def padded(out_RD: Tensor, num_rows: int) -> Tensor:
+    """`out_RD` with zero rows up to `num_rows`."""
+    if len(out_RD) == num_rows:
+        return out_RD
+    result = torch.zeros((num_rows, out_RD.shape[1]), dtype=out_RD.dtype)
+    result[: len(out_RD)] = out_RD
+    return result

@@ -23,12 +23,13 @@ _MIN_CHUNK_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A page-aligned range of a file and where it goes in the expert's slot."""
+    """A page-aligned range of a file and where it goes in the expert's slot; from `data_end` on nothing is needed."""
 
     file: Path
     file_offset: int
     num_bytes: int
     slot_offset: int
+    data_end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,15 @@ def plan_read(parts: Iterable[TensorRef]) -> ReadPlan:
     offsets = [0] * len(refs)
     for i in sorted(range(len(refs)), key=lambda i: (str(refs[i].file), refs[i].offset)):
         ref = refs[i]
-        start, stop = _align_down(ref.offset), _align_up(ref.offset + ref.num_bytes)
+        end = ref.offset + ref.num_bytes
+        start, stop = _align_down(ref.offset), _align_up(end)
         last = segments[-1] if segments else None
         if last is not None and last.file == ref.file and start <= last.file_offset + last.num_bytes:
             num_bytes = max(stop - last.file_offset, last.num_bytes)
-            segments[-1] = Segment(ref.file, last.file_offset, num_bytes, last.slot_offset)
+            data_end = max(end, last.data_end)
+            segments[-1] = Segment(ref.file, last.file_offset, num_bytes, last.slot_offset, data_end)
         else:
-            segments.append(Segment(ref.file, start, stop - start, _slot_end(segments)))
+            segments.append(Segment(ref.file, start, stop - start, _slot_end(segments), end))
         offsets[i] = segments[-1].slot_offset + ref.offset - segments[-1].file_offset
     return ReadPlan(tuple(segments), tuple(offsets), _slot_end(segments))
 
@@ -73,7 +76,6 @@ class ExpertReader:
         if not self._fds:
             self.mode = "buffered, page cache dropped"
             self._fds = _open_all(self._paths, direct=False)
-        self._sizes = {path: os.fstat(fd).st_size for path, fd in self._fds.items()}
         for fd in self._fds.values():  # what others (or the dense weights' loader) left in the page cache
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -94,7 +96,7 @@ class ExpertReader:
             for start in range(0, segment.num_bytes, chunk):
                 size = min(chunk, segment.num_bytes - start)
                 view = slot[segment.slot_offset + start : segment.slot_offset + start + size]
-                total += self._read_range(segment.file, segment.file_offset + start, view)
+                total += self._read_range(segment.file, segment.file_offset + start, view, segment.data_end)
         with self._lock:
             self._bytes_read += total
 
@@ -104,11 +106,9 @@ class ExpertReader:
             os.close(fd)
         self._fds = {}
 
-    def _read_range(self, file: Path, offset: int, view: memoryview) -> int:
+    def _read_range(self, file: Path, offset: int, view: memoryview, data_end: int) -> int:
         fd, done = self._fds[file], 0
-        wanted = min(
-            len(view), self._sizes[file] - offset
-        )  # the aligned tail of the last tensor may reach past the end
+        wanted = min(len(view), data_end - offset)  # the aligned tail of the last tensor may reach past the file's end
         try:
             while done < wanted:
                 got = os.preadv(fd, [view[done:]], offset + done)
@@ -120,7 +120,9 @@ class ExpertReader:
         except OSError as error:
             raise ExpertReadError(f"{file}: reading {len(view)} bytes at {offset} failed: {error}") from error
         if done < wanted:
-            raise ExpertReadError(f"{file}: shorter than at start: wanted {wanted} bytes at {offset}, got {done}")
+            raise ExpertReadError(
+                f"{file}: shorter than its header says: wanted {wanted} bytes at {offset}, got {done}"
+            )
         return done
 
 

@@ -7,33 +7,25 @@ the arena's size, and an expert is written nowhere else.
 
 from __future__ import annotations
 
+import math
 import mmap
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from actors.experts.formats.base import TORCH_DTYPES
+from actors.experts.formats.expert import ExpertWeights
 from actors.experts.policies.base import EvictionPolicy
 from actors.experts.reader import PAGE_BYTES, ExpertReader, ReadPlan, plan_read
-from actors.kernels.native import ExpertPointers
 from actors.model.expert_layout import ExpertLayout
 from cluster.errors import ConfigError
-from cluster.types import ExpertId, LayerExperts
-
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One resident expert: gate and up [I, D], down [D, I], as views of its slot."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    pointers: ExpertPointers
+from cluster.types import ExpertId, LayerExperts, Phase
 
 
 @dataclass(slots=True)
@@ -59,7 +51,8 @@ class ExpertStore:
         min_experts: int,
         io_threads: int = 3,
     ) -> None:
-        """Args: held_dtype: as experts are held in memory; converted on the way in if stored otherwise.
+        """Args: held_dtype: as plain float experts are held; converted on the way in if stored otherwise. Packed
+        formats are held as stored.
 
         Raises:
             ConfigError: the budget does not hold `min_experts`; says the minimum.
@@ -70,7 +63,8 @@ class ExpertStore:
         self._reader = reader
         self._policy = policy
         self._plans: dict[ExpertId, ReadPlan] = {e: plan_read(t.parts) for e, t in layout.experts.items()}
-        self._converts = TORCH_DTYPES[layout.stored_dtype] != held_dtype
+        self.form = layout.form.held_as(held_dtype)
+        self._converts = self.form != layout.form
         self.slot_bytes = _slot_size(layout, held_dtype, self._plans)
         self.model_bytes = self.slot_bytes * len(self._plans)
         num_slots = min(budget_bytes // self.slot_bytes, len(self._plans))
@@ -91,6 +85,8 @@ class ExpertStore:
         self._slots: dict[ExpertId, int] = {}
         self._weights: dict[ExpertId, ExpertWeights] = {}
         self._pinned: set[ExpertId] = set()
+        self._ahead: dict[ExpertId, tuple[Future[None], int]] = {}
+        self._resident = {layer: np.zeros(layout.num_experts, dtype=bool) for layer in layout.layers}
         self._layer_hits = dict.fromkeys(layout.layers, 0)
         self._layer_misses = dict.fromkeys(layout.layers, 0)
         self._io = ThreadPoolExecutor(io_threads, thread_name_prefix="expert-io")
@@ -116,6 +112,7 @@ class ExpertStore:
         Raises:
             ExpertReadError: a load failed; nothing stays pinned.
         """
+        self.take_in_ahead()
         resident: list[int] = []
         missing: list[ExpertId] = []
         for e in experts:
@@ -130,6 +127,10 @@ class ExpertStore:
         if not missing:
             yield self._use(layer, resident)
             return
+        if any(expert in self._ahead for expert in missing):
+            self.take_in_ahead(wait_for_it=True)
+            missing = [expert for expert in missing if expert not in self._weights]
+            resident = [e for e in experts if ExpertId(layer, e) in self._weights]
         self._pinned.update(ExpertId(layer, e) for e in resident)
         loading: dict[Future[None], tuple[ExpertId, int]] = {}
         try:
@@ -147,14 +148,48 @@ class ExpertStore:
             self._settle(loading)
             self._pinned.clear()
 
-    def layers_report(self, activations: Mapping[int, Sequence[int]]) -> tuple[LayerExperts, ...]:
+    def resident(self, layer: int) -> np.ndarray:
+        """(num_experts,) bool: which experts of a layer are resident; a live view, for the acquiring thread."""
+        return self._resident[layer]
+
+    def load_ahead(self, expert: ExpertId, *, replaces: Callable[[ExpertId], bool]) -> bool:
+        """Begin to load an expert that nobody waits for, one at a time; False if there is no room for it.
+
+        Args:
+            replaces: whether the expert is worth more than this one, which would be evicted.
+        """
+        if self._ahead or expert in self._weights:
+            return False
+        if not self._free:
+            victim = self._policy.choose_victim(self._pinned)
+            if victim is None or not replaces(victim):
+                return False
+        slot = self._take_slot()
+        if slot is None:
+            return False
+        self._ahead[expert] = (self._io.submit(self._load, expert, slot), slot)
+        return True
+
+    def take_in_ahead(self, *, wait_for_it: bool = False) -> None:
+        """Make resident what was loaded ahead; a load that failed is forgotten: whoever needs it loads it again."""
+        for expert, (future, slot) in list(self._ahead.items()):
+            if not wait_for_it and not future.done():
+                continue
+            del self._ahead[expert]
+            if future.exception() is None:
+                self._insert(expert, slot)
+            else:
+                self._free.append(slot)
+
+    def layers_report(self, activations: Mapping[int, Mapping[Phase, tuple[int, ...]]]) -> tuple[LayerExperts, ...]:
         """Residency and counts per layer; may be called from another thread than the engine's."""
         resident = set(self._weights.copy())
         return tuple(
             LayerExperts(
                 layer=layer,
+                num_experts=self.layout.num_experts,
                 resident=tuple(e for e in range(self.layout.num_experts) if ExpertId(layer, e) in resident),
-                activations=tuple(activations.get(layer, ())),
+                activations=activations.get(layer, {}),
                 hits=self._layer_hits[layer],
                 misses=self._layer_misses[layer],
             )
@@ -188,9 +223,13 @@ class ExpertStore:
         if self._free:
             return self._free.pop()
         victim = self._policy.choose_victim(self._pinned)
+        if victim is None and self._ahead and not self._pinned:
+            self.take_in_ahead(wait_for_it=True)  # it has the last slot
+            return self._take_slot()
         if victim is None:
             return None
         self._policy.on_evict(victim)
+        self._resident[victim.layer][victim.expert] = False
         del self._weights[victim]
         return self._slots.pop(victim)
 
@@ -224,6 +263,7 @@ class ExpertStore:
     def _insert(self, expert: ExpertId, slot: int) -> None:
         self._slots[expert] = slot
         self._weights[expert] = self._views(expert, slot)
+        self._resident[expert.layer][expert.expert] = True
         self._policy.on_insert(expert)
 
     def _load(self, expert: ExpertId, slot: int) -> None:
@@ -236,30 +276,26 @@ class ExpertStore:
         staging = mmap.mmap(-1, plan.slot_bytes)
         self._reader.read(plan, memoryview(staging))
         stored = TORCH_DTYPES[self.layout.stored_dtype]
-        at = 0
-        for part, offset in zip(self.layout.experts[expert].parts, plan.part_offsets, strict=True):
-            source = torch.frombuffer(staging, dtype=stored, count=part.num_bytes // stored.itemsize, offset=offset)
-            count = source.numel()
+        parts = self.layout.experts[expert].parts
+        for part, offset, at in zip(parts, plan.part_offsets, self._part_offsets(expert), strict=True):
+            count = part.num_bytes // stored.itemsize
+            source = torch.frombuffer(staging, dtype=stored, count=count, offset=offset)
             torch.frombuffer(target, dtype=self.held_dtype, count=count, offset=at).copy_(source)
-            at += count * self.held_dtype.itemsize
 
     def _views(self, expert: ExpertId, slot: int) -> ExpertWeights:
-        offsets = self._part_offsets(expert)
+        base = slot * self.slot_bytes
         views: list[Tensor] = []
-        for part, offset in zip(self.layout.experts[expert].parts, offsets, strict=True):
-            rows, cols = part.shape
-            flat = torch.frombuffer(
-                self._arena, dtype=self.held_dtype, count=rows * cols, offset=slot * self.slot_bytes + offset
-            )
-            views.append(flat.view(rows, cols))
-        gate, up, down = views
-        return ExpertWeights(gate, up, down, ExpertPointers(gate.data_ptr(), up.data_ptr(), down.data_ptr()))
+        for part, offset in zip(self.layout.experts[expert].parts, self._part_offsets(expert), strict=True):
+            dtype = self.held_dtype if self._converts else TORCH_DTYPES[part.dtype]
+            count = math.prod(part.shape)
+            views.append(torch.frombuffer(self._arena, dtype=dtype, count=count, offset=base + offset).view(part.shape))
+        return ExpertWeights.of(self.form, views)
 
     def _part_offsets(self, expert: ExpertId) -> tuple[int, ...]:
         if not self._converts:
             return self._plans[expert].part_offsets
-        size = self.layout.intermediate * self.layout.hidden * self.held_dtype.itemsize
-        return (0, size, 2 * size)
+        sizes = [math.prod(part.shape) * self.held_dtype.itemsize for part in self.layout.experts[expert].parts]
+        return tuple(accumulate(sizes[:-1], initial=0))
 
 
 def held_expert_bytes(layout: ExpertLayout, held_dtype: torch.dtype) -> int:
@@ -269,7 +305,8 @@ def held_expert_bytes(layout: ExpertLayout, held_dtype: torch.dtype) -> int:
 
 
 def _slot_size(layout: ExpertLayout, held_dtype: torch.dtype, plans: Mapping[ExpertId, ReadPlan]) -> int:
-    if TORCH_DTYPES[layout.stored_dtype] == held_dtype:
+    if layout.form.held_as(held_dtype) == layout.form:
         return max(plan.slot_bytes for plan in plans.values())
-    size = 3 * layout.intermediate * layout.hidden * held_dtype.itemsize
+    parts = next(iter(layout.experts.values())).parts
+    size = sum(math.prod(part.shape) for part in parts) * held_dtype.itemsize
     return -(-size // PAGE_BYTES) * PAGE_BYTES

@@ -1,6 +1,6 @@
 /* CPU kernels that stream weights at memory speed, straight from the layout the checkpoint stores.
  *
- * Weights are row-major [out, in] in bf16, fp16 or fp32; activations and sums are fp32. Every output
+ * Weights are row-major [out, in] in bf16, fp16 or fp32 (experts: see expert_weights.h for more); activations and sums are fp32. Every output
  * is accumulated in the same order however many rows are computed together, so a row's result does
  * not depend on its batch. One source serves all instruction sets: 16-lane GNU vectors are lowered
  * by the compiler, and `target_clones` picks the clone at load time.
@@ -38,8 +38,8 @@ typedef uint16_t h16v_u __attribute__((vector_size(32), aligned(2)));
 #define PREFETCH(address) __builtin_prefetch(address)
 #endif
 
-enum { F32 = 0, BF16 = 1, F16 = 2 };
-enum { SILU = 0, GELU = 1, GELU_TANH = 2 };
+enum { F32 = 0, BF16 = 1, F16 = 2, FP8 = 3, MXFP4 = 4 };
+enum { SILU = 0, GELU = 1, GELU_TANH = 2, CLAMPED_SWIGLU = 3 };
 
 INLINE float bf16_to_float(uint16_t h) {
     union { uint32_t u; float f; } v = {.u = (uint32_t)h << 16};
@@ -199,6 +199,8 @@ static void matvec(int dtype, const void *w, size_t n, size_t from, size_t to, c
     else matvec_f16(w, n, from, to, x, R, out);
 }
 
+#include "expert_weights.h"
+
 /* exp by range reduction and a degree-6 polynomial, |relative error| < 2e-7; vectorises. */
 INLINE float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -216,11 +218,33 @@ INLINE float fast_exp(float x) {
     return p * scale.f;
 }
 
-CLONES static void activate(float *restrict gate, const float *restrict up, size_t n, int act) {
+/* What the experts of a model have in common. Mirrors KernelForm of native.py. */
+typedef struct {
+    int32_t format, transposed, joined, activation, scale_dtype, bias_dtype, block_rows, block_cols;
+    int32_t isa_limit;  /* 0: the best of this machine; 1: portable; 3: AVX2 at most. For packed formats */
+    float alpha, limit; /* of CLAMPED_SWIGLU */
+} Form;
+
+/* One expert; NULL what its form does not have. Mirrors ExpertPointers of native.py.
+ * gate, up [I, D] and down [D, I]; joined: `gate` is [2I, D] with gate and up in turn; transposed: gate and up are
+ * columns of one [D, 2I], down is [I, D]. */
+typedef struct {
+    const void *gate, *up, *down, *gate_scales, *up_scales, *down_scales, *gate_bias, *up_bias, *down_bias;
+} Expert;
+
+CLONES static void activate(float *restrict gate, const float *restrict up, size_t n, const Form *form) {
+    int act = form->activation;
     if (act == SILU) {
         for (size_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
     } else if (act == GELU) {
         for (size_t i = 0; i < n; i++) gate[i] = 0.5f * gate[i] * (1.0f + erff(gate[i] * 0.70710678f)) * up[i];
+    } else if (act == CLAMPED_SWIGLU) {
+        float alpha = form->alpha, limit = form->limit;
+        for (size_t i = 0; i < n; i++) {
+            float g = gate[i] > limit ? limit : gate[i];
+            float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+            gate[i] = g / (1.0f + fast_exp(-alpha * g)) * (u + 1.0f);
+        }
     } else {
         for (size_t i = 0; i < n; i++) {
             float g = gate[i], t = 0.79788456f * (g + 0.044715f * g * g * g);
@@ -242,30 +266,70 @@ INLINE void store_row(void *dst, int dtype, size_t offset, const float *src, siz
     else for (size_t i = 0; i < n; i++) ((uint16_t *)dst)[offset + i] = float_to_bf16(src[i]);
 }
 
+/* Columns [from, to) of rows x [R, n] times one of the expert's matrices, plus its bias -> out[r][col].
+ * stride: elements from one stored row to the next, where the matrix is transposed. */
+static void project(const Form *form, const void *w, const void *scales, const void *bias, size_t n, size_t stride,
+                    size_t from, size_t to, const float *const *x, int R, float *const *out) {
+    if (form->transposed) matvec_transposed(form->format, w, n, stride, from, to, x, R, out);
+    else if (form->format == FP8) {
+        size_t cols = form->block_cols;
+        Packed packed = {w, scales, n, n, form->block_rows, cols, (n + cols - 1) / cols, form->scale_dtype};
+        matvec_packed(FP8, form->isa_limit, &packed, from, to, x, R, out);
+    } else if (form->format == MXFP4) {
+        Packed packed = {w, scales, n, n / 2, 1, 32, n / 32, 0};
+        matvec_packed(MXFP4, form->isa_limit, &packed, from, to, x, R, out);
+    } else matvec(form->format, w, n, from, to, x, R, out);
+    if (bias)
+        for (int r = 0; r < R; r++)
+            for (size_t i = from; i < to; i++) out[r][i] += load1(bias, i, form->bias_dtype);
+}
+
+/* Hidden neurons [from, to) of R rows -> g[r]. u: as much again; gu: room for [R, 2I] where gate and up are joined. */
+static void hidden_range(const Form *form, const Expert *e, size_t D, size_t I, size_t from, size_t to,
+                         const float *const *x, int R, float *const *g, float *const *u, float *const *gu) {
+    if (form->joined) {
+        project(form, e->gate, e->gate_scales, e->gate_bias, D, 2 * I, 2 * from, 2 * to, x, R, gu);
+        for (int r = 0; r < R; r++)
+            for (size_t i = from; i < to; i++) {
+                g[r][i] = gu[r][2 * i];
+                u[r][i] = gu[r][2 * i + 1];
+            }
+    } else {
+        project(form, e->gate, e->gate_scales, e->gate_bias, D, 2 * I, from, to, x, R, g);
+        project(form, e->up, e->up_scales, e->up_bias, D, 2 * I, from, to, x, R, u);
+    }
+    for (int r = 0; r < R; r++) {
+        activate(g[r] + from, u[r] + from, to - from, form);
+        if (form->format == MXFP4) split_blocks(g[r] + from, to - from);
+    }
+}
+
 /* Gated FFN of the active experts of one layer.
  *
- * x [T, D] in `xdtype`, widened into `xf` [T, D] unless it is fp32. Expert e has gate, up [I, D] and down [D, I] in `wdtype`, and computes the pairs
- * pairs[offsets[e] .. offsets[e+1]), where pair p = t * K + k means row t, gate rank k.
- * y [T * K, D] fp32 receives each pair's unweighted output. h is scratch of 2 * max_rows * I floats.
+ * x [T, D] in `xdtype`, copied into `xf` [T, D] in fp32 unless it can be read as it is. Expert e computes the pairs
+ * pairs[offsets[e] .. offsets[e+1]), where pair p = t * K + k means row t, gate rank k. y [T * K, D] fp32 receives each
+ * pair's unweighted output. h is scratch of 2 * max_rows * I floats, twice that where gate and up are joined.
  */
-void moesaic_experts_ffn(int wdtype, int act, const void *input, int xdtype, int64_t T, float *xf, int64_t D, int64_t I, int64_t K, int64_t num_experts,
-                         const void *const *gate, const void *const *up, const void *const *down,
-                         const int64_t *offsets, const int64_t *pairs, float *y, float *h, int64_t max_rows,
-                         int threads) {
+void moesaic_experts_ffn(const Form *form, const void *input, int xdtype, int64_t T, float *xf, int64_t D, int64_t I,
+                         int64_t K, int64_t num_experts, const Expert *const *experts, const int64_t *offsets,
+                         const int64_t *pairs, float *y, float *h, int64_t max_rows, int threads) {
     enum { CHUNK = 64 };
     (void)threads;
-    const float *x = xdtype == F32 ? input : xf;
-    if (xdtype != F32) widen_rows(input, xdtype, xf, T * D);
+    const float *x = xdtype == F32 && form->format != MXFP4 ? input : xf;
+    if (x == xf) widen_rows(input, xdtype, xf, T * D);
+    if (form->format == MXFP4) split_blocks(xf, T * D);
     for (int64_t e = 0; e < num_experts; e++) {
+        const Expert *expert = experts[e];
         for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += CHUNK) {
             int R = (int)(offsets[e + 1] - begin < CHUNK ? offsets[e + 1] - begin : CHUNK);
             const float *xin[CHUNK];
-            float *g[CHUNK], *u[CHUNK], *out[CHUNK];
+            float *g[CHUNK], *u[CHUNK], *gu[CHUNK], *out[CHUNK];
             for (int r = 0; r < R; r++) {
                 int64_t pair = pairs[begin + r];
                 xin[r] = x + (pair / K) * D;
                 g[r] = h + (size_t)r * I;
                 u[r] = h + (size_t)(max_rows + r) * I;
+                gu[r] = h + (size_t)(2 * max_rows + 2 * r) * I;
                 out[r] = y + pair * D;
             }
 #ifdef _OPENMP
@@ -273,22 +337,21 @@ void moesaic_experts_ffn(int wdtype, int act, const void *input, int xdtype, int
 #pragma omp parallel num_threads(threads)
                 {
                     int64_t n = omp_get_num_threads(), me = omp_get_thread_num();
-                    int64_t from = (I * me / n) & ~3, to = me == n - 1 ? I : (I * (me + 1) / n) & ~3;
-                    matvec(wdtype, gate[e], D, from, to, xin, R, g);
-                    matvec(wdtype, up[e], D, from, to, xin, R, u);
-                    for (int r = 0; r < R; r++) activate(g[r] + from, u[r] + from, to - from, act);
+                    int64_t grain = form->format == MXFP4 ? 32 : 4;
+                    int64_t from = I * me / n / grain * grain, to = me == n - 1 ? I : I * (me + 1) / n / grain * grain;
+                    hidden_range(form, expert, D, I, from, to, xin, R, g, u, gu);
 #pragma omp barrier
                     from = (D * me / n) & ~3;
                     to = me == n - 1 ? D : (D * (me + 1) / n) & ~3;
-                    matvec(wdtype, down[e], I, from, to, (const float *const *)g, R, out);
+                    project(form, expert->down, expert->down_scales, expert->down_bias, I, D, from, to,
+                            (const float *const *)g, R, out);
                 }
                 continue;
             }
 #endif
-            matvec(wdtype, gate[e], D, 0, I, xin, R, g);
-            matvec(wdtype, up[e], D, 0, I, xin, R, u);
-            for (int r = 0; r < R; r++) activate(g[r], u[r], I, act);
-            matvec(wdtype, down[e], I, 0, D, (const float *const *)g, R, out);
+            hidden_range(form, expert, D, I, 0, I, xin, R, g, u, gu);
+            project(form, expert->down, expert->down_scales, expert->down_bias, I, D, 0, D, (const float *const *)g, R,
+                    out);
         }
     }
 }
@@ -311,15 +374,14 @@ CLONES void moesaic_combine(const float *y, const float *weights, int64_t T, int
 }
 
 /* Sort the P gate choices by expert, stably: order[P], and for each of the returned n experts that were
- * chosen its number in wanted[n] and its span order[offsets[i] .. offsets[i + 1]); counts [E] are added to. */
-int64_t moesaic_group(const int64_t *ids, int64_t P, int64_t E, int64_t *counts, int64_t *order, int64_t *wanted,
-                      int64_t *offsets, int64_t *next) {
+ * chosen its number in wanted[n] and its span order[offsets[i] .. offsets[i + 1]). */
+int64_t moesaic_group(const int64_t *ids, int64_t P, int64_t E, int64_t *order, int64_t *wanted, int64_t *offsets,
+                      int64_t *next) {
     for (int64_t e = 0; e < E; e++) next[e] = 0;
     for (int64_t p = 0; p < P; p++) next[ids[p]]++;
     int64_t n = 0, at = 0;
     for (int64_t e = 0; e < E; e++) {
         int64_t count = next[e];
-        counts[e] += count;
         if (count) {
             wanted[n] = e;
             offsets[n++] = at;
@@ -332,15 +394,22 @@ int64_t moesaic_group(const int64_t *ids, int64_t P, int64_t E, int64_t *counts,
     return n;
 }
 
-/* Write T rows of keys and values [G, T, C], given by their strides in elements, into their slots. */
-void moesaic_append_kv(const char *key, int64_t k_head, int64_t k_row, const char *value, int64_t v_head, int64_t v_row,
-                       const int64_t *slots, int64_t T, int64_t G, int64_t C, char *k_cache, char *v_cache, int bytes) {
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t g = 0; g < G; g++) {
-            int64_t at = (slots[t] * G + g) * C * bytes;
-            memcpy(k_cache + at, key + (g * k_head + t * k_row) * bytes, C * bytes);
-            memcpy(v_cache + at, value + (g * v_head + t * v_row) * bytes, C * bytes);
-        }
+/* Add P gate choices to counts [2, E]: the first `num_decode` of them to its second row, the rest to its first. */
+void moesaic_count_choices(const int64_t *ids, int64_t P, int64_t num_decode, int64_t E, int64_t *counts) {
+    for (int64_t p = 0; p < num_decode; p++) counts[E + ids[p]]++;
+    for (int64_t p = num_decode; p < P; p++) counts[ids[p]]++;
+}
+
+/* Write T rows of keys [Gk, T, Ck] and values [Gv, T, Cv], given by their strides in elements, into their slots. */
+void moesaic_append_kv(const char *key, int64_t k_head, int64_t k_row, int64_t Gk, int64_t Ck, const char *value,
+                       int64_t v_head, int64_t v_row, int64_t Gv, int64_t Cv, const int64_t *slots, int64_t T,
+                       char *k_cache, char *v_cache, int bytes) {
+    for (int64_t t = 0; t < T; t++) {
+        for (int64_t g = 0; g < Gk; g++)
+            memcpy(k_cache + (slots[t] * Gk + g) * Ck * bytes, key + (g * k_head + t * k_row) * bytes, Ck * bytes);
+        for (int64_t g = 0; g < Gv; g++)
+            memcpy(v_cache + (slots[t] * Gv + g) * Cv * bytes, value + (g * v_head + t * v_row) * bytes, Cv * bytes);
+    }
 }
 
 /* Rotary embedding of R rows of H heads, halves rotated: out = x * cos + rotate_half(x) * sin, rounded after
@@ -417,61 +486,112 @@ CLONES void moesaic_rms_norm(const void *x, const void *weight, int64_t T, int64
     }
 }
 
-INLINE void attend_row(const float *q, const void *keys, const void *values, const int64_t *slots, int64_t n,
-                       int64_t stride, int64_t head_offset, int64_t Dh, float scale, float *scores, float *acc,
-                       const int dtype) {
-    size_t bytes = dtype == F32 ? 4 : 2;
-    float top = -INFINITY;
-    for (int64_t j = 0; j < n; j++) {
-        const char *k = (const char *)keys + (slots[j] * stride + head_offset) * bytes;
-        f16v lanes = {0};
-        int64_t d = 0;
-        for (; d + 16 <= Dh; d += 16) lanes += load16(k, d, dtype) * *(const f16v_u *)(q + d);
-        float s = sum16(lanes);
-        for (; d < Dh; d++) s += load1(k, d, dtype) * q[d];
-        scores[j] = s * scale;
-        top = scores[j] > top ? scores[j] : top;
-    }
-    float total = 0;
+/* Softmax of n scores, the largest of which is `top`, in place. A sink is one more score, whose share goes nowhere. */
+INLINE void softmax_row(float *scores, int64_t n, float top, const float *sink) {
+    if (sink && *sink > top) top = *sink;
+    float total = sink ? fast_exp(*sink - top) : 0;
     for (int64_t j = 0; j < n; j++) {
         scores[j] = fast_exp(scores[j] - top);
         total += scores[j];
     }
-    for (int64_t d = 0; d < Dh; d++) acc[d] = 0;
+    for (int64_t j = 0; j < n; j++) scores[j] /= total;
+}
+
+/* acc [D] = sum over the slots of p[j] * row j of `values`. */
+INLINE void weigh_rows(const void *values, const int64_t *slots, int64_t n, int64_t stride, int64_t offset, int64_t D,
+                       const float *p, float *acc, const int dtype) {
+    for (int64_t d = 0; d < D; d++) acc[d] = 0;
     for (int64_t j = 0; j < n; j++) {
-        const char *v = (const char *)values + (slots[j] * stride + head_offset) * bytes;
-        float p = scores[j] / total;
+        const char *v = (const char *)values + (slots[j] * stride + offset) * (dtype == F32 ? 4 : 2);
         int64_t d = 0;
-        for (; d + 16 <= Dh; d += 16) *(f16v_u *)(acc + d) += load16(v, d, dtype) * p;
-        for (; d < Dh; d++) acc[d] += load1(v, d, dtype) * p;
+        for (; d + 16 <= D; d += 16) *(f16v_u *)(acc + d) += load16(v, d, dtype) * p[j];
+        for (; d < D; d++) acc[d] += load1(v, d, dtype) * p[j];
     }
+}
+
+INLINE void attend_row(const float *q, const void *keys, const void *values, const int64_t *slots, int64_t n, int64_t G,
+                       int64_t g, int64_t Dk, int64_t Dv, float scale, const float *sink, float *scores, float *acc,
+                       const int dtype) {
+    int64_t stride = G * Dk, offset = g * Dk;
+    float top = -INFINITY;
+    for (int64_t j = 0; j < n; j++) {
+        const char *k = (const char *)keys + (slots[j] * stride + offset) * (dtype == F32 ? 4 : 2);
+        scores[j] = dot1(k, q, Dk, dtype) * scale;
+        top = scores[j] > top ? scores[j] : top;
+    }
+    softmax_row(scores, n, top, sink);
+    weigh_rows(values, slots, n, G * Dv, g * Dv, Dv, scores, acc, dtype);
 }
 
 /* Paged attention of R rows, each over its own list of KV slots.
  *
- * q [R, Hq, Dh], k_cache and v_cache [num_slots, Hkv, Dh], all in `dtype`; row r attends to
- * slots[starts[r] .. ends[r]). out [R, Hq, Dh]. scratch holds Dh * 2 + longest list floats.
+ * q [R, Hq, Dk], k_cache [num_slots, Hkv, Dk], v_cache [num_slots, Hkv, Dv], all in `dtype`; row r attends to
+ * slots[starts[r] .. ends[r]). sinks [Hq] fp32 or NULL. out [R, Hq, Dv]. scratch holds Dk + Dv + longest list floats.
  */
-CLONES static void paged_attention(const void *q, const void *k_cache, const void *v_cache, const int64_t *slots,
-                                   const int64_t *starts, const int64_t *ends, int64_t R, int64_t Hq, int64_t Hkv,
-                                   int64_t Dh, float scale, void *out, float *scratch, int dtype) {
-    float *qf = scratch, *acc = scratch + Dh, *scores = scratch + 2 * Dh;
+CLONES void moesaic_paged_attention(const void *q, const void *k_cache, const void *v_cache, const int64_t *slots,
+                                    const int64_t *starts, const int64_t *ends, int64_t R, int64_t Hq, int64_t Hkv,
+                                    int64_t Dk, int64_t Dv, float scale, const float *sinks, void *out, float *scratch,
+                                    int dtype) {
+    float *qf = scratch, *acc = scratch + Dk, *scores = acc + Dv;
     for (int64_t r = 0; r < R; r++)
         for (int64_t h = 0; h < Hq; h++) {
-            size_t at = (size_t)(r * Hq + h) * Dh;
-            for (int64_t d = 0; d < Dh; d++) qf[d] = load1(q, at + d, dtype);
+            size_t at = (size_t)(r * Hq + h);
+            for (int64_t d = 0; d < Dk; d++) qf[d] = load1(q, at * Dk + d, dtype);
             const int64_t *row = slots + starts[r];
-            int64_t n = ends[r] - starts[r], offset = h / (Hq / Hkv) * Dh;
-            if (dtype == F32) attend_row(qf, k_cache, v_cache, row, n, Hkv * Dh, offset, Dh, scale, scores, acc, F32);
-            else attend_row(qf, k_cache, v_cache, row, n, Hkv * Dh, offset, Dh, scale, scores, acc, BF16);
-            store_row(out, dtype, at, acc, Dh);
+            const float *sink = sinks ? sinks + h : NULL;
+            int64_t n = ends[r] - starts[r], g = h / (Hq / Hkv);
+            if (dtype == F32) attend_row(qf, k_cache, v_cache, row, n, Hkv, g, Dk, Dv, scale, sink, scores, acc, F32);
+            else attend_row(qf, k_cache, v_cache, row, n, Hkv, g, Dk, Dv, scale, sink, scores, acc, BF16);
+            store_row(out, dtype, at * Dv, acc, Dv);
         }
 }
 
-void moesaic_paged_attention(const void *q, const void *k_cache, const void *v_cache, const int64_t *slots,
-                             const int64_t *starts, const int64_t *ends, int64_t R, int64_t Hq, int64_t Hkv, int64_t Dh,
-                             float scale, void *out, float *scratch, int dtype) {
-    paged_attention(q, k_cache, v_cache, slots, starts, ends, R, Hq, Hkv, Dh, scale, out, scratch, dtype);
+INLINE void latent_row(const float *q, const void *latents, const void *ropes, const void *w, const int64_t *slots,
+                       int64_t n, int64_t N, int64_t P, int64_t V, int64_t L, float scale, float *ql, float *acc,
+                       float *o, float *scores, const int dtype) {
+    size_t bytes = dtype == F32 ? 4 : 2;
+    for (int64_t l = 0; l < L; l++) ql[l] = 0;
+    for (int64_t c = 0; c < N; c++) {
+        const char *row = (const char *)w + c * L * bytes;
+        int64_t l = 0;
+        for (; l + 16 <= L; l += 16) *(f16v_u *)(ql + l) += load16(row, l, dtype) * q[c];
+        for (; l < L; l++) ql[l] += load1(row, l, dtype) * q[c];
+    }
+    float top = -INFINITY;
+    for (int64_t j = 0; j < n; j++) {
+        const char *latent = (const char *)latents + slots[j] * L * bytes, *rope = (const char *)ropes + slots[j] * P * bytes;
+        scores[j] = (dot1(latent, ql, L, dtype) + dot1(rope, q + N, P, dtype)) * scale;
+        top = scores[j] > top ? scores[j] : top;
+    }
+    softmax_row(scores, n, top, NULL);
+    weigh_rows(latents, slots, n, L, 0, L, scores, acc, dtype);
+    for (int64_t v = 0; v < V; v++) o[v] = dot1((const char *)w + (N + v) * L * bytes, acc, L, dtype);
+}
+
+/* Multi-head latent attention of R rows without expanding the latents: the key half of the up-projection is applied
+ * to the query, the value half to the weighted latent (DeepSeek-V2, section 2.1.2, arXiv:2405.04434).
+ *
+ * q [R, H, N + P]; latents [num_slots, L], ropes [num_slots, P]; w [H, N + V, L]; all in `dtype`; slots, starts, ends
+ * as above. out [R, H, V]. scratch holds N + P + 2 * L + V + longest list floats. A head's weights stay in the
+ * processor's cache while its rows are computed.
+ */
+CLONES void moesaic_latent_attention(const void *q, const void *latents, const void *ropes, const void *w,
+                                     const int64_t *slots, const int64_t *starts, const int64_t *ends, int64_t R,
+                                     int64_t H, int64_t N, int64_t P, int64_t V, int64_t L, float scale, void *out,
+                                     float *scratch, int dtype) {
+    float *qf = scratch, *ql = qf + N + P, *acc = ql + L, *o = acc + L, *scores = o + V;
+    for (int64_t h = 0; h < H; h++) {
+        const char *wh = (const char *)w + h * (N + V) * L * (dtype == F32 ? 4 : 2);
+        for (int64_t r = 0; r < R; r++) {
+            size_t at = (size_t)(r * H + h);
+            for (int64_t d = 0; d < N + P; d++) qf[d] = load1(q, at * (N + P) + d, dtype);
+            const int64_t *row = slots + starts[r];
+            int64_t n = ends[r] - starts[r];
+            if (dtype == F32) latent_row(qf, latents, ropes, wh, row, n, N, P, V, L, scale, ql, acc, o, scores, F32);
+            else latent_row(qf, latents, ropes, wh, row, n, N, P, V, L, scale, ql, acc, o, scores, BF16);
+            store_row(out, dtype, at * V, o, V);
+        }
+    }
 }
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "C kernels, called through ctypes.", -1, NULL};

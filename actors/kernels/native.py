@@ -11,25 +11,42 @@ import importlib.util
 import mmap
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ACTIVATION_CODES = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2}
+ACTIVATION_CODES = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "clamped_swiglu": 3}
+FP8_CODE, MXFP4_CODE = 3, 4
 
 _CHUNK_ROWS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertPointers:
-    """Addresses of one expert's matrices: gate and up [I, D], down [D, I], row-major."""
+class KernelForm(ctypes.Structure):
+    """What the experts of a model have in common; mirrors Form of native.c, where the fields are explained."""
 
-    gate: int
-    up: int
-    down: int
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("transposed", ctypes.c_int32),
+        ("joined", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("scale_dtype", ctypes.c_int32),
+        ("bias_dtype", ctypes.c_int32),
+        ("block_rows", ctypes.c_int32),
+        ("block_cols", ctypes.c_int32),
+        ("isa_limit", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+        ("limit", ctypes.c_float),
+    )
+
+
+class ExpertPointers(ctypes.Structure):
+    """Addresses of one expert's parts, None for what its form does not have; mirrors Expert of native.c."""
+
+    _fields_ = tuple(
+        (matrix + kind, ctypes.c_void_p) for kind in ("", "_scales", "_bias") for matrix in ("gate", "up", "down")
+    )
 
 
 class NativeKernels:
@@ -40,34 +57,44 @@ class NativeKernels:
     def __init__(self, library: ctypes.CDLL, *, threads: int = 1) -> None:
         self.threads = threads
         self._lib = library
-        self._ffn = _bind(library, "moesaic_experts_ffn", "iipilp" + "l" * 4 + "ppppp" + "ppli")
+        self._ffn = _bind(library, "moesaic_experts_ffn", "ppilp" + "l" * 4 + "p" * 5 + "li")
         self._combine = _bind(library, "moesaic_combine", "pplllpi")
-        self._group = _bind(library, "moesaic_group", "pll" + "p" * 5, returns=ctypes.c_int64)
-        self._append_kv = _bind(library, "moesaic_append_kv", "pllpllplllppi")
+        self._group = _bind(library, "moesaic_group", "pll" + "p" * 4, returns=ctypes.c_int64)
+        # PyDLL keeps the interpreter lock: to give it away and wait for it again takes longer than to count.
+        self._count_choices = _bind(ctypes.PyDLL(library._name), "moesaic_count_choices", "plllp")
+        self._append_kv = _bind(library, "moesaic_append_kv", "pllllpllllplppi")
         self._rope = _bind(library, "moesaic_rope", "pllpplllpi")
         self._linear = _bind(library, "moesaic_linear", "pipilllpp")
         self._rms_norm = _bind(library, "moesaic_rms_norm", "ppllfpi")
-        self._attention = _bind(library, "moesaic_paged_attention", "pppppp" + "l" * 4 + "fppi")
+        self._attention = _bind(library, "moesaic_paged_attention", "pppppp" + "l" * 5 + "fpppi")
+        self._latent_attention = _bind(library, "moesaic_latent_attention", "p" * 7 + "l" * 6 + "fppi")
         self._read_memory = _bind(library, "moesaic_read_memory", "pl", returns=ctypes.c_float)
         self._scratch = torch.empty(0, dtype=torch.float32)
 
-    def group(self, topk_ids: Tensor, counts: np.ndarray) -> tuple[list[int], np.ndarray, np.ndarray]:
+    def group(self, topk_ids: Tensor, num_experts: int) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Sort gate choices by expert, stably.
 
         Args:
             topk_ids: int64, contiguous, any shape of P elements in [0, num_experts).
-            counts: (num_experts,) int64; each expert's number of choices is added.
         Returns:
             The n experts chosen, ascending; (n + 1,) offsets; (P,) pairs: [offsets[i], offsets[i + 1]) are the i-th's.
         """
-        P, E = topk_ids.numel(), len(counts)
+        P, E = topk_ids.numel(), num_experts
         buffer = np.empty(P + 3 * E + 1, dtype=np.int64)
         base = buffer.ctypes.data
         n = self._group(
-            topk_ids.data_ptr(), P, E, counts.ctypes.data, base, base + 8 * P, base + 8 * (P + E),
-            base + 8 * (P + 2 * E + 1),
+            topk_ids.data_ptr(), P, E, base, base + 8 * P, base + 8 * (P + E), base + 8 * (P + 2 * E + 1)
         )  # fmt: skip
         return buffer[P : P + n].tolist(), buffer[P + E : P + E + n + 1], buffer[:P]
+
+    def count_choices(self, topk_ids: Tensor, counts_2E: Tensor, *, num_decode: int) -> None:
+        """Add gate choices to counts by phase.
+
+        Args:
+            topk_ids: int64, contiguous, any shape of P elements in [0, E).
+            counts_2E: int64; the first `num_decode` choices go to its second row, the rest to its first.
+        """
+        self._count_choices(topk_ids.data_ptr(), topk_ids.numel(), num_decode, counts_2E.size(1), counts_2E.data_ptr())
 
     def experts_ffn(
         self,
@@ -77,10 +104,9 @@ class NativeKernels:
         pairs: np.ndarray,
         y_PD: Tensor,
         *,
-        weight_dtype: torch.dtype,
+        form: KernelForm,
         intermediate: int,
         top_k: int,
-        activation: str,
     ) -> None:
         """Gated FFN of several experts; rows of y_PD named by `pairs` receive unweighted outputs.
 
@@ -91,17 +117,14 @@ class NativeKernels:
             y_PD: (T * top_k, D) float32.
         """
         num = len(experts)
-        addresses = (ctypes.c_void_p * (3 * num))()
-        for i, expert in enumerate(experts):
-            addresses[i], addresses[num + i], addresses[2 * num + i] = expert.gate, expert.up, expert.down
-        base = ctypes.addressof(addresses)
+        addresses = (ctypes.c_void_p * num)(*map(ctypes.addressof, experts))
         T, D = x_TD.shape
-        hidden_floats = 2 * _CHUNK_ROWS * intermediate
+        hidden_floats = (4 if form.joined else 2) * _CHUNK_ROWS * intermediate
         scratch = self._floats(hidden_floats + T * D).data_ptr()
         self._ffn(
-            DTYPE_CODES[weight_dtype], ACTIVATION_CODES[activation], x_TD.data_ptr(), DTYPE_CODES[x_TD.dtype], T,
-            scratch + 4 * hidden_floats, D, intermediate, top_k, num, base, base + 8 * num, base + 16 * num,
-            offsets.ctypes.data, pairs.ctypes.data, y_PD.data_ptr(), scratch, _CHUNK_ROWS, self.threads,
+            ctypes.addressof(form), x_TD.data_ptr(), DTYPE_CODES[x_TD.dtype], T, scratch + 4 * hidden_floats, D,
+            intermediate, top_k, num, ctypes.addressof(addresses), offsets.ctypes.data, pairs.ctypes.data,
+            y_PD.data_ptr(), scratch, _CHUNK_ROWS, self.threads,
         )  # fmt: skip
 
     def combine(self, y_PD: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,29 +167,77 @@ class NativeKernels:
         return out
 
     def append_kv(self, key: Tensor, value: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Write key and value [1, G, T, C], rows dense in C, to rows `slots` (T,) of the caches [num_slots, G, C]."""
-        _, G, T, C = key.shape
+        """Write key and value [1, G, T, C], rows dense in C, to rows `slots` (T,) of the caches [num_slots, G, C].
+
+        Keys and values may differ in G and C.
+        """
+        _, Gk, T, Ck = key.shape
+        _, Gv, _, Cv = value.shape
         self._append_kv(
-            key.data_ptr(), key.stride(1), key.stride(2), value.data_ptr(), value.stride(1), value.stride(2),
-            slots.data_ptr(), T, G, C, k_cache.data_ptr(), v_cache.data_ptr(), key.element_size(),
+            key.data_ptr(), key.stride(1), key.stride(2), Gk, Ck, value.data_ptr(), value.stride(1), value.stride(2),
+            Gv, Cv, slots.data_ptr(), T, k_cache.data_ptr(), v_cache.data_ptr(), key.element_size(),
         )  # fmt: skip
 
     def paged_attention(
-        self, q_RHC: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, starts: Tensor, ends: Tensor, scale: float
+        self,
+        q_RHC: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        scale: float,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of R rows over their own KV slots: row r sees slots[starts[r]:ends[r]].
 
         Args:
             q_RHC: contiguous, in the cache's dtype.
-            k_cache, v_cache: (num_slots, G, C).
+            k_cache, v_cache: (num_slots, G, C) and (num_slots, G, Cv).
             slots, starts, ends: int64.
+            sinks: (H,) float32: one more score of each head, whose share of the attention goes nowhere.
+        Returns:
+            (R, H, Cv)
         """
         R, H, C = q_RHC.shape
-        out = torch.empty_like(q_RHC)
-        scratch = self._floats(2 * C + int(slots.numel()) + 16)
+        _, G, Cv = v_cache.shape
+        out = torch.empty((R, H, Cv), dtype=q_RHC.dtype)
+        scratch = self._floats(C + Cv + int(slots.numel()) + 16)
         self._attention(
             q_RHC.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(), starts.data_ptr(),
-            ends.data_ptr(), R, H, k_cache.shape[1], C, scale, out.data_ptr(), scratch.data_ptr(),
+            ends.data_ptr(), R, H, G, C, Cv, scale, None if sinks is None else sinks.data_ptr(), out.data_ptr(),
+            scratch.data_ptr(), DTYPE_CODES[q_RHC.dtype],
+        )  # fmt: skip
+        return out
+
+    def latent_attention(
+        self,
+        q_RHC: Tensor,
+        latents: Tensor,
+        ropes: Tensor,
+        up_HCL: Tensor,
+        slots: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Multi-head latent attention that never expands the latents; slots, starts and ends as in paged_attention.
+
+        Args:
+            q_RHC: (R, H, N + P), contiguous: the part without position and the rotated part.
+            latents, ropes: (num_slots, 1, L) and (num_slots, 1, P).
+            up_HCL: (H, N + V, L), contiguous: each head's up-projection to keys, then to values.
+        Returns:
+            (R, H, V)
+        """
+        R, H, C = q_RHC.shape
+        L, P = latents.shape[-1], ropes.shape[-1]
+        N, V = C - P, up_HCL.shape[1] - (C - P)
+        out = torch.empty((R, H, V), dtype=q_RHC.dtype)
+        scratch = self._floats(C + 2 * L + V + int(slots.numel()) + 16)
+        self._latent_attention(
+            q_RHC.data_ptr(), latents.data_ptr(), ropes.data_ptr(), up_HCL.data_ptr(), slots.data_ptr(),
+            starts.data_ptr(), ends.data_ptr(), R, H, N, P, V, L, scale, out.data_ptr(), scratch.data_ptr(),
             DTYPE_CODES[q_RHC.dtype],
         )  # fmt: skip
         return out

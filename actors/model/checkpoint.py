@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from actors.model.expert_layout import ConversionRules, ExpertLayout, conversion_rules, derive_layout, is_expert_key
+from actors.experts.activations import activation_of
+from actors.model.attention_layers import AttentionLayer, outline_attention
+from actors.model.expert_layout import (
+    ConversionRules,
+    ExpertLayout,
+    ModuleForm,
+    conversion_rules,
+    derive_layout,
+    is_expert_key,
+)
+from actors.model.quantization import FP8, dequantize_dense, fp8_block_size
 from actors.model.safetensors_index import TensorRef, read_index
-from actors.model.seams import IMPLEMENTATION, experts_modules, layer_of, register_seams
+from actors.model.seams import experts_modules, layer_of
+from actors.model.skeleton import build_skeleton, read_config, set_tensor
 from cluster.errors import CheckpointError
 from cluster.model_info import ModelInfo
 
@@ -27,34 +38,40 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """The dense part, ready to run, and where the experts are."""
+    """The dense part, ready to run, and where the experts are.
+
+    attention: what each layer needs of the KV pages; empty when the dense weights were not loaded.
+    """
 
     model: PreTrainedModel
     layout: ExpertLayout
     dtype: torch.dtype
     top_k: int
-    activation: str
+    attention: tuple[AttentionLayer, ...]
 
 
-def load_model(info: ModelInfo, dtype_name: str) -> LoadedModel:
-    """Build on meta, load dense weights, locate experts. Args: dtype_name: auto, bfloat16 or float32.
+def load_model(info: ModelInfo, dtype_name: str, *, dense: bool = True) -> LoadedModel:
+    """Build on meta, load dense weights, locate experts.
+
+    Args:
+        dtype_name: auto, bfloat16 or float32.
+        dense: False leaves the dense weights on meta, for who only needs the experts.
 
     Raises:
         CheckpointError: missing or truncated shard, wrong shape, unsupported family; names file and tensor.
     """
+    _refuse_files(info)
+    config = read_config(info)
+    fp8_block = fp8_block_size(info, config)
     index = read_index(info.path)
-    register_seams()
-    config = _read_config(info)
-    _refuse_unsupported(info, config)
     dtype = _compute_dtype(dtype_name, index)
-    model = _skeleton(info, config, dtype)
+    model = build_skeleton(info, config, dtype)
     experts = experts_modules(model)
     if not experts:
         raise CheckpointError(f"{info.path / 'config.json'}: {info.model_type} has no routed experts; nothing to place")
-    first_name, first = next(iter(experts.items()))
-    if first.has_bias or first.is_transposed or not first.is_concatenated or not first.has_gate:
-        raise CheckpointError(f"{info.path / 'config.json'}: expert layout of {info.model_type} is not supported yet")
+    first = next(iter(experts.values()))
     text = config.get_text_config()
+    top_k = _top_k(text)
     rules = conversion_rules(info.model_type)
     layout = derive_layout(
         index,
@@ -62,66 +79,57 @@ def load_model(info: ModelInfo, dtype_name: str) -> LoadedModel:
         {name: layer_of(name) for name in experts},
         num_experts=int(first.num_experts),  # type: ignore[arg-type]
         hidden=int(text.hidden_size),
-        intermediate=int(first.down_proj.shape[-1]),  # type: ignore[union-attr]
+        intermediate=int(first.down_proj.shape[1 if first.is_transposed else 2]),  # type: ignore[union-attr]
+        module_form=_module_form(info, first, fp8_block),
     )
-    _load_dense(model, index, rules, list(experts))
-    model.eval()
-    return LoadedModel(
-        model=model, layout=layout, dtype=dtype, top_k=_top_k(text, first_name), activation=str(text.hidden_act)
+    attention: tuple[AttentionLayer, ...] = ()
+    if dense:
+        _load_dense(model, index, rules, list(experts), fp8_block)
+        model.eval()
+        attention = outline_attention(model, top_k=top_k)
+    return LoadedModel(model=model, layout=layout, dtype=dtype, top_k=top_k, attention=attention)
+
+
+def _refuse_files(info: ModelInfo) -> None:
+    """Name the weights that are there, when they are not safetensors."""
+    for suffix in (".gguf", ".bin", ".pt"):
+        found = sorted(info.path.glob(f"*{suffix}"))
+        if found and not any(info.path.glob("*.safetensors")):
+            raise CheckpointError(f"{found[0]}: weights in {suffix} files are not supported; give safetensors")
+
+
+def _module_form(info: ModelInfo, experts: nn.Module, fp8_block: tuple[int, int] | None) -> ModuleForm:
+    """What an experts module of transformers says of itself."""
+    where, kind = info.path / "config.json", type(experts).__name__
+    if not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
+        fact = "normalises the output of each expert" if experts.has_gate else "has no gate matrix"
+        raise CheckpointError(f"{where}: {kind} {fact}; that is not supported")
+    return ModuleForm(
+        activation=activation_of(experts),
+        transposed=bool(experts.is_transposed),
+        interleaved=not experts.is_concatenated,
+        has_bias=bool(experts.has_bias),
+        fp8_block=fp8_block,
     )
-
-
-def _read_config(info: ModelInfo) -> Any:
-    try:
-        return AutoConfig.from_pretrained(info.path)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{info.path / 'config.json'}: transformers cannot read it: {reason}") from error
-
-
-def _refuse_unsupported(info: ModelInfo, config: Any) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config.get("quant_method", "unknown")
-        raise CheckpointError(f"{info.path / 'config.json'}: quantization {method!r} is not supported yet")
-    for kind in getattr(config.get_text_config(), "layer_types", None) or ():
-        if kind not in ("full_attention", "sliding_attention"):
-            raise CheckpointError(
-                f"{info.path / 'config.json'}: layer type {kind!r} (linear or sparse attention) is not supported"
-            )
 
 
 def _compute_dtype(name: str, index: dict[str, TensorRef]) -> torch.dtype:
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    counts: dict[str, int] = {}
-    for ref in index.values():
+    counts: dict[str, int] = {"F32": 0}
+    for ref in index.values():  # quantised weights are computed with in the dtype of the others
+        if ref.dtype not in _STORED or ref.name.endswith("_scale_inv"):
+            continue
         counts[ref.dtype] = counts.get(ref.dtype, 0) + ref.num_bytes
     return torch.bfloat16 if max(counts, key=lambda kind: counts[kind]) == "BF16" else torch.float32
 
 
-def _skeleton(info: ModelInfo, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{info.path / 'config.json'}: transformers cannot build {info.model_type!r}: {error}"
-        ) from error
-    # Parameters come from the checkpoint; buffers (rotary frequencies) are computed, so they must be real.
-    for module in model.modules():
-        buffers = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
-        for name, buffer in buffers.items():
-            module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
-        if buffers:
-            with torch.no_grad():
-                model._init_weights(module)
-    return model
-
-
 def _load_dense(
-    model: PreTrainedModel, index: dict[str, TensorRef], rules: ConversionRules, experts: list[str]
+    model: PreTrainedModel,
+    index: dict[str, TensorRef],
+    rules: ConversionRules,
+    experts: list[str],
+    fp8_block: tuple[int, int] | None,
 ) -> None:
     parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_expert_key(n, experts)}
     persistent = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
@@ -133,7 +141,9 @@ def _load_dense(
             raise CheckpointError(
                 f"{ref.file}: tensor {ref.name} has shape {ref.shape}, expected {tuple(target.shape)}"
             )
-        _assign(model, name, value.to(target.dtype), is_buffer=name in persistent)
+        if ref.dtype == FP8:
+            value = dequantize_dense(ref, value, index, fp8_block)
+        set_tensor(model, name, value.to(target.dtype), is_buffer=name in persistent)
         missing.discard(name)
     model.tie_weights()
     missing -= set(model.all_tied_weights_keys)
@@ -155,9 +165,9 @@ def _read_dense(
     for file, entries in by_file.items():
         with _open(file) as tensors:
             for name, ref in entries:
-                if ref.dtype not in _STORED:
+                if ref.dtype not in _STORED and ref.dtype != FP8:
                     raise CheckpointError(
-                        f"{file}: tensor {ref.name} is stored as {ref.dtype}; one of F32, BF16, F16 is read"
+                        f"{file}: tensor {ref.name} is stored as {ref.dtype}; one of F32, BF16, F16, {FP8} is read"
                     )
                 yield name, ref, tensors.get_tensor(ref.name).clone()
 
@@ -169,18 +179,9 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file}: not a safetensors file ({error})") from error
 
 
-def _assign(model: nn.Module, name: str, value: Tensor, *, is_buffer: bool) -> None:
-    parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    if is_buffer:
-        parent._buffers[leaf] = value
-    else:
-        parent._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
-def _top_k(text_config: Any, module: str) -> int:
-    for field in ("num_experts_per_tok", "moe_topk", "num_selected_experts", "moe_top_k", "top_k_experts"):
+def _top_k(text_config: Any) -> int:
+    for field in ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts", "moe_top_k", "top_k_experts"):
         value = getattr(text_config, field, None)
         if isinstance(value, int):
             return value
-    raise CheckpointError(f"config.json: no number of experts per token for {module}")
+    raise CheckpointError("config.json: no number of experts per token")

@@ -1,7 +1,7 @@
-"""Where the three matrices of every routed expert lie in a checkpoint.
+"""Where the matrices of every routed expert lie in a checkpoint, and in which form.
 
-Derived from transformers' own checkpoint conversion mapping, so that a family needs no table here.
-Knows names, shapes and offsets; reads no weights.
+Names are derived from transformers' own checkpoint conversion mapping, the format from what is stored, so that a family
+needs no table here. Knows names, shapes and offsets; reads no weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from actors.experts.activations import Activation
+from actors.experts.formats.base import FLOAT_DTYPES, TORCH_DTYPES, WeightFormat
+from actors.experts.formats.dense import DenseFormat
+from actors.experts.formats.expert import ExpertForm
+from actors.experts.formats.fp8_block import Fp8BlockFormat
+from actors.experts.formats.mxfp4 import Mxfp4Format
 from actors.model.safetensors_index import TensorRef
 from cluster.errors import CheckpointError
 from cluster.types import ExpertId
@@ -17,22 +23,20 @@ from cluster.types import ExpertId
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensors:
-    """gate and up are [I, D], down is [D, I]; row-major as stored."""
+    """The stored parts of one expert, each contiguous in its file, in the order of ExpertForm.part_names."""
 
-    gate: TensorRef
-    up: TensorRef
-    down: TensorRef
-
-    @property
-    def parts(self) -> tuple[TensorRef, TensorRef, TensorRef]:
-        return (self.gate, self.up, self.down)
+    parts: tuple[TensorRef, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayout:
-    """All routed experts of a model; every expert has the same shape and stored dtype."""
+    """All routed experts of a model; every expert has the same shapes and form.
+
+    stored_dtype: of the matrices, as safetensors calls it.
+    """
 
     experts: Mapping[ExpertId, ExpertTensors]
+    form: ExpertForm
     layers: tuple[int, ...]
     num_experts: int
     hidden: int
@@ -41,8 +45,23 @@ class ExpertLayout:
 
     @property
     def stored_bytes(self) -> int:
-        """Routed-expert bytes in the checkpoint."""
+        """Routed-expert bytes in the checkpoint, packing, scales and biases included."""
         return sum(part.num_bytes for expert in self.experts.values() for part in expert.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleForm:
+    """What the model's experts modules say of themselves, in transformers' terms, and the config of FP8 blocks.
+
+    interleaved: gate and up take turns along the output dim of `gate_up_proj`, instead of one after the other.
+    fp8_block: (rows, columns) of one scale, from quantization_config.weight_block_size.
+    """
+
+    activation: Activation
+    transposed: bool = False
+    interleaved: bool = False
+    has_bias: bool = False
+    fp8_block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,51 +107,132 @@ def derive_layout(
     num_experts: int,
     hidden: int,
     intermediate: int,
+    module_form: ModuleForm | None = None,
 ) -> ExpertLayout:
-    """Find every expert's matrices.
+    """Find every expert's parts.
 
     Args:
         modules: layer index by the name of its experts module in the model.
+        module_form: default: row-major, gate then up, SiLU, no bias.
     Raises:
-        CheckpointError: a matrix is missing or has the wrong shape; names file and tensor.
+        CheckpointError: a part is missing, has the wrong shape or a format that is not read; names file and tensor.
     """
-    found: dict[tuple[str, str, int], TensorRef] = {}
-    for key, ref in index.items():
-        for target, expert, part in _match(rules, rules.rename(key)):
-            found[target, part, expert] = ref
-        for target, expert, part, piece in _fused(rules.rename(key), ref, modules):
-            found[target, part, expert] = piece
+    says = module_form or ModuleForm(activation=Activation("silu"))
+    found = _find_parts(index, rules, modules, says)
+    dtypes = {ref.dtype for (_, part, _), ref in found.items() if part in ("gate", "up", "gate_up", "down")}
+    form = _form(found, dtypes, says, _any_file(index))
     experts: dict[ExpertId, ExpertTensors] = {}
-    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     for module, layer in modules.items():
         for expert in range(num_experts):
-            parts: dict[str, TensorRef] = {}
-            for part, shape in shapes.items():
-                ref = found.get((module, part, expert))
+            parts: list[TensorRef] = []
+            for name in form.part_names:
+                ref = found.get((module, name, expert))
                 if ref is None:
-                    raise CheckpointError(f"{_any_file(index)}: no {part} matrix for expert {expert} of {module}")
+                    raise CheckpointError(_missing(form, found, module, name, expert, _any_file(index)))
+                try:
+                    shape = form.shape(name, hidden, intermediate)
+                except ValueError as error:
+                    raise CheckpointError(f"{ref.file}: tensor {ref.name}: {error}") from error
                 if ref.shape != shape:
                     raise CheckpointError(f"{ref.file}: tensor {ref.name} has shape {ref.shape}, expected {shape}")
-                parts[part] = ref
-            experts[ExpertId(layer, expert)] = ExpertTensors(**parts)
-    dtypes = {part.dtype for expert in experts.values() for part in expert.parts}
-    if len(dtypes) != 1 or not dtypes <= {"BF16", "F16", "F32"}:
-        raise CheckpointError(
-            f"{_any_file(index)}: experts are stored as {sorted(dtypes)}; one of BF16, F16, F32 is read"
-        )
+                parts.append(ref)
+            experts[ExpertId(layer, expert)] = ExpertTensors(tuple(parts))
     return ExpertLayout(
         experts=experts,
+        form=form,
         layers=tuple(sorted(modules.values())),
         num_experts=num_experts,
         hidden=hidden,
         intermediate=intermediate,
-        stored_dtype=dtypes.pop(),
+        stored_dtype=dtypes.pop() if dtypes else "F32",
     )
 
 
 def is_expert_key(name: str, modules: Iterable[str]) -> bool:
     """Whether a model parameter name (renamed) belongs to a routed-experts module."""
     return any(name.startswith(module + ".") for module in modules)
+
+
+_Found = Mapping[tuple[str, str, int], TensorRef]  # by (module, part, expert)
+
+
+def _find_parts(
+    index: Mapping[str, TensorRef], rules: ConversionRules, modules: Mapping[str, int], says: ModuleForm
+) -> dict[tuple[str, str, int], TensorRef]:
+    found: dict[tuple[str, str, int], TensorRef] = {}
+    fused: list[tuple[str, str, TensorRef]] = []
+    packed = False
+    for key, ref in index.items():
+        name = rules.rename(key)
+        kind = "_scales" if name.endswith("_scale_inv") else ""
+        for module, expert, matrix in _match(rules, name.removesuffix("_scale_inv")):
+            found[module, matrix + kind, expert] = ref
+        module, _, parameter = name.rpartition(".")
+        if module in modules:
+            fused.append((module, parameter, ref))
+            packed = packed or parameter.endswith("_blocks")
+    joined = says.interleaved or (says.transposed and not packed)
+    for module, parameter, ref in fused:
+        for part, expert, piece in _fused(parameter, ref, joined):
+            found[module, part, expert] = piece
+    return found
+
+
+def _form(found: _Found, dtypes: set[str], says: ModuleForm, file: str) -> ExpertForm:
+    """The form of experts whose matrices are stored as `dtypes`."""
+    if len(dtypes) > 1 or not dtypes <= {*FLOAT_DTYPES, "F8_E4M3", "U8"}:
+        raise CheckpointError(
+            f"{file}: experts are stored as {sorted(dtypes)}; one of BF16, F16, F32, F8_E4M3, U8 (MXFP4) is read"
+        )
+    stored = next(iter(dtypes), "F32")
+    weights: WeightFormat
+    if stored == "U8":
+        _one_dtype(found, "scales", ("U8",))
+        weights = Mxfp4Format()
+    elif stored == "F8_E4M3":
+        if says.fp8_block is None:
+            raise CheckpointError(
+                f"{file}: experts are FP8, but config.json has no quantization_config.weight_block_size"
+            )
+        scale_dtype = _one_dtype(found, "scales", FLOAT_DTYPES) or "F32"
+        try:
+            weights = Fp8BlockFormat(*says.fp8_block, TORCH_DTYPES[scale_dtype])
+        except ValueError as error:
+            raise CheckpointError(f"{file}: quantization_config.weight_block_size: {error}") from error
+    else:
+        weights = DenseFormat(TORCH_DTYPES[stored])
+    if weights.has_scales and stored != "U8" and (says.transposed or says.interleaved):
+        raise CheckpointError(f"{file}: transposed or interleaved experts in {weights.name} are not supported")
+    bias_dtype = None
+    if says.has_bias:
+        bias_dtype = TORCH_DTYPES[_one_dtype(found, "bias", FLOAT_DTYPES if weights.has_scales else (stored,)) or "F32"]
+    return ExpertForm(
+        format=weights,
+        activation=says.activation,
+        transposed=says.transposed and stored != "U8",  # MXFP4 blocks run along the inputs of each output
+        interleaved=says.interleaved,
+        bias_dtype=bias_dtype,
+    )
+
+
+def _one_dtype(found: _Found, kind: str, allowed: Iterable[str]) -> str | None:
+    """The stored dtype of all scales or biases; None if there are none."""
+    refs = [ref for (_, part, _), ref in found.items() if part.endswith(kind)]
+    for ref in refs:
+        if ref.dtype not in allowed or ref.dtype != refs[0].dtype:
+            others = "" if ref.dtype not in allowed else f", others as {refs[0].dtype}"
+            raise CheckpointError(
+                f"{ref.file}: tensor {ref.name} is stored as {ref.dtype}{others}; one of {', '.join(allowed)} is read"
+            )
+    return refs[0].dtype if refs else None
+
+
+def _missing(form: ExpertForm, found: _Found, module: str, part: str, expert: int, file: str) -> str:
+    data = found.get((module, part.removesuffix("_scales"), expert))
+    if part.endswith("_scales") and data is not None:
+        return f"{data.file}: tensor {form.format.scales_name(data.name)} is missing: the scales of {data.name}"
+    kind = "bias" if part.endswith("_bias") else "matrix"
+    return f"{file}: no {part.removesuffix('_bias')} {kind} for expert {expert} of {module}"
 
 
 def _match(rules: ConversionRules, name: str) -> Iterable[tuple[str, int, str]]:
@@ -147,19 +247,24 @@ def _match(rules: ConversionRules, name: str) -> Iterable[tuple[str, int, str]]:
             yield module, int(match.group(1)), part
 
 
-def _fused(name: str, ref: TensorRef, modules: Mapping[str, int]) -> Iterable[tuple[str, int, str, TensorRef]]:
-    """Experts stored as one [E, 2I, D] and one [E, D, I] tensor."""
-    module, _, parameter = name.rpartition(".")
-    if module not in modules or len(ref.shape) != 3:
+_FUSED = re.compile(r"(gate_up|down)_proj(_blocks|_scales|_scale_inv|_bias|)")
+_KINDS = {"": "", "_blocks": "", "_scales": "_scales", "_scale_inv": "_scales", "_bias": "_bias"}
+
+
+def _fused(parameter: str, ref: TensorRef, joined: bool) -> Iterable[tuple[str, int, TensorRef]]:
+    """Parts of all experts stored as one tensor [E, ...]. joined: gate and up cannot be told apart by rows."""
+    match = _FUSED.fullmatch(parameter)
+    if match is None or len(ref.shape) < 2:
         return
+    matrix, kind = match.group(1), _KINDS[match.group(2)]
     for expert in range(ref.shape[0]):
         item = ref.item(expert)
-        if parameter == "gate_up_proj":
+        if matrix == "down" or joined:
+            yield matrix + kind, expert, item
+        else:
             half = item.shape[0] // 2
-            yield module, expert, "gate", item.row_slice(0, half)
-            yield module, expert, "up", item.row_slice(half, 2 * half)
-        elif parameter == "down_proj":
-            yield module, expert, "down", item
+            yield "gate" + kind, expert, item.row_slice(0, half)
+            yield "up" + kind, expert, item.row_slice(half, 2 * half)
 
 
 def _any_file(index: Mapping[str, TensorRef]) -> str:

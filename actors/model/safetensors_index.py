@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.errors import CheckpointError
 
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-              "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+              "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 
 _MAX_HEADER_BYTES = 100 * 2**20
 _UNSUPPORTED = {"gguf": "GGUF", "awq": "AWQ", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}

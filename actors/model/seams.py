@@ -4,7 +4,7 @@ Knows transformers' calling conventions; knows nothing of scheduling. A model's 
 experts modules carry a `moesaic` attribute (set by `bind`), which leads from the shared registered
 functions back to the one runner that executes the model: no global state.
 
-Shapes: T packed rows, H query heads, G key-value heads, C head dim, D model dim, K top-k.
+Shapes: T packed rows, H query heads, G key-value heads, C key dim, V value dim, D model dim, K top-k.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ IMPLEMENTATION = "moesaic"
 class SeamTarget(Protocol):
     """What the seams call: the runner of the model."""
 
-    def attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:
-        """Attention of the current step's packed rows: [1, H, T, C] in, [1, T, H, C] out."""
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attention of the current step's packed rows: [1, H, T, C] in, [1, T, H, V] out."""
         ...
 
     def append_kv(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Store the current step's keys and values [1, G, T, C]."""
+        """Store what the current step's rows leave behind: keys [1, G, T, C] and values [1, G, T, V], or latents."""
         ...
 
     def run_experts(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -99,12 +99,12 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
+    """Keys, values, mask, window and sinks are not read here: the runner has them in its pages and layers."""
     binding: LayerBinding = module.moesaic  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return binding.target.attend(binding.layer, query, scale, sliding_window), None
+    return binding.target.attend(binding.layer, query, scale), None
 
 
 def _experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

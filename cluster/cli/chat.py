@@ -12,7 +12,17 @@ import typer
 
 from cluster.cli import flags
 from cluster.cli.command_group import describe_error
-from cluster.cli.generate import MaxTokens, Seed, Temperature, TopK, TopP
+from cluster.cli.generate import (
+    FrequencyPenalty,
+    MaxTokens,
+    MinP,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from cluster.cli.text_source import TextOptions, TextSource, open_source
 from cluster.errors import MoesaicError
 
@@ -28,6 +38,10 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    min_p: MinP = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     config: flags.ConfigFile = None,
     expert_cache: flags.ExpertCache = None,
@@ -47,7 +61,17 @@ def chat(
     )
     settings = flags.read_config(config, overrides) if url is None else None
     source = open_source(url, model=model, api_key=api_key, config=settings)
-    options = TextOptions(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    options = TextOptions(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     typer.echo(f"{source.model}: {_HELP}")
     Conversation(source, options, system).run()
 

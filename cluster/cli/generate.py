@@ -18,6 +18,10 @@ MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default 1.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many tokens; 0: all.")]
+MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this likely, as a share of the likeliest.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Taken off tokens that were generated; -2 to 2.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="Taken off each time a token was generated; -2 to 2.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens of prompt and answer less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text; default: random.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")]
 
@@ -31,6 +35,10 @@ def generate(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    min_p: MinP = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Seed = None,
     stop: Stop = None,
     as_json: flags.AsJson = False,
@@ -60,6 +68,10 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop) if stop else None,
     )

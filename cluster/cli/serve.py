@@ -18,6 +18,8 @@ def serve(
     model: flags.Model = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; default 8000.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port for gRPC; default 50051.")] = None,
+    grpc: Annotated[bool | None, typer.Option("--grpc/--no-grpc", help="Answer gRPC too; default yes.")] = None,
     config: flags.ConfigFile = None,
     expert_cache: flags.ExpertCache = None,
     kv_cache: flags.KvCache = None,
@@ -29,6 +31,13 @@ def serve(
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a local one.")] = None,
     threads: flags.Threads = None,
     served_name: Annotated[str | None, typer.Option(help="Model name that clients use.")] = None,
+    attention_workers: Annotated[int | None, typer.Option(min=1, help="Attention workers; default 1.")] = None,
+    expert_hosts: Annotated[
+        int | None, typer.Option(min=0, help="Processes that own experts; default 0: experts are in the worker.")
+    ] = None,
+    host_cache: Annotated[
+        str | None, typer.Option(metavar="SIZE|PERCENT", help="Memory of each expert host; default: its experts.")
+    ] = None,
 ) -> None:
     """Serve MODEL (default: the embedded moesaic-demo) over the OpenAI API until interrupted."""
     report = elapsed_reporter(time.monotonic)
@@ -41,12 +50,19 @@ def serve(
         threads=threads,
     )
     overrides.setdefault("model", {})["served_name"] = served_name
-    overrides.setdefault("attention", {})["max_queue"] = max_queue
+    overrides.setdefault("attention", {}).update(max_queue=max_queue, workers=attention_workers)
+    overrides.setdefault("experts", {}).update(hosts=expert_hosts, host_cache=host_cache)
     overrides["frontend"] = {"host": host, "port": port, "api_key": api_key}
+    overrides["grpc"] = {"port": grpc_port, "enabled": grpc}
     overrides["redis"] = {"url": redis_url}
     overrides["ray"] = {"address": ray_address}
     settings = flags.read_config(config, flags.given_only(overrides))
     check_port_is_free(settings.frontend.host, settings.frontend.port)
+    if settings.grpc.enabled:
+        if settings.grpc.port == settings.frontend.port:
+            raise ConfigError(f"port {settings.grpc.port} is wanted by HTTP and by gRPC; change --port or --grpc-port")
+        grpc_host = settings.grpc.host or settings.frontend.host
+        check_port_is_free(grpc_host, settings.grpc.port, host_option="grpc.host", port_option="--grpc-port")
     check_files(settings.model.path)
     report(f"starting {settings.model.path}")
     from cluster.app import run_server  # brings in Ray
@@ -79,14 +95,14 @@ def check_files(model: str) -> None:
     Tokenizer.load(directory)
 
 
-def check_port_is_free(host: str, port: int) -> None:
+def check_port_is_free(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> None:
     """Raise `ConfigError` if this address cannot be listened on; says why and what to do."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
-        raise ConfigError(f"host {host!r}: {error.strerror}; choose another with --host") from error
+        raise ConfigError(f"host {host!r}: {error.strerror}; choose another with {host_option}") from error
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a closed one may linger
         try:
@@ -94,6 +110,7 @@ def check_port_is_free(host: str, port: int) -> None:
             probe.listen(1)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                way_out = "stop the program that listens there, or choose another port with --port"
+                way_out = f"stop the program that listens there, or choose another port with {port_option}"
                 raise ConfigError(f"port {port} on {host} is in use; {way_out}") from error
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; see --host, --port") from error
+            way_out = f"see {host_option}, {port_option}"
+            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; {way_out}") from error

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from cluster.cli import flags
+from cluster.stats.activation_counts import load_balance
+from cluster.types import Phase
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,7 +52,8 @@ def fetch_state(url: str, api_key: str | None) -> dict[str, Any]:
     status_page = fetch_json(url, "/status", api_key=api_key)
     ready_page = fetch_json(url, "/ready", api_key=api_key, accept=(200, 503))
     experts_page = fetch_json(url, "/experts", api_key=api_key, accept=(200, 503))
-    return {**status_page, "ready": ready_page, "experts": experts_page.get("workers", [])}
+    experts = [*experts_page.get("workers", []), *experts_page.get("hosts", [])]
+    return {**status_page, "ready": ready_page, "experts": experts, "cluster": experts_page.get("cluster")}
 
 
 def render_state(url: str, state: dict[str, Any]) -> RenderableType:
@@ -66,15 +69,16 @@ def render_state(url: str, state: dict[str, Any]) -> RenderableType:
             parts.append(Text(f"degraded ({worker.get('worker_id')}): {reason}", style="yellow"))
         if worker.get("error"):
             parts.append(Text(f"error ({worker.get('worker_id')}): {worker['error']}", style="red"))
+    parts += _activation_parts(state)
     for experts in cast("list[dict[str, Any]]", state.get("experts", [])):
-        parts.append(Text(f"experts of {experts.get('worker_id')}: resident in each layer, hits", style="bold"))
+        parts.append(Text(f"experts of {experts.get('id')}: resident in each layer, hits", style="bold"))
         parts += [Text(residency_line(layer)) for layer in cast("list[dict[str, Any]]", experts.get("layers", []))]
     return Group(*parts)
 
 
 def residency_line(layer: dict[str, Any]) -> str:
     """One layer: a bar over the experts (full block: all of a cell's are resident), counts, hit rate."""
-    num_experts = len(layer["activations"])
+    num_experts = cast(int, layer["num_experts"])
     resident = set(cast("list[int]", layer["resident"]))
     num_cells = min(_CELLS, num_experts)
     cells: list[str] = []
@@ -85,6 +89,38 @@ def residency_line(layer: dict[str, Any]) -> str:
     lookups = layer["hits"] + layer["misses"]
     hit_rate = f"{layer['hits'] / lookups:.0%} of {lookups}" if lookups else "not used"
     return f"layer {layer['layer']:3d} {''.join(cells)} {len(resident):4d}/{num_experts} {hit_rate}"
+
+
+def activation_rows(layers: list[dict[str, Any]]) -> dict[str, str]:
+    """Counts by phase, and the layer where the busiest expert has most, as a multiple of the layer's mean."""
+    rows: dict[str, str] = {}
+    for phase in Phase:
+        counts = {layer["layer"]: cast("list[int]", layer["activations"].get(phase, [])) for layer in layers}
+        ratios = {layer: ratio for layer, row in counts.items() if (ratio := load_balance(row)) is not None}
+        worst = max(ratios, key=ratios.__getitem__, default=None)
+        rows[f"{phase} activations"] = f"{sum(map(sum, counts.values())):,}"
+        rows[f"{phase} max / mean"] = "-" if worst is None else f"{ratios[worst]:.2f} (layer {worst})"
+    return rows
+
+
+def _activation_parts(state: dict[str, Any]) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    cluster = cast("dict[str, Any] | None", state.get("cluster"))
+    if cluster is None:
+        return []
+    columns = {"cluster": activation_rows(cluster["layers"])}
+    for experts in cast("list[dict[str, Any]]", state.get("experts", [])):
+        if any(layer["activations"] for layer in experts["layers"]):  # hosts count none
+            columns[str(experts.get("id"))] = activation_rows(experts["layers"])
+    table = Table("", *columns)
+    for name in columns["cluster"]:
+        table.add_row(name, *(rows[name] for rows in columns.values()))
+    parts: list[RenderableType] = [table]
+    if cluster.get("degraded"):
+        parts.append(Text(f"degraded (cluster-wide counts): {cluster['degraded']}", style="yellow"))
+    return parts
 
 
 def _worker_table(workers: list[dict[str, Any]]) -> RenderableType:

@@ -33,12 +33,16 @@ class Detokenizer:
         prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
         min_tokens: int = 0,
+        includes_stop: bool = False,
     ) -> None:
-        """`prompt_ids` give the first token its context; stop strings are not looked for within `min_tokens`."""
+        """`prompt_ids` give the first token its context; stop strings are not looked for within `min_tokens`.
+
+        `includes_stop` leaves the stop string that ends the text in it.
+        """
         self._decode = decode
         self._window, self._sent = _context(decode, prompt_ids)
         self._num_sent_ids = len(self._window)
-        self._stop = _StopStrings(stop)
+        self._stop = _StopStrings(stop, included=includes_stop)
         self._unwatched_tokens = min_tokens if stop else 0
 
     def push(self, ids: Sequence[int]) -> Piece:
@@ -90,8 +94,9 @@ class Detokenizer:
 class _StopStrings:
     """Finds the stop string that ends first in a stream of text; holds back what may become one."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], *, included: bool) -> None:
         self._stop = tuple(stop)
+        self._included = included
         self._held = ""
 
     @property
@@ -107,8 +112,8 @@ class _StopStrings:
         found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
             # The first to end, not to begin: then the answer does not depend on how tokens were grouped.
-            _, start, stop = min(found)
-            return text[:start], stop
+            end, start, stop = min(found)
+            return text[: end if self._included else start], stop
         num_held = max(_overlap(text, stop) for stop in self._stop)
         if num_held:
             self._held = text[-num_held:]

@@ -6,19 +6,23 @@ Knows tokens, stop strings, limits and deadlines; knows no transport and not how
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from cluster.config import FrontendConfig
-from cluster.errors import ContextTooLong, DeadlineExceeded, InvalidRequest, MoesaicError, Overloaded, Unavailable
-from cluster.frontend.sequence import RunningSequence, SamplingOptions, TextChunk
+from cluster.errors import DeadlineExceeded, InvalidRequest, MoesaicError, Overloaded, Unavailable
+from cluster.frontend.choices import interleave
+from cluster.frontend.resolve_sampling import check_token_ids, resolve_sampling, truncated_prompt
+from cluster.frontend.sequence import RunningSequence, SamplingOptions, TextChunk, TokenText, token_text
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.model_info import ModelInfo
 from cluster.observability.logs import log_event
 from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient
-from cluster.types import FinishReason, GenerationRequest, RequestId, SamplingParams, TokenChunk
+from cluster.types import FinishReason, GenerationRequest, RequestId, TokenChunk
 
 _ABORT_TIMEOUT_S = 5.0
 _LONG_TEXT_CHARS = 16_384
@@ -40,6 +44,7 @@ class GenerationService:
         self._info = info
         self._timeout_s = config.request_timeout_s
         self._metrics = metrics
+        self._deadlines: dict[RequestId, _Deadline] = {}
 
     async def encode_chat(
         self,
@@ -47,10 +52,11 @@ class GenerationService:
         *,
         add_generation_prompt: bool = True,
         kwargs: Mapping[str, object] | None = None,
+        add_special_tokens: bool = False,
     ) -> tuple[int, ...]:
-        """Prompt ids of a chat; the template writes the special tokens itself."""
+        """Prompt ids of a chat; as a rule the template writes the special tokens itself."""
         text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, kwargs=kwargs)
-        return await self.encode_text(text, add_special_tokens=False)
+        return await self.encode_text(text, add_special_tokens=add_special_tokens)
 
     async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Prompt ids of plain text; long texts are encoded beside the event loop."""
@@ -58,9 +64,22 @@ class GenerationService:
             return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
         return tuple(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a prompt given as ids (for `echo`)."""
-        return self._tokenizer.decode(token_ids)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a prompt given as ids.
+
+        Raises:
+            InvalidRequest: a token id outside the vocabulary.
+        """
+        self._check_token_ids(token_ids, "tokens")
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> TokenText:
+        """One token of a prompt, without log-probability."""
+        return token_text(self._tokenizer, token_id, 0.0)
+
+    def token_pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """What the vocabulary writes for each token id."""
+        return [self._tokenizer.token_piece(token_id) for token_id in token_ids]
 
     def prepare(
         self,
@@ -77,34 +96,35 @@ class GenerationService:
         that errors give the prompt.
 
         Raises:
-            InvalidRequest: empty prompt, or a token id outside the vocabulary.
+            InvalidRequest: empty prompt, a token id outside the vocabulary, or options that contradict each other.
             ContextTooLong: the prompt, or the prompt plus max_tokens, exceeds the context; gives both numbers.
         """
+        prompt_ids = truncated_prompt(prompt_ids, options, self._info.max_model_len)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty; at least one token is needed", param=prompt_param)
         self._check_token_ids(prompt_ids, prompt_param)
-        self._check_token_ids(options.stop_token_ids, "stop_token_ids")
-        max_tokens = self._max_tokens(len(prompt_ids), options.max_tokens, prompt_param)
-        if options.min_tokens > max_tokens:
-            raise InvalidRequest(
-                f"min_tokens ({options.min_tokens}) exceeds the tokens that can be generated ({max_tokens})",
-                param="min_tokens",
-            )
-        seed = secrets.randbits(63) if options.seed is None else options.seed % 2**63
-        sampling = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            min_p=options.min_p,
-            seed=seed,
-            min_tokens=options.min_tokens,
-            stop=options.stop,
-            stop_token_ids=options.stop_token_ids,
-            ignore_eos=options.ignore_eos,
-            num_logprobs=options.num_logprobs,
+        sampling = resolve_sampling(
+            options,
+            tokenizer=self._tokenizer,
+            info=self._info,
+            num_prompt=len(prompt_ids),
+            prompt_param=prompt_param,
         )
         return GenerationRequest(request_id=request_id, prompt_ids=tuple(prompt_ids), sampling=sampling, choice=choice)
+
+    def prepare_choices(
+        self,
+        prompt_ids: Sequence[int],
+        options: SamplingOptions,
+        answer_id: str,
+        *,
+        first_choice: int = 0,
+        prompt_param: str = "prompt",
+    ) -> list[GenerationRequest]:
+        """`prepare` for all `options.n` answers to one prompt; they differ in id and noise."""
+        first = self.prepare(prompt_ids, options, RequestId(answer_id), prompt_param=prompt_param)
+        choices = range(first_choice, first_choice + options.n)
+        return [replace(first, request_id=RequestId(f"{answer_id}-{choice}"), choice=choice) for choice in choices]
 
     async def generate(
         self, prompt: str | Sequence[int], options: SamplingOptions, request_id: RequestId
@@ -118,19 +138,69 @@ class GenerationService:
         finally:
             await stream.aclose()
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[TextChunk]:
+    async def stream_choices(
+        self, requests: Sequence[GenerationRequest], *, timeout_s: float | None = None
+    ) -> AsyncGenerator[tuple[int, TextChunk]]:
+        """Run all sequences of one answer; their chunks as they come, with the place of their request.
+
+        All are taken or all are refused: nothing is given out before the last one was taken, and the first error, and
+        closing this iterator, end all of them.
+
+        Raises:
+            Overloaded, Unavailable, DeadlineExceeded: as `stream`.
+        """
+        untaken = set(range(len(requests)))
+        streams = [
+            self.stream(request, timeout_s=timeout_s, on_taken=partial(untaken.discard, place))
+            for place, request in enumerate(requests)
+        ]
+        held: list[tuple[int, TextChunk]] = []
+        chunks = interleave(streams)
+        try:
+            async for chunk in chunks:
+                held.append(chunk)
+                if untaken:
+                    continue
+                for ready in held:
+                    yield ready
+                held.clear()
+        finally:
+            await chunks.aclose()
+
+    def abort(self, request_id: RequestId) -> bool:
+        """End a running sequence: its stream gives what it has and finish reason abort. False if there is none."""
+        deadline = self._deadlines.get(request_id)
+        if deadline is not None:
+            deadline.abort()
+        return deadline is not None
+
+    async def stream(
+        self,
+        request: GenerationRequest,
+        *,
+        timeout_s: float | None = None,
+        on_taken: Callable[[], None] = lambda: None,
+    ) -> AsyncGenerator[TextChunk]:
         """Run one sequence. Closing the iterator early (the client left) aborts it in the worker.
+
+        `timeout_s` is the time the client gives it, where that is less than the configured one.
+        `on_taken` is called when a worker has taken it, at the latest with its first token.
 
         Raises:
             Overloaded, Unavailable: the worker did not take it, or was lost.
             DeadlineExceeded: the request's time ran out; the sequence was aborted.
         """
         sequence = RunningSequence(request, self._tokenizer, self._info.eos_token_ids, self._metrics)
-        deadline_s = asyncio.get_running_loop().time() + self._timeout_s
+        allowed_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
+        deadline = _Deadline(asyncio.get_running_loop().time() + allowed_s)
+        self._deadlines[request.request_id] = deadline
         tokens = self._worker.generate(request)
         outcome = "abort"
         try:
-            while (chunk := await _next_chunk(tokens, deadline_s)) is not None:
+            while (chunk := await deadline.next_chunk(tokens)) is not None:
+                on_taken()
+                if not chunk.token_ids and chunk.finish_reason is None:
+                    continue
                 if chunk.finish_reason is FinishReason.ABORT:
                     raise Unavailable("the sequence was stopped by the server; try again")
                 text_chunk = sequence.take(chunk)
@@ -142,12 +212,17 @@ class GenerationService:
                     await self._abort(request.request_id)
                 yield text_chunk
                 return
+            if deadline.is_aborted:
+                on_taken()
+                yield sequence.end(FinishReason.ABORT)
+                return
             raise Unavailable("the attention worker ended the stream before the sequence was complete; try again")
         except Exception as error:
             outcome = "error"
             self._count_rejection(error)
             raise
         finally:
+            self._deadlines.pop(request.request_id, None)
             if outcome in ("abort", "error"):
                 await self._abort(request.request_id)
             if isinstance(tokens, AsyncGenerator):
@@ -155,33 +230,7 @@ class GenerationService:
             sequence.count(outcome)
 
     def _check_token_ids(self, ids: Sequence[int], param: str) -> None:
-        limit = self._info.vocab_size or self._tokenizer.vocab_size
-        if ids and not (min(ids) >= 0 and max(ids) < limit):
-            wrong = next(token_id for token_id in ids if not 0 <= token_id < limit)
-            raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limit} tokens", param=param)
-
-    def _max_tokens(self, num_prompt: int, max_tokens: int | None, prompt_param: str) -> int:
-        context = self._info.max_model_len
-        too_long = f"this model's maximum context length is {context} tokens, but "
-        code = "context_length_exceeded"
-        if num_prompt >= context:
-            raise ContextTooLong(
-                f"{too_long}the prompt has {num_prompt} tokens; at most {context - 1} leave room for an answer",
-                param=prompt_param,
-                code=code,
-            )
-        if max_tokens is None:
-            return context - num_prompt
-        if max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", param="max_tokens")
-        if num_prompt + max_tokens > context:
-            raise ContextTooLong(
-                f"{too_long}{num_prompt + max_tokens} were requested ({num_prompt} in the prompt, {max_tokens} in the "
-                "completion); shorten the prompt or lower max_tokens",
-                param="max_tokens",
-                code=code,
-            )
-        return max_tokens
+        check_token_ids(ids, self._info.vocab_size or self._tokenizer.vocab_size, param)
 
     def _count_rejection(self, error: Exception) -> None:
         if isinstance(error, Overloaded):
@@ -199,14 +248,37 @@ class GenerationService:
             log_event(logger, logging.WARNING, "abort not delivered", request_id=request_id, reason=repr(error))
 
 
-async def _next_chunk(tokens: AsyncIterator[TokenChunk], deadline_s: float) -> TokenChunk | None:
-    """The next chunk, or None when there are no more.
+class _Deadline:
+    """The end of one sequence's time, which `abort` brings forward to now."""
 
-    Raises:
-        DeadlineExceeded: it did not come before `deadline_s` on the loop's clock.
-    """
-    try:
-        async with asyncio.timeout_at(deadline_s):
-            return await anext(tokens, None)
-    except TimeoutError as error:
-        raise DeadlineExceeded("the request's time ran out; it was stopped (frontend.request_timeout_s)") from error
+    def __init__(self, at_s: float) -> None:
+        """`at_s` is on the loop's clock."""
+        self.is_aborted = False
+        self._at_s = at_s
+        self._wait: asyncio.Timeout | None = None
+
+    def abort(self) -> None:
+        """End the wait for the next chunk, if there is one, and all later ones."""
+        self.is_aborted = True
+        if self._wait is not None:
+            with contextlib.suppress(RuntimeError):  # it ended in this turn of the loop
+                self._wait.reschedule(asyncio.get_running_loop().time())
+
+    async def next_chunk(self, tokens: AsyncIterator[TokenChunk]) -> TokenChunk | None:
+        """The next chunk, or None when there are no more or the sequence was aborted.
+
+        Raises:
+            DeadlineExceeded: it did not come in time.
+        """
+        if self.is_aborted:
+            return None
+        try:
+            async with asyncio.timeout_at(self._at_s) as self._wait:
+                return await anext(tokens, None)
+        except TimeoutError as error:
+            if self.is_aborted:
+                return None
+            message = "the request's time ran out; it was stopped (frontend.request_timeout_s)"
+            raise DeadlineExceeded(message) from error
+        finally:
+            self._wait = None

@@ -15,7 +15,7 @@ from cluster.model_info import ModelInfo, load_model_info
 from cluster.observability.logs import configure_logging
 from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient
-from cluster.types import WorkerStatus
+from cluster.types import ExpertHostStatus, WorkerStatus
 
 
 def build_front_end(
@@ -24,7 +24,9 @@ def build_front_end(
     """The generation service and the HTTP application over `worker`."""
     metrics = FrontendMetrics()
     service = GenerationService(worker, Tokenizer.load(info.path), info, config.frontend, metrics)
-    return service, create_app(service, worker, info, config.frontend, metrics)
+    return service, create_app(
+        service, worker, info, config.frontend, metrics, per_expert_metrics=config.metrics.per_expert
+    )
 
 
 class HttpIngress:
@@ -37,15 +39,19 @@ class HttpIngress:
         config = from_tree(config_tree)
         model = config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
-        self._worker = ServeWorkerClient(workers)
+        self._worker = ServeWorkerClient(workers, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
         _, self._app = build_front_end(config, info, self._worker)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
 
-    async def worker_status(self) -> WorkerStatus:
-        """The attention worker's status, for whoever started the application."""
-        return await self._worker.status()
+    async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
+        """The attention workers' status, for whoever started the application."""
+        return await self._worker.worker_statuses()
+
+    async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
+        """The expert hosts' status."""
+        return await self._worker.host_statuses()
 
     async def begin_drain(self) -> None:
         """Refuse new requests from now on."""

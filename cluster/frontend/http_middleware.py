@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-import uuid
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,10 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import AuthenticationFailed, BodyTooLarge, Unavailable
 from cluster.frontend.http_errors import error_response
 from cluster.frontend.open_requests import OpenRequests
+from cluster.frontend.request_id import choose_request_id
 from cluster.observability.logs import log_event
 from cluster.observability.metrics import FrontendMetrics
 
-_MAX_ID_CHARS = 128
 _PROBES = ("/health", "/ready", "/metrics")
 
 
@@ -33,7 +32,7 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        request_id = choose_request_id(Headers(scope=scope).get("x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
         status = 499  # stays so when the client leaves before the answer
         started_s = time.perf_counter()
@@ -138,13 +137,6 @@ class Admission:
             return await error_response(error)(scope, receive, send)
         with self._requests.counted():
             await self._app(scope, receive, send)
-
-
-def _request_id(given: str | None) -> str:
-    """The client's id if it is short and plain (it goes into logs and headers), else a new one."""
-    if given and len(given) <= _MAX_ID_CHARS and given.isascii() and given.isprintable() and " " not in given:
-        return given
-    return f"req-{uuid.uuid4().hex}"
 
 
 def _is_below(path: str, roots: Iterable[str]) -> bool:

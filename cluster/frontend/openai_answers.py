@@ -7,23 +7,85 @@ costs one small JSON string.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import orjson
 
 from cluster.errors import MoesaicError, codes_of
-from cluster.frontend.sequence import LogprobEntry, TextChunk, TokenText, Usage
+from cluster.frontend.openai_logprobs import (
+    LogprobFormat,
+    entries_of,
+    num_characters,
+    prompt_entries_of,
+    prompt_logprobs_json,
+)
+from cluster.frontend.sequence import TextChunk, TokenText, Usage
 from cluster.types import FinishReason
 
 DONE_EVENT = b"data: [DONE]\n\n"
 KEEP_ALIVE_EVENT = b": keep-alive\n\n"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerFacts:
+    """What is the same in every part of one answer, and which extras its client asked for.
+
+    `prompts` are the token ids of each prompt; choice i belongs to prompt i // n.
+    """
+
+    answer_id: str
+    model: str
+    fingerprint: str
+    created_s: int
+    prompts: Sequence[Sequence[int]]
+    n: int = 1
+    include_usage: bool = False
+    gives_token_ids: bool = False
+    names_token_ids: bool = False
+
+    def head(self, kind: str) -> dict[str, object]:
+        """The fields that every JSON object of the answer begins with."""
+        return {
+            "id": self.answer_id,
+            "object": kind,
+            "created": self.created_s,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    def prompt_of(self, index: int) -> Sequence[int]:
+        """Token ids of the prompt that choice `index` answers."""
+        return self.prompts[index // self.n]
+
+    def total_usage(self, usage_by_choice: Mapping[int, Usage]) -> Usage:
+        """Sum over the choices; a prompt counts once, whatever the number of its choices."""
+        firsts = [usage for index, usage in usage_by_choice.items() if index % self.n == 0]
+        return Usage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
+            completion_tokens=sum(usage.completion_tokens for usage in usage_by_choice.values()),
+            cached_tokens=sum(usage.cached_tokens for usage in firsts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """What the choices of one prompt begin with: its text and, for log-probabilities, its first token."""
+
+    text: str
+    first_token: TokenText
+
+
 class AnswerFormat(Protocol):
     """One endpoint's shape of streamed events and of the whole answer."""
 
-    def opening_event(self, index: int) -> bytes:
-        """What a choice begins with; may be empty."""
+    @property
+    def facts(self) -> AnswerFacts:
+        """Of the answer that is written."""
+        ...
+
+    def opening_event(self, index: int, chunk: TextChunk) -> bytes:
+        """What a choice begins with, `chunk` being its first; may be empty."""
         ...
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
@@ -42,24 +104,32 @@ class AnswerFormat(Protocol):
 class ChatAnswer:
     """Shape of /v1/chat/completions."""
 
-    def __init__(self, *, answer_id: str, model: str, created_s: int, include_usage: bool) -> None:
-        self._envelope = _Envelope(answer_id, "chat.completion.chunk", model, created_s, include_usage=include_usage)
-        self._facts = {"id": answer_id, "object": "chat.completion", "created": created_s, "model": model}
+    def __init__(self, facts: AnswerFacts) -> None:
+        self.facts = facts
+        self._envelope = _Envelope(facts, "chat.completion.chunk")
+        self._logprobs = LogprobFormat(names_ids=facts.names_token_ids)
 
-    def opening_event(self, index: int) -> bytes:
+    def opening_event(self, index: int, chunk: TextChunk) -> bytes:
         delta = b'{"role":"assistant","content":"","refusal":null}'
-        return self._envelope.event(b'{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}' % (index, delta))
+        extra = b""
+        if self.facts.gives_token_ids:
+            extra = b',"prompt_token_ids":' + orjson.dumps(list(self.facts.prompt_of(index)))
+        choice = b'{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}' % (index, delta)
+        return self._envelope.event(choice, extra)
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
         events = b""
-        if chunk.text or chunk.logprobs:
-            logprobs = b"null" if chunk.logprobs is None else orjson.dumps(_chat_logprobs(chunk.logprobs))
-            fields = (index, orjson.dumps(chunk.text), logprobs)
-            choice = b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null}' % fields
+        ids = _token_ids_field(chunk) if self.facts.gives_token_ids else b""
+        if chunk.text or chunk.logprobs or (ids and chunk.token_ids):
+            logprobs = b"null" if chunk.logprobs is None else orjson.dumps(self._logprobs.chat(chunk.logprobs))
+            fields = (index, orjson.dumps(chunk.text), logprobs, ids)
+            choice = b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s}' % fields
             events = self._envelope.event(choice)
         if chunk.finish_reason is not None:
-            fields = (index, chunk.finish_reason.encode())
-            events += self._envelope.event(b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s"}' % fields)
+            fields = (index, chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
+            events += self._envelope.event(
+                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s","stop_reason":%s}' % fields
+            )
         return events
 
     def usage_event(self, usage: Usage) -> bytes:
@@ -70,68 +140,102 @@ class ChatAnswer:
         for index, chunks in enumerate(choices):
             nothing: list[object] = []
             message = {"role": "assistant", "content": _text(chunks), "refusal": None, "annotations": nothing}
-            entries = _entries(chunks)
-            logprobs = None if entries is None else _chat_logprobs(entries)
-            reason = _reason(chunks)
-            answers.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
-        return orjson.dumps({**self._facts, "choices": answers, "usage": _usage_json(usage)})
+            entries = entries_of(chunks)
+            logprobs = None if entries is None else self._logprobs.chat(entries)
+            choice: dict[str, object] = {"index": index, "message": message, "logprobs": logprobs, **_end(chunks)}
+            if self.facts.gives_token_ids:
+                choice["token_ids"] = _token_ids(chunks)
+            answers.append(choice)
+        body = {**self.facts.head("chat.completion"), "choices": answers, "usage": _usage_json(usage)}
+        scored = prompt_entries_of(choices[0])
+        if scored is not None:
+            body["prompt_logprobs"] = prompt_logprobs_json(scored)
+        if self.facts.gives_token_ids:
+            body["prompt_token_ids"] = list(self.facts.prompt_of(0))
+        return orjson.dumps(body)
 
 
 class CompletionAnswer:
-    """Shape of /v1/completions. `echoes` is the text that each choice starts with, empty without `echo`."""
+    """Shape of /v1/completions. `echoes` are what the choices of each prompt begin with, empty without `echo`."""
 
-    def __init__(
-        self, *, answer_id: str, model: str, created_s: int, include_usage: bool, echoes: Sequence[str]
-    ) -> None:
-        self._envelope = _Envelope(answer_id, "text_completion", model, created_s, include_usage=include_usage)
-        self._facts = {"id": answer_id, "object": "text_completion", "created": created_s, "model": model}
+    def __init__(self, facts: AnswerFacts, *, echoes: Sequence[Echo] = (), gives_prompt_logprobs: bool = False) -> None:
+        self.facts = facts
+        self._envelope = _Envelope(facts, "text_completion")
+        self._logprobs = LogprobFormat(names_ids=facts.names_token_ids)
         self._echoes = echoes
-        self._offsets = [0 for _ in echoes]
+        self._gives_prompt_logprobs = gives_prompt_logprobs
+        self._offsets = [0 for _ in facts.prompts for _ in range(facts.n)]
 
-    def opening_event(self, index: int) -> bytes:
-        echo = self._echoes[index]
-        return self._event(index, orjson.dumps(echo), b"null", b"null") if echo else b""
+    def opening_event(self, index: int, chunk: TextChunk) -> bytes:
+        echo = self._echo(index)
+        extra = b""
+        if self.facts.gives_token_ids:
+            extra = b',"prompt_token_ids":' + orjson.dumps(list(self.facts.prompt_of(index)))
+        if echo is None:
+            return self._event(index, b'""', b"null", b"null", extra) if extra else b""
+        logprobs = b"null"
+        if chunk.logprobs is not None and chunk.prompt_logprobs is not None:
+            start = echo.first_token
+            logprobs = orjson.dumps(self._logprobs.completion(chunk.prompt_logprobs, 0, prompt_start=start))
+            self._offsets[index] = len(start.text) + num_characters(chunk.prompt_logprobs)
+        return self._event(index, orjson.dumps(echo.text), logprobs, b"null", extra)
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
-        if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
+        ids = _token_ids_field(chunk) if self.facts.gives_token_ids else b""
+        shows = chunk.text or chunk.logprobs or chunk.finish_reason is not None or (ids and chunk.token_ids)
+        if not shows:
             return b""
         logprobs = b"null"
         if chunk.logprobs is not None:
-            logprobs = orjson.dumps(_completion_logprobs(chunk.logprobs, self._offsets[index]))
-            self._offsets[index] += sum(len(entry.chosen.text) for entry in chunk.logprobs)
-        reason = b"null" if chunk.finish_reason is None else b'"%s"' % chunk.finish_reason.encode()
-        return self._event(index, orjson.dumps(chunk.text), logprobs, reason)
+            logprobs = orjson.dumps(self._logprobs.completion(chunk.logprobs, self._offsets[index]))
+            self._offsets[index] += num_characters(chunk.logprobs)
+        reason = b"null"
+        if chunk.finish_reason is not None:
+            reason = b'"%s","stop_reason":%s' % (chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
+        return self._event(index, orjson.dumps(chunk.text), logprobs, reason, ids)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._envelope.usage_event(usage)
 
     def body(self, choices: Sequence[Sequence[TextChunk]], usage: Usage) -> bytes:
-        answers = [
-            {
-                "index": index,
-                "text": self._echoes[index] + _text(chunks),
-                "logprobs": None if (entries := _entries(chunks)) is None else _completion_logprobs(entries, 0),
-                "finish_reason": _reason(chunks),
-            }
-            for index, chunks in enumerate(choices)
-        ]
-        return orjson.dumps({**self._facts, "choices": answers, "usage": _usage_json(usage)})
+        answers = [self._choice(index, chunks) for index, chunks in enumerate(choices)]
+        body = {**self.facts.head("text_completion"), "choices": answers, "usage": _usage_json(usage)}
+        return orjson.dumps(body)
 
-    def _event(self, index: int, text: bytes, logprobs: bytes, reason: bytes) -> bytes:
-        fields = (index, text, logprobs, reason)
-        return self._envelope.event(b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s}' % fields)
+    def _choice(self, index: int, chunks: Sequence[TextChunk]) -> dict[str, object]:
+        echo, entries, scored = self._echo(index), entries_of(chunks), prompt_entries_of(chunks)
+        logprobs = None
+        if entries is not None and echo is not None and scored is not None:
+            logprobs = self._logprobs.completion([*scored, *entries], 0, prompt_start=echo.first_token)
+        elif entries is not None:
+            logprobs = self._logprobs.completion(entries, 0)
+        text = _text(chunks) if echo is None else echo.text + _text(chunks)
+        choice: dict[str, object] = {"index": index, "text": text, "logprobs": logprobs, **_end(chunks)}
+        if self._gives_prompt_logprobs and scored is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_json(scored)
+        if self.facts.gives_token_ids:
+            choice["token_ids"] = _token_ids(chunks)
+            choice["prompt_token_ids"] = list(self.facts.prompt_of(index))
+        return choice
+
+    def _echo(self, index: int) -> Echo | None:
+        return self._echoes[index // self.facts.n] if self._echoes else None
+
+    def _event(self, index: int, text: bytes, logprobs: bytes, reason: bytes, extra: bytes) -> bytes:
+        fields = (index, text, logprobs, reason, extra)
+        return self._envelope.event(b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}' % fields)
 
 
 class _Envelope:
     """The constant text around the choice of every event of one stream."""
 
-    def __init__(self, answer_id: str, kind: str, model: str, created_s: int, *, include_usage: bool) -> None:
-        facts = {"id": answer_id, "object": kind, "created": created_s, "model": model}
-        self._head = b"data: " + orjson.dumps(facts)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+    def __init__(self, facts: AnswerFacts, kind: str) -> None:
+        self._head = b"data: " + orjson.dumps(facts.head(kind))[:-1] + b',"choices":['
+        self._tail = b',"usage":null}\n\n' if facts.include_usage else b"}\n\n"
 
-    def event(self, choice: bytes) -> bytes:
-        return self._head + choice + self._tail
+    def event(self, choice: bytes, extra: bytes = b"") -> bytes:
+        """An event with one choice and, behind it, `extra` fields."""
+        return self._head + choice + b"]" + extra + self._tail
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._head + b'],"usage":' + orjson.dumps(_usage_json(usage)) + b"}\n\n"
@@ -154,15 +258,6 @@ def error_event(error: BaseException) -> bytes:
     return b"data: " + orjson.dumps(error_json(error)) + b"\n\n"
 
 
-def total_usage(choices: Sequence[Usage]) -> Usage:
-    """Sum over the sequences of one request."""
-    return Usage(
-        prompt_tokens=sum(usage.prompt_tokens for usage in choices),
-        completion_tokens=sum(usage.completion_tokens for usage in choices),
-        cached_tokens=sum(usage.cached_tokens for usage in choices),
-    )
-
-
 def _usage_json(usage: Usage) -> dict[str, object]:
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -176,42 +271,17 @@ def _text(chunks: Sequence[TextChunk]) -> str:
     return "".join(chunk.text for chunk in chunks)
 
 
-def _reason(chunks: Sequence[TextChunk]) -> FinishReason | None:
-    return chunks[-1].finish_reason if chunks else None
-
-
-def _entries(chunks: Sequence[TextChunk]) -> list[LogprobEntry] | None:
-    if all(chunk.logprobs is None for chunk in chunks):
-        return None
-    return [entry for chunk in chunks for entry in chunk.logprobs or ()]
-
-
-def _chat_logprobs(entries: Sequence[LogprobEntry]) -> dict[str, object]:
-    content = [{**_chat_token(entry.chosen), "top_logprobs": list(map(_chat_token, entry.top))} for entry in entries]
-    return {"content": content, "refusal": None}
-
-
-def _chat_token(token: TokenText) -> dict[str, object]:
-    return {"token": token.text, "bytes": list(token.raw), "logprob": token.logprob}
-
-
-def _completion_logprobs(entries: Sequence[LogprobEntry], offset: int) -> Mapping[str, object]:
-    offsets: list[int] = []
-    for entry in entries:
-        offsets.append(offset)
-        offset += len(entry.chosen.text)
+def _end(chunks: Sequence[TextChunk]) -> dict[str, FinishReason | str | int | None]:
+    last = chunks[-1] if chunks else None
     return {
-        "tokens": [_token_key(entry.chosen) for entry in entries],
-        "token_logprobs": [entry.chosen.logprob for entry in entries],
-        "top_logprobs": [
-            {_token_key(token): token.logprob for token in (entry.chosen, *entry.top)} for entry in entries
-        ],
-        "text_offset": offsets,
+        "finish_reason": None if last is None else last.finish_reason,
+        "stop_reason": None if last is None else last.stop_reason,
     }
 
 
-def _token_key(token: TokenText) -> str:
-    """A part of a character is written as OpenAI does, so that two of them stay two keys."""
-    if "\N{REPLACEMENT CHARACTER}" not in token.text:
-        return token.text
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw)
+def _token_ids(chunks: Sequence[TextChunk]) -> list[int]:
+    return [token_id for chunk in chunks for token_id in chunk.token_ids]
+
+
+def _token_ids_field(chunk: TextChunk) -> bytes:
+    return b',"token_ids":' + orjson.dumps(list(chunk.token_ids))

@@ -9,23 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from cluster.errors import InvalidRequest
-from cluster.frontend.openai_unsupported import MAX_ECHO_CHARS, asks_for_nothing, echo
+from cluster.frontend.openai_sampling import MAX_CHOICES, SamplingFields, StrictModel
+from cluster.frontend.openai_unsupported import MAX_ECHO_CHARS, echo
 from cluster.frontend.sequence import SamplingOptions
 
 _MAX_ERRORS = 10
 _MAX_PROMPTS = 128
-_MAX_STOPS = 16
-_MAX_STOP_CHARS = 1024
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
-
-
-class _Strict(BaseModel):
-    """No coercion (the string "5" is no number) and no unknown names."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
 
 def _joined_text(content: object) -> object:
@@ -40,19 +33,6 @@ def _joined_text(content: object) -> object:
             raise ValueError("content parts must be of type 'text' with a string 'text'; this model reads text only")
         texts.append(text)
     return "\n".join(texts)
-
-
-def _stop_list(stop: object) -> object:
-    """None, one stop string or a list of them, as a list."""
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or not all(isinstance(entry, str) for entry in cast("list[object]", stops)):
-        raise ValueError("stop must be a string or a list of strings")
-    entries = cast("list[str]", stops)
-    if len(entries) > _MAX_STOPS:
-        raise ValueError(f"at most {_MAX_STOPS} stop strings are allowed, got {len(entries)}")
-    if any(not 0 < len(entry) <= _MAX_STOP_CHARS for entry in entries):
-        raise ValueError(f"stop strings must have 1 to {_MAX_STOP_CHARS} characters")
-    return entries
 
 
 def _prompt_list(prompt: object) -> object:
@@ -75,14 +55,7 @@ def _are_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(entry) is int for entry in cast("list[object]", value))
 
 
-class StreamOptions(_Strict):
-    """What a stream carries besides tokens."""
-
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
-
-
-class Message(_Strict):
+class Message(StrictModel):
     """One chat message. What the openai client adds to an answer it sends back is accepted and not used."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -115,63 +88,7 @@ class Message(_Strict):
         return {"role": role, "content": self.content or "", **present}
 
 
-class _SamplingFields(_Strict):
-    """What chat and text completions have in common."""
-
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    min_tokens: int | None = Field(None, ge=0)
-    stop: Annotated[list[str], BeforeValidator(_stop_list)] = []
-    stop_token_ids: list[int] | None = Field(None, max_length=128)
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_unsupported(cls, body: object) -> object:
-        if not isinstance(body, dict):
-            raise InvalidRequest("the request body must be a JSON object")
-        return {
-            name: value
-            for name, value in cast("dict[str, object]", body).items()
-            if name in cls.model_fields or not asks_for_nothing(name, value)
-        }
-
-    @model_validator(mode="after")
-    def _has_stream_for_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
-        return self
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with a chunk that has the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    def sampling(self, *, max_tokens: int | None, num_logprobs: int | None) -> SamplingOptions:
-        """These fields in our types; what was left out or null has its default."""
-        return SamplingOptions(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else float(self.temperature),
-            top_p=1.0 if self.top_p is None else float(self.top_p),
-            top_k=max(self.top_k or 0, 0),
-            min_p=float(self.min_p or 0.0),
-            seed=self.seed,
-            min_tokens=self.min_tokens or 0,
-            stop=tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            num_logprobs=num_logprobs,
-        )
-
-
-class ChatRequest(_SamplingFields):
+class ChatRequest(SamplingFields):
     """Body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -179,6 +96,7 @@ class ChatRequest(_SamplingFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     add_generation_prompt: bool = True
+    add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -190,29 +108,72 @@ class ChatRequest(_SamplingFields):
     def options(self) -> SamplingOptions:
         """How to sample; without a limit the answer may fill the context."""
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self.sampling(max_tokens=limit, num_logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        return self.sampling(
+            max_tokens=limit,
+            num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            num_prompt_logprobs=self.prompt_logprobs,
+        )
 
 
-class CompletionRequest(_SamplingFields):
-    """Body of /v1/completions; each prompt becomes one choice."""
+class CompletionRequest(SamplingFields):
+    """Body of /v1/completions; each prompt becomes `n` choices."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt_list)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    add_special_tokens: bool = True
 
     @model_validator(mode="after")
-    def _has_no_prompt_logprobs(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo together with logprobs is not supported", param="echo")
+    def _is_bounded(self) -> Self:
+        n = self.n or 1
+        if self.best_of not in (None, n):
+            message = f"best_of other than n is not supported by this server (got {self.best_of}, n is {n})"
+            raise InvalidRequest(message, param="best_of")
+        if n * len(self.prompt) > MAX_CHOICES:
+            message = f"at most {MAX_CHOICES} choices per request are allowed, got {len(self.prompt)} prompts times {n}"
+            raise InvalidRequest(message, param="n")
         return self
 
     def options(self) -> SamplingOptions:
         """How to sample; without a limit OpenAI's default of 16 tokens holds."""
         limit = _COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.sampling(max_tokens=limit, num_logprobs=self.logprobs)
+        scored = self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
+        return self.sampling(max_tokens=limit, num_logprobs=self.logprobs, num_prompt_logprobs=scored)
 
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
+class TokenizeRequest(StrictModel):
+    """Body of /tokenize: a prompt, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_one_of_both(self) -> Self:
+        if (self.prompt is None) is (self.messages is None):
+            raise InvalidRequest("exactly one of prompt and messages is needed", param="prompt")
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class AbortRequest(StrictModel):
+    """Body of /abort_requests: ids of answers, or request ids that clients sent."""
+
+    request_ids: list[str] = Field(min_length=1, max_length=1024)
+
+
+Body = TypeVar("Body", bound=StrictModel)
 
 
 def parse_body(schema: type[Body], body: bytes) -> Body:
@@ -223,7 +184,10 @@ def parse_body(schema: type[Body], body: bytes) -> Body:
     """
     try:
         body.decode()
-        return schema.model_validate(orjson.loads(body))
+        fields: object = orjson.loads(body)
+        if not isinstance(fields, dict):
+            raise InvalidRequest("the request body must be a JSON object")
+        return schema.model_validate(fields)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the request body is not valid UTF-8 (byte {error.start})") from None
     except orjson.JSONDecodeError as error:

@@ -12,28 +12,23 @@ MAX_ECHO_CHARS = 200
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "frequency_penalty": (0,),
+    "continue_final_message": (False,),
+    "detokenize": (True,),
     "function_call": ("none",),
     "functions": ([],),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "modalities": ([], ["text"]),
-    "n": (1,),
     "prediction": (),
-    "presence_penalty": (0,),
     "priority": (0,),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
-# Parameters that change no answer: billing, storage and routing hints.
+# Parameters that change no answer: billing, storage and routing hints, and spaces that fast tokenizers never put.
 _IGNORED = frozenset(
     {
         "metadata",
@@ -42,6 +37,7 @@ _IGNORED = frozenset(
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
+        "spaces_between_special_tokens",
         "store",
         "user",
         "verbosity",

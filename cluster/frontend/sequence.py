@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.tokenizer import Tokenizer
@@ -19,9 +20,11 @@ LOWEST_LOGPROB = -9999.0  # JSON has no infinity; the value OpenAI gives for "no
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """Sampling as a client may leave it open; fields are those of `SamplingParams`.
+    """Sampling as a client may leave it open; fields are those of `SamplingParams` where they have its names.
 
-    `max_tokens` None is the rest of the context, `seed` None is a random one.
+    `max_tokens` None is the rest of the context, `seed` None is a random one. `n` answers are given to each prompt.
+    `bad_words` are text. `truncate_prompt_tokens` keeps that many last tokens of the prompt; -1 what the context has
+    room for.
     """
 
     max_tokens: int | None = None
@@ -35,6 +38,17 @@ class SamplingOptions:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     num_logprobs: int | None = None
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    num_prompt_logprobs: int | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +58,16 @@ class TokenText:
     text: str
     raw: bytes
     logprob: float
+    token_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobEntry:
-    """The chosen token and the likeliest ones at one position."""
+    """The chosen token and the likeliest ones at one position; the rank is known in prompts only."""
 
     chosen: TokenText
     top: tuple[TokenText, ...]
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +83,9 @@ class Usage:
 class TextChunk:
     """Text that became certain. The last chunk, and only it, has finish reason and usage.
 
-    `text` may be empty (held back) while `token_ids` are not, and the other way round.
+    `text` may be empty (held back) while `token_ids` are not, and the other way round. `stop_reason` is the stop
+    string or the stop token id that ended the sequence, if one did. `prompt_logprobs`, where asked for, come once: one
+    for each prompt token but the first.
     """
 
     text: str
@@ -75,6 +93,8 @@ class TextChunk:
     logprobs: tuple[LogprobEntry, ...] | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[LogprobEntry, ...] | None = None
 
 
 class RunningSequence:
@@ -85,11 +105,17 @@ class RunningSequence:
     ) -> None:
         sampling = request.sampling
         self._num_prompt = len(request.prompt_ids)
-        self._stop_ids = frozenset((*eos_token_ids, *sampling.stop_token_ids))
+        self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        self._end_ids = self._stop_token_ids.union(eos_token_ids)
+        self._shows_stop = sampling.include_stop_str_in_output
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._detokenizer = Detokenizer(
-            tokenizer.decode, prompt_ids=request.prompt_ids, stop=sampling.stop, min_tokens=sampling.min_tokens
+            partial(tokenizer.decode, skip_special_tokens=sampling.skip_special_tokens),
+            prompt_ids=request.prompt_ids,
+            stop=sampling.stop,
+            min_tokens=sampling.min_tokens,
+            includes_stop=sampling.include_stop_str_in_output,
         )
         self._num_tokens = 0
         self._num_cached = 0
@@ -101,8 +127,11 @@ class RunningSequence:
         self._observe_wait(len(chunk.token_ids))
         self._num_cached = max(self._num_cached, chunk.num_cached_tokens)
         visible = chunk.token_ids
-        if chunk.finish_reason is FinishReason.STOP and visible and visible[-1] in self._stop_ids:
-            visible = visible[:-1]  # the token that ends a sequence is counted, but is no text
+        ended_by: str | int | None = None
+        if chunk.finish_reason is FinishReason.STOP and visible and visible[-1] in self._end_ids:
+            ended_by = visible[-1] if visible[-1] in self._stop_token_ids else None
+            if not self._shows_stop:
+                visible = visible[:-1]  # the token that ends a sequence is counted, but is no text
         piece = self._detokenizer.push(visible)
         text, matched, reason = piece.text, piece.stop, chunk.finish_reason
         num_used = len(chunk.token_ids)
@@ -112,8 +141,10 @@ class RunningSequence:
         elif reason is not None:
             rest = self._detokenizer.finish()
             text += rest.text
-            reason = FinishReason.STOP if rest.stop is not None else reason
+            matched = rest.stop
+            reason = FinishReason.STOP if matched is not None else reason
         self._num_tokens += num_used
+        scored = chunk.prompt_logprobs
         entries = None if chunk.logprobs is None else tuple(map(self._entry, chunk.logprobs[:num_used]))
         return TextChunk(
             text=text,
@@ -121,7 +152,13 @@ class RunningSequence:
             logprobs=entries,
             finish_reason=reason,
             usage=None if reason is None else self._usage(),
+            stop_reason=ended_by if matched is None else matched,
+            prompt_logprobs=None if scored is None else tuple(map(self._entry, scored)),
         )
+
+    def end(self, reason: FinishReason) -> TextChunk:
+        """What is left to say when the sequence ends here for a `reason` of our own."""
+        return TextChunk(text=self._detokenizer.finish().text, token_ids=(), finish_reason=reason, usage=self._usage())
 
     def count(self, finished_reason: str) -> None:
         """Report the end of the sequence to the metrics."""
@@ -147,9 +184,11 @@ class RunningSequence:
         self._last_token_s = now_s
 
     def _entry(self, logprob: TokenLogprob) -> LogprobEntry:
-        top = tuple(self._token_text(token_id, value) for token_id, value in logprob.top)
-        return LogprobEntry(self._token_text(logprob.token_id, logprob.logprob), top)
+        top = tuple(token_text(self._tokenizer, token_id, value) for token_id, value in logprob.top)
+        return LogprobEntry(token_text(self._tokenizer, logprob.token_id, logprob.logprob), top, logprob.rank)
 
-    def _token_text(self, token_id: int, logprob: float) -> TokenText:
-        raw = self._tokenizer.token_bytes(token_id)
-        return TokenText(raw.decode(errors="replace"), raw, max(logprob, LOWEST_LOGPROB))
+
+def token_text(tokenizer: Tokenizer, token_id: int, logprob: float) -> TokenText:
+    """A token with its text and bytes."""
+    raw = tokenizer.token_bytes(token_id)
+    return TokenText(raw.decode(errors="replace"), raw, max(logprob, LOWEST_LOGPROB), token_id)

@@ -91,6 +91,10 @@ class Tokenizer:
             )
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, kwargs=kwargs)
 
+    def token_piece(self, token_id: int) -> str:
+        """What the vocabulary writes for a token, with its stand-ins for spaces and bytes; empty for unknown ids."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; may be only a part of a character. Unknown ids stand for none."""
         if token_id in self._added:

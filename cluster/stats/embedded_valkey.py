@@ -1,4 +1,4 @@
-"""A Valkey (or Redis) server of our own: a child process on the loopback interface, without persistence.
+"""A Valkey (or Redis) server of our own: a child process without persistence, with a password that only its URL has.
 
 Knows processes, ports and one command of the wire protocol; knows nothing of what is stored.
 """
@@ -10,6 +10,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import secrets
 import shutil
 import signal
 import socket
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-_HOST = "127.0.0.1"
+_LOOPBACK = "127.0.0.1"
 _START_ATTEMPTS = 3
 
 
@@ -45,8 +46,12 @@ class EmbeddedValkey:
             self._process.wait()
 
 
-def start_embedded_valkey(data_dir: Path, port: int = 0, *, timeout_s: float = 10.0) -> EmbeddedValkey:
+def start_embedded_valkey(
+    data_dir: Path, port: int = 0, *, host: str = _LOOPBACK, password: str | None = None, timeout_s: float = 10.0
+) -> EmbeddedValkey:
     """Start a server and wait until it answers; `port` 0 picks a free one. Its log is in `data_dir`.
+
+    `host` is the address it listens on; `password` None makes one up.
 
     The server ends with the calling process, also if that is killed. More exactly, Linux ends it with
     the *thread* that called this: call from a thread that lives as long as the server shall.
@@ -60,7 +65,7 @@ def start_embedded_valkey(data_dir: Path, port: int = 0, *, timeout_s: float = 1
     attempts = 1 if port else _START_ATTEMPTS  # a free port may be taken by another before the server has it
     for attempt in range(attempts):
         try:
-            return _start(binary, data_dir, port or _free_port(), timeout_s)
+            return _start(binary, data_dir, host, port or _free_port(host), password, timeout_s)
         except ConnectionError:
             if attempt == attempts - 1:
                 raise
@@ -88,9 +93,18 @@ def find_server_binary() -> Path:
     )
 
 
-def _start(binary: Path, data_dir: Path, port: int, timeout_s: float) -> EmbeddedValkey:
+def _start(
+    binary: Path, data_dir: Path, host: str, port: int, password: str | None, timeout_s: float
+) -> EmbeddedValkey:
     log_path = data_dir / "valkey.log"
-    options = ["--port", str(port), "--bind", _HOST, "--save", "", "--appendonly", "no", "--dir", str(data_dir)]
+    secret = password or secrets.token_urlsafe(24)
+    config_path = data_dir / "valkey.conf"  # not on the command line, which every user of the machine can read
+    config_path.touch(mode=0o600)
+    config_path.write_text(f"requirepass {secret}\n")
+    options = [
+        *(str(config_path), "--port", str(port), "--bind", host),
+        *("--save", "", "--appendonly", "no", "--dir", str(data_dir)),
+    ]
     with log_path.open("wb") as log:
         # Own session: Ctrl-C in the terminal must not end the statistics before the drain has.
         process = subprocess.Popen(
@@ -101,10 +115,12 @@ def _start(binary: Path, data_dir: Path, port: int, timeout_s: float) -> Embedde
             start_new_session=True,
             preexec_fn=_die_with_parent(),
         )
-    server = EmbeddedValkey(url=f"redis://{_HOST}:{port}/0", pid=process.pid, binary=binary.name, _process=process)
+    server = EmbeddedValkey(
+        url=f"redis://:{secret}@{host}:{port}/0", pid=process.pid, binary=binary.name, _process=process
+    )
     deadline_s = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < deadline_s:
-        if _answers(port, process.pid):
+        if _answers(host, port, secret, process.pid):
             return server
         time.sleep(0.02)
     server.stop()
@@ -131,16 +147,16 @@ def _die_with_parent() -> Callable[[], None] | None:
     return hook
 
 
-def _answers(port: int, pid: int) -> bool:
+def _answers(host: str, port: int, secret: str, pid: int) -> bool:
     """Whether our own server answers: on a port that another one holds, that one would."""
-    with contextlib.suppress(OSError), socket.create_connection((_HOST, port), timeout=0.5) as connection:
-        connection.sendall(b"INFO server\r\nQUIT\r\n")
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=0.5) as connection:
+        connection.sendall(f"AUTH {secret}\r\nINFO server\r\nQUIT\r\n".encode())
         reply = b"".join(iter(lambda: connection.recv(4096), b""))
         return f"process_id:{pid}\r\n".encode() in reply
     return False
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])

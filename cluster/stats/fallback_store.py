@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from cluster.protocols import StateStore
-from cluster.stats.activation_counts import Counts, add_counts, copy_counts
+from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
 
 
 class FallbackStore:
@@ -65,7 +65,7 @@ class FallbackStore:
         if self._reason is not None:
             raise ConnectionError(self._reason)
 
-    def add_activations(self, fingerprint: str, deltas: Mapping[int, Mapping[int, int]]) -> None:
+    def add_activations(self, fingerprint: str, deltas: Deltas) -> None:
         """Add counts; they reach the primary now or when it is back."""
         with self._counting:
             add_counts(self._pending.setdefault(fingerprint, {}), deltas)

@@ -6,9 +6,8 @@ Knows counts; knows no other process, so nothing is shared and all is gone at ex
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 
-from cluster.stats.activation_counts import Counts, add_counts, copy_counts
+from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
 
 
 class MemoryStore:
@@ -31,7 +30,7 @@ class MemoryStore:
     def ping(self) -> None:
         """Always answers."""
 
-    def add_activations(self, fingerprint: str, deltas: Mapping[int, Mapping[int, int]]) -> None:
+    def add_activations(self, fingerprint: str, deltas: Deltas) -> None:
         """Add counts to those of the model `fingerprint`."""
         with self._lock:
             add_counts(self._counts.setdefault(fingerprint, {}), deltas)

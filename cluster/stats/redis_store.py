@@ -1,12 +1,15 @@
 """Statistics in Redis (or Valkey), shared by all processes of a cluster. The only file that imports redis.
 
-Keys, for each model fingerprint F:
-    moesaic:v1:F:activations   hash, field "layer:expert" -> count, changed by HINCRBY only
-    moesaic:v1:F:epoch         string, a random id, set once; it is gone when the server lost its data
+Keys, for each model fingerprint F and phase P (prefill, decode):
+    moesaic:v2:F:activations:P   hash, field "layer:expert" -> count, changed by HINCRBY only
+    moesaic:v2:F:epoch           string, a random id, set once; it is gone when the server lost its data
+(v1 had no phases; its keys are left alone.)
 
-Additions go out as one MULTI/EXEC. A server without persistence that restarts has lost the epoch; then
-every process sends all it ever sent once more, so a restart loses only the counts of processes that
-ended before it. An addition whose answer is lost on the way may be counted twice: these are statistics.
+Additions and reads are one script call each, with all counts in one packed argument or answer: for the 30,000
+counts of a large model that costs this process 1/60 of what a pipeline of HINCRBY does, whose encoding in Python
+would take a tenth of a core. A server without persistence that restarts has lost the epoch; then every process
+sends all it ever sent once more, so a restart loses only the counts of processes that ended before it. An addition
+whose answer is lost on the way may be counted twice: these are statistics.
 """
 
 # redis-py declares **kwargs without types.
@@ -14,16 +17,44 @@ ended before it. An addition whose answer is lost on the way may be counted twic
 from __future__ import annotations
 
 import contextlib
+import struct
 import threading
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, cast
 
 from cluster.errors import ConfigError
-from cluster.stats.activation_counts import Counts, add_counts, copy_counts, subtract_counts
+from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts, subtract_counts
+from cluster.types import Phase
 
 if TYPE_CHECKING:
     import redis
+
+_ENTRY = struct.Struct("<HHQ")  # layer, expert, count; the scripts have the same as Lua's "<I2I2I8"
+
+_ADD = """
+redis.call('SET', KEYS[1], ARGV[1], 'NX')
+for i = 2, #KEYS do
+  for at = 1, #ARGV[i], 12 do
+    local layer, expert, count = struct.unpack('<I2I2I8', ARGV[i], at)
+    redis.call('HINCRBY', KEYS[i], layer .. ':' .. expert, string.format('%.0f', count))
+  end
+end
+return redis.call('GET', KEYS[1])
+"""
+
+_READ = """
+local packed = {}
+for i, key in ipairs(KEYS) do
+  local entries, fields = {}, redis.call('HGETALL', key)
+  for at = 1, #fields, 2 do
+    local layer, expert = string.match(fields[at], '^(%d+):(%d+)$')
+    entries[#entries + 1] = struct.pack('<I2I2I8', layer, expert, tonumber(fields[at + 1]))
+  end
+  packed[i] = table.concat(entries)
+end
+return packed
+"""
 
 
 class RedisStore:
@@ -38,6 +69,8 @@ class RedisStore:
         kwargs = self._client.connection_pool.connection_kwargs
         host = kwargs.get("host")
         self._address = f"redis://{host}:{kwargs.get('port', 6379)}" if host else f"unix://{kwargs.get('path')}"
+        self._add = self._client.register_script(_ADD)
+        self._read = self._client.register_script(_READ)
         self._lock = threading.Lock()
         self._epochs: dict[str, str] = {}
         self._sent: dict[str, Counts] = {}
@@ -58,7 +91,7 @@ class RedisStore:
         with self._translated_errors():
             self._client.ping()
 
-    def add_activations(self, fingerprint: str, deltas: Mapping[int, Mapping[int, int]]) -> None:
+    def add_activations(self, fingerprint: str, deltas: Deltas) -> None:
         """Add counts to those of the model `fingerprint`, all or (on `ConnectionError`) none."""
         with self._lock:
             self._send(fingerprint, deltas)
@@ -70,12 +103,8 @@ class RedisStore:
             self._send(fingerprint, {})  # looks at the epoch
             self._settle(fingerprint)
         with self._translated_errors():
-            fields = cast("dict[bytes, bytes]", self._client.hgetall(_key(fingerprint, "activations")))
-        counts: Counts = {}
-        for field, count in fields.items():
-            layer, expert = field.split(b":")
-            counts.setdefault(int(layer), {})[int(expert)] = int(count)
-        return counts
+            packed = cast("list[bytes]", self._read(keys=[_activations_key(fingerprint, phase) for phase in Phase]))
+        return {phase: rows for phase, entries in zip(Phase, packed, strict=True) if (rows := _unpacked(entries))}
 
     def _settle(self, fingerprint: str) -> None:
         """Send what a restarted server lacks of ours; if that fails it stays owed."""
@@ -83,20 +112,17 @@ class RedisStore:
             with contextlib.suppress(ConnectionError):
                 self._send(fingerprint, {})
 
-    def _send(self, fingerprint: str, deltas: Mapping[int, Mapping[int, int]]) -> None:
-        """Add `deltas` and what is owed in one transaction, and see whether the server still has its data."""
+    def _send(self, fingerprint: str, deltas: Deltas) -> None:
+        """Add `deltas` and what is owed at once, and see whether the server still has its data."""
         owed = self._owed.get(fingerprint, {})
         total = copy_counts(deltas)
         add_counts(total, owed)
-        epoch_key, counts_key = _key(fingerprint, "epoch"), _key(fingerprint, "activations")
-        with self._translated_errors(), self._client.pipeline(transaction=True) as pipeline:
-            pipeline.set(epoch_key, uuid.uuid4().hex, nx=True)
-            pipeline.get(epoch_key)
-            for layer, by_expert in total.items():
-                for expert, count in by_expert.items():
-                    if count:
-                        pipeline.hincrby(counts_key, f"{layer}:{expert}", count)
-            epoch = cast("bytes", pipeline.execute()[1]).decode()
+        with self._translated_errors():
+            answer = self._add(
+                keys=[_key(fingerprint, "epoch"), *(_activations_key(fingerprint, phase) for phase in total)],
+                args=[uuid.uuid4().hex, *(_packed(rows.items()) for rows in total.values())],
+            )
+        epoch = cast("bytes", answer).decode()
         sent = self._sent.setdefault(fingerprint, {})
         is_same_data = self._epochs.setdefault(fingerprint, epoch) == epoch
         self._epochs[fingerprint] = epoch
@@ -126,5 +152,20 @@ def _connect_lazily(url: str, timeout_s: float) -> redis.Redis:
         raise ConfigError(f"config field redis.url: {error}") from error
 
 
+def _packed(rows: Iterable[tuple[int, dict[int, int]]]) -> bytes:
+    return b"".join(_ENTRY.pack(layer, expert, count) for layer, row in rows for expert, count in row.items() if count)
+
+
+def _unpacked(entries: bytes) -> dict[int, dict[int, int]]:
+    rows: dict[int, dict[int, int]] = {}
+    for layer, expert, count in _ENTRY.iter_unpack(entries):
+        rows.setdefault(layer, {})[expert] = count
+    return rows
+
+
+def _activations_key(fingerprint: str, phase: Phase) -> str:
+    return _key(fingerprint, f"activations:{phase}")
+
+
 def _key(fingerprint: str, kind: str) -> str:
-    return f"moesaic:v1:{fingerprint}:{kind}"
+    return f"moesaic:v2:{fingerprint}:{kind}"

@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from cluster.errors import ConfigError
 from cluster.protocols import StateStore
+from cluster.stats.activation_counts import Counts
 from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
 from cluster.stats.fallback_store import FallbackStore
 from cluster.stats.memory_store import MemoryStore
 from cluster.stats.redis_store import RedisStore
+from cluster.types import Phase
+
+PREFILL, DECODE = Phase
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +50,52 @@ def fingerprint(request: pytest.FixtureRequest) -> str:
 def test_counts_add_up(store: StateStore, fingerprint: str) -> None:
     store.ping()
     assert store.activations(fingerprint) == {}
-    store.add_activations(fingerprint, {0: {3: 2, 1: 1}, 11: {31: 5}})
-    store.add_activations(fingerprint, {0: {3: 4}, 1: {}})
+    store.add_activations(fingerprint, {PREFILL: {0: {3: 2, 1: 1}, 11: {31: 5}}})
+    store.add_activations(fingerprint, {PREFILL: {0: {3: 4}, 1: {}}, DECODE: {0: {3: 7}}})
     counts = store.activations(fingerprint)
-    assert counts[0] == {3: 6, 1: 1}
-    assert counts[11] == {31: 5}
+    assert counts[PREFILL][0] == {3: 6, 1: 1}
+    assert counts[PREFILL][11] == {31: 5}
+    assert counts[DECODE] == {0: {3: 7}}
+
+
+def test_large_counts_layers_and_experts_are_exact(store: StateStore, fingerprint: str) -> None:
+    """Beyond 32 bits, and two-digit numbers in both parts of a field."""
+    deltas = {phase: {layer: {e: 2**40 + e for e in range(256)} for layer in range(61)} for phase in Phase}
+    store.add_activations(fingerprint, deltas)
+    store.add_activations(fingerprint, {DECODE: {60: {255: 1}}})
+    deltas[DECODE][60][255] += 1
+    assert store.activations(fingerprint) == deltas
 
 
 def test_models_are_kept_apart_and_results_are_copies(store: StateStore, fingerprint: str) -> None:
-    store.add_activations(fingerprint, {0: {0: 1}})
-    store.activations(fingerprint)[0][0] = 99
-    assert store.activations(fingerprint) == {0: {0: 1}}
+    store.add_activations(fingerprint, {DECODE: {0: {0: 1}}})
+    store.activations(fingerprint)[DECODE][0][0] = 99
+    assert store.activations(fingerprint) == {DECODE: {0: {0: 1}}}
     assert store.activations(fingerprint + "-other") == {}
+
+
+def test_keys_of_the_first_version_are_neither_read_nor_changed(valkey: EmbeddedValkey, fingerprint: str) -> None:
+    old = f"moesaic:v1:{fingerprint}:activations"
+    with redis.Redis.from_url(valkey.url) as client:
+        client.hset(old, "0:0", 5)
+        store = RedisStore(valkey.url)
+        store.add_activations(fingerprint, {DECODE: {0: {0: 1}}})
+        assert store.activations(fingerprint) == {DECODE: {0: {0: 1}}}
+        assert client.hgetall(old) == {b"0:0": b"5"}
+        assert client.hgetall(f"moesaic:v2:{fingerprint}:activations:decode") == {b"0:0": b"1"}
 
 
 def test_concurrent_additions_all_count(store: StateStore, fingerprint: str) -> None:
     def add() -> None:
         for _ in range(50):
-            store.add_activations(fingerprint, {0: {0: 1, 1: 2}})
+            store.add_activations(fingerprint, {DECODE: {0: {0: 1, 1: 2}}})
 
     threads = [threading.Thread(target=add) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert store.activations(fingerprint) == {0: {0: 200, 1: 400}}
+    assert store.activations(fingerprint) == {DECODE: {0: {0: 200, 1: 400}}}
 
 
 def test_descriptions(valkey: EmbeddedValkey) -> None:
@@ -85,7 +111,7 @@ def test_descriptions(valkey: EmbeddedValkey) -> None:
 
 def test_unreachable_redis_is_a_connection_error() -> None:
     store = RedisStore("redis://127.0.0.1:1/0", timeout_s=0.2)
-    for call in (store.ping, lambda: store.activations("f"), lambda: store.add_activations("f", {0: {0: 1}})):
+    for call in (store.ping, lambda: store.activations("f"), lambda: store.add_activations("f", {DECODE: {0: {0: 1}}})):
         with pytest.raises(ConnectionError, match=r"redis://127\.0\.0\.1:1"):
             call()
 
@@ -95,20 +121,20 @@ def test_killed_valkey_loses_no_counts(tmp_path: Path) -> None:
     server = start_embedded_valkey(tmp_path)
     other = RedisStore(server.url)  # another process's view, which had contributed as well
     store = FallbackStore(RedisStore(server.url, timeout_s=0.5), probe_interval_s=5.0, clock=lambda: now_s)
-    other.add_activations("f", {0: {7: 1}})
-    store.add_activations("f", {0: {0: 10}, 1: {2: 3}})
-    assert store.activations("f") == {0: {0: 10, 7: 1}, 1: {2: 3}}
+    other.add_activations("f", {DECODE: {0: {7: 1}}})
+    store.add_activations("f", {DECODE: {0: {0: 10}, 1: {2: 3}}})
+    assert store.activations("f") == {DECODE: {0: {0: 10, 7: 1}, 1: {2: 3}}}
     assert store.degraded is None
 
     os.kill(server.pid, signal.SIGKILL)
     _wait_until(lambda: not _answers(other))
-    store.add_activations("f", {0: {0: 1}})
-    store.add_activations("f", {0: {0: 1}, 2: {5: 1}})
+    store.add_activations("f", {DECODE: {0: {0: 1}}})
+    store.add_activations("f", {DECODE: {0: {0: 1}, 2: {5: 1}}})
     assert store.degraded is not None
     assert "unreachable" in store.degraded
     assert "degraded" in store.description
     assert not store.is_shared
-    assert store.activations("f") == {0: {0: 12, 7: 1}, 1: {2: 3}, 2: {5: 1}}  # last read plus own
+    assert store.activations("f") == {DECODE: {0: {0: 12, 7: 1}, 1: {2: 3}, 2: {5: 1}}}  # last read plus own
     with pytest.raises(ConnectionError):
         store.ping()
 
@@ -116,15 +142,15 @@ def test_killed_valkey_loses_no_counts(tmp_path: Path) -> None:
     server.stop()
     restarted = start_embedded_valkey(tmp_path, port)
     try:
-        store.add_activations("f", {0: {0: 1}})
+        store.add_activations("f", {DECODE: {0: {0: 1}}})
         assert store.degraded is not None, "no probe before the interval is over"
         now_s += 5.0
-        store.add_activations("f", {0: {0: 1}})
+        store.add_activations("f", {DECODE: {0: {0: 1}}})
         assert store.degraded is None
         assert store.is_shared
         # The server kept nothing; each process sends again what it had sent before.
-        other.add_activations("f", {0: {7: 1}})
-        expected = {0: {0: 14, 7: 2}, 1: {2: 3}, 2: {5: 1}}
+        other.add_activations("f", {DECODE: {0: {7: 1}}})
+        expected = {DECODE: {0: {0: 14, 7: 2}, 1: {2: 3}, 2: {5: 1}}}
         assert store.activations("f") == other.activations("f") == expected
     finally:
         restarted.stop()
@@ -135,12 +161,12 @@ def test_restart_in_the_middle_of_resending_is_made_good(tmp_path: Path) -> None
     port = int(server.url.rsplit(":", 1)[1].split("/")[0])
     store = RedisStore(server.url)
     for count in (1, 2, 3):
-        store.add_activations("f", {0: {0: count}})
+        store.add_activations("f", {DECODE: {0: {0: count}}})
         server.stop()
         server = start_embedded_valkey(tmp_path, port)
     try:
-        assert store.activations("f") == {0: {0: 6}}
-        assert store.activations("f") == {0: {0: 6}}
+        assert store.activations("f") == {DECODE: {0: {0: 6}}}
+        assert store.activations("f") == {DECODE: {0: {0: 6}}}
     finally:
         server.stop()
 
@@ -150,13 +176,13 @@ def test_probes_at_most_once_per_interval() -> None:
     primary = _CountingDeadStore()
     store = FallbackStore(primary, probe_interval_s=2.0, clock=lambda: now_s)
     for _ in range(10):
-        store.add_activations("f", {0: {0: 1}})
+        store.add_activations("f", {DECODE: {0: {0: 1}}})
         store.activations("f")
     assert primary.num_calls == 1
     now_s = 2.0
-    store.add_activations("g", {0: {0: 1}})  # two models are pending, one call suffices to see it is dead
+    store.add_activations("g", {DECODE: {0: {0: 1}}})  # two models are pending, one call suffices to see it is dead
     assert primary.num_calls == 2
-    assert store.activations("f") == {0: {0: 10}}
+    assert store.activations("f") == {DECODE: {0: {0: 10}}}
 
 
 def test_valkey_ends_with_its_parent(tmp_path: Path) -> None:
@@ -196,7 +222,7 @@ class _CountingDeadStore(MemoryStore):
     def add_activations(self, fingerprint: str, deltas: object) -> None:
         self._fail()
 
-    def activations(self, fingerprint: str) -> dict[int, dict[int, int]]:
+    def activations(self, fingerprint: str) -> Counts:
         self._fail()
         return {}
 

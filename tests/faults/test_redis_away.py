@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,13 +23,17 @@ def _generate(server: LiveServer) -> None:
 
 def _counted_in_redis(url: str) -> int:
     with redis.Redis.from_url(url) as store:
-        keys = list(store.scan_iter("moesaic:v1:*:activations"))
+        keys = list(store.scan_iter("moesaic:v2:*:activations:*"))
         return sum(int(count) for key in keys for count in store.hvals(key))
 
 
 def _counted_by_worker(server: LiveServer) -> int:
     (worker,) = server.get("/experts")["workers"]
-    return sum(sum(layer["activations"]) for layer in worker["layers"])
+    return _total(worker["layers"])
+
+
+def _total(layers: list[dict[str, Any]]) -> int:
+    return sum(sum(counts) for layer in layers for counts in layer["activations"].values())
 
 
 def test_unreachable_redis_degrades_and_recovers(tmp_path: Path) -> None:
@@ -37,6 +42,7 @@ def test_unreachable_redis_degrades_and_recovers(tmp_path: Path) -> None:
         _generate(server)
         (reason,) = poll(lambda: server.worker()["degraded"], deadline_s=15, what="degraded")
         assert "statistics store" in reason and str(port) in reason
+        assert str(port) in server.get("/experts")["cluster"]["degraded"]
         assert server.get("/ready")["phase"] == "ready"
 
         valkey = start_embedded_valkey(tmp_path, port)
@@ -48,9 +54,13 @@ def test_unreachable_redis_degrades_and_recovers(tmp_path: Path) -> None:
                 deadline_s=15,
                 what=lambda: f"{_counted_in_redis(valkey.url)} counts in Redis, {_counted_by_worker(server)} made",
             )
+            counted = _counted_by_worker(server)
+            poll(lambda: _total(server.get("/experts")["cluster"]["layers"]) == counted, deadline_s=5, what="same page")
         finally:
             valkey.stop()
 
         poll(lambda: server.worker()["degraded"], deadline_s=15, what="degraded again")
+        kept = poll(lambda: server.get("/experts")["cluster"], deadline_s=5, what="last counts")
+        assert kept["degraded"] and _total(kept["layers"]) == counted
         _generate(server)
         server.stop(signal.SIGTERM)

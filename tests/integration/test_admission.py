@@ -67,3 +67,15 @@ def test_second_request_is_refused_and_the_first_undisturbed(narrow_server: Live
         usages = [chunk.usage for chunk in stream if chunk.usage is not None]
         assert usages[-1].completion_tokens == 200
     poll(lambda: _post(narrow_server).status_code == 200, deadline_s=5, what="room again")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_choices_are_taken_all_or_none(narrow_server: LiveServer, stream: bool) -> None:
+    body = {**BODY, "n": 2, "stream": stream, "max_tokens": 200, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+
+    refused = httpx.post(f"{narrow_server.url}/v1/completions", json=body, headers=headers, timeout=60)
+
+    assert refused.status_code == 429, refused.text
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    poll(lambda: _post(narrow_server).status_code == 200, deadline_s=5, what="room again")

@@ -103,7 +103,7 @@ def test_expert_ten_is_not_expert_one(tmp_path: Path) -> None:
         intermediate=WIDTH,
     )
 
-    assert {int(_read(tensors.gate)[0, 0]) == e.expert for e, tensors in layout.experts.items()} == {True}
+    assert {int(_read(tensors.parts[0])[0, 0]) == e.expert for e, tensors in layout.experts.items()} == {True}
 
 
 @pytest.mark.parametrize("part", list(SHAPES))

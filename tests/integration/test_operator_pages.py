@@ -7,7 +7,7 @@ import subprocess
 
 import httpx
 import pytest
-from live_server import COMMAND, LiveServer, clean_environment
+from live_server import COMMAND, LiveServer, clean_environment, poll
 
 pytestmark = pytest.mark.ray
 
@@ -51,14 +51,30 @@ def test_experts_count_hits_and_activations(server: LiveServer) -> None:
     body = {"model": "moesaic-demo", "prompt": "Once upon a time", "max_tokens": 8}
     httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
 
-    (worker,) = server.get("/experts")["workers"]
+    page = server.get("/experts")
+    (worker,) = page["workers"]
 
     assert [layer["layer"] for layer in worker["layers"]] == list(range(12))
     for layer in worker["layers"]:
-        assert len(layer["activations"]) == 32
-        assert sum(layer["activations"]) > 0
+        assert layer["num_experts"] == 32
+        for phase in ("prefill", "decode"):
+            assert len(layer["activations"][phase]) == 32
+            assert sum(layer["activations"][phase]) > 0
         assert layer["hits"] + layer["misses"] > 0
         assert set(layer["resident"]) <= set(range(32))
+
+
+def test_cluster_wide_counts_become_the_only_workers(server: LiveServer) -> None:
+    """Through the shared store, in batches, and each by its phase."""
+
+    def are_equal() -> bool:
+        page = server.get("/experts")
+        (worker,) = page["workers"]
+        assert page["cluster"]["degraded"] is None
+        own = [{"layer": layer["layer"], "activations": layer["activations"]} for layer in worker["layers"]]
+        return page["cluster"]["layers"] == own
+
+    poll(are_equal, deadline_s=15, what="the worker's counts in the cluster's")
 
 
 def test_status_command_prints_json(server: LiveServer) -> None:

@@ -9,10 +9,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 import yaml
 from live_server import LiveServer, clean_environment, end_all, free_port, make_root, poll
+
+from cluster.rpc import generation_pb2 as pb
+from cluster.rpc.generation_pb2_grpc import GenerationServiceStub
 
 pytestmark = pytest.mark.ray
 
@@ -24,8 +28,9 @@ BIN = Path(sys.executable).parent
 def deployed(tmp_path: Path) -> Iterator[LiveServer]:
     """The system of the file on a port of its own, in float32 to compare its texts."""
     tree = yaml.safe_load(FILE.read_text())
-    port, dashboard = free_port(), free_port()
+    port, grpc_port, dashboard = free_port(), free_port(), free_port()
     tree["http_options"]["port"] = port
+    tree["applications"][0]["args"]["grpc"] = {"port": grpc_port}
     tree["applications"][0]["args"]["model"]["dtype"] = "float32"
     config = tmp_path / "serve-config.yaml"
     config.write_text(yaml.safe_dump(tree))
@@ -47,7 +52,7 @@ def deployed(tmp_path: Path) -> Iterator[LiveServer]:
         process = subprocess.Popen(
             head, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    live = LiveServer(process, port, root)
+    live = LiveServer(process, port, root, grpc_port)
     try:
         deploy = [str(BIN / "serve"), "deploy", "--address", f"http://127.0.0.1:{dashboard}", str(config)]
 
@@ -77,8 +82,19 @@ def _text(server: LiveServer) -> str:
     return answer["choices"][0]["message"]["content"]
 
 
+def _grpc_text(server: LiveServer) -> str:
+    messages = [pb.ChatMessage(role="user", content="What is 12 + 30?")]
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(chat=pb.Chat(messages=messages)),
+        sampling=pb.SamplingOptions(max_tokens=48, temperature=0),
+    )
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        answer = GenerationServiceStub(channel).Generate(request, timeout=120, wait_for_ready=True)
+    return answer.choices[0].text
+
+
 def test_config_file_serves_what_the_command_serves(server: LiveServer, deployed: LiveServer) -> None:
-    assert _text(deployed) == _text(server)
+    assert _text(deployed) == _text(server) == _grpc_text(deployed)
     worker, ours = deployed.worker(), server.worker()
     same = ("phase", "model", "dtype", "max_model_len", "kv_blocks_total", "degraded")
     assert {name: worker[name] for name in same} == {name: ours[name] for name in same}

@@ -44,7 +44,16 @@ WORKER = {
         "kernel": "native",
     },
 }
-LAYER = {"layer": 0, "resident": [0, 1, 2, 3], "activations": [1] * 8, "hits": 3, "misses": 1}
+ACTIVATIONS = {"prefill": [1] * 8, "decode": [0] * 8}
+LAYER = {
+    "layer": 0,
+    "num_experts": 8,
+    "resident": [0, 1, 2, 3],
+    "activations": ACTIVATIONS,
+    "hits": 3,
+    "misses": 1,
+}
+CLUSTER = {"layers": [{"layer": 0, "activations": {"prefill": [3000] + [0] * 7, "decode": [1] * 8}}], "degraded": None}
 
 
 @dataclass
@@ -104,7 +113,7 @@ def server() -> Iterator[FakeServer]:
             "/v1/models": {"data": [{"id": "demo"}]},
             "/status": {"workers": [WORKER], "draining": False},
             "/ready": {"status": "ready"},
-            "/experts": {"workers": [{"worker_id": "w0", "layers": [LAYER]}]},
+            "/experts": {"workers": [{"id": "w0", "layers": [LAYER]}], "hosts": [], "cluster": CLUSTER},
         }
     )
     http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))

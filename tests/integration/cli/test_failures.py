@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from live_server import free_port
 from typer.testing import Result
 
 Run = Callable[..., Result]
@@ -54,6 +55,14 @@ def test_port_in_use(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         _assert_one_line(run("serve", "--port", str(port)), 2, f"port {port}", "--port")
+        free = str(free_port())
+        _assert_one_line(run("serve", "--port", free, "--grpc-port", str(port)), 2, f"port {port}", "--grpc-port")
+        _assert_one_line(run("serve", "--port", free, "--grpc-port", free), 2, f"port {free}", "--grpc-port")
+
+
+def test_half_of_tls(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESAIC__GRPC__TLS_CERT", "/some.pem")
+    _assert_one_line(run("serve"), 2, "grpc", "tls_key")
 
 
 def test_unknown_key_in_config_file(run: Run, tmp_path: Path) -> None:

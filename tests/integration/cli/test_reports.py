@@ -23,13 +23,25 @@ def test_status_table(run: Run, server: Any) -> None:
         assert part in result.stdout
     assert "degraded (w0): statistics not shared" in result.stdout
     assert "layer   0" in result.stdout
+    assert "degraded (cluster" not in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    cells = {tuple(row[1:3]): row[4:] for row in rows if row[1:2] in (["prefill"], ["decode"])}
+    assert cells["prefill", "activations"][::2] == ["3,000", "8"], "the cluster's and the worker's own"
+    assert cells["decode", "activations"][::2] == ["8", "0"]
+    assert "8.00 (layer 0)" in result.stdout and "1.00 (layer 0)" in result.stdout
     assert all(headers["Authorization"] == "Bearer k" for headers in server.headers)
+
+
+def test_status_says_when_cluster_wide_counts_are_old(run: Run, server: Any) -> None:
+    server.pages["/experts"]["cluster"]["degraded"] = "redis://h:1 is away"
+    assert "degraded (cluster-wide counts): redis://h:1 is away" in run("status", "--url", server.url).stdout
 
 
 def test_status_json(run: Run, server: Any) -> None:
     state = json.loads(run("status", "--url", server.url, "--json").stdout)
     assert state["workers"][0]["worker_id"] == "w0"
     assert state["experts"][0]["layers"][0]["resident"] == [0, 1, 2, 3]
+    assert state["cluster"]["layers"][0]["activations"]["prefill"][0] == 3000
     assert state["ready"] == {"status": "ready"}
 
 
@@ -42,7 +54,7 @@ def test_status_without_workers(run: Run, server: Any) -> None:
 
 
 def test_residency_line_of_many_experts() -> None:
-    layer = {"layer": 7, "resident": [0, 1, 2, 3, 4], "activations": [0] * 128, "hits": 0, "misses": 0}
+    layer = {"layer": 7, "num_experts": 128, "resident": [0, 1, 2, 3, 4], "activations": {}, "hits": 0, "misses": 0}
     assert residency_line(layer) == "layer   7 █░" + "·" * 30 + "    5/128 not used"
 
 

@@ -24,7 +24,7 @@ def _install_app(monkeypatch: pytest.MonkeyPatch, code: int) -> list[MoesaicConf
     module = types.ModuleType("cluster.app")
     module.run_server = run_server  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cluster.app", module)
-    monkeypatch.setattr("cluster.cli.serve.check_port_is_free", lambda _host, _port: None)
+    monkeypatch.setattr("cluster.cli.serve.check_port_is_free", lambda _host, _port, **_options: None)
     return seen
 
 
@@ -32,11 +32,13 @@ def test_flags_reach_the_server(run: Callable[..., Result], monkeypatch: pytest.
     seen = _install_app(monkeypatch, 0)
     flags = ["--port", "8123", "--host", "0.0.0.0", "--expert-cache", "25%", "--kv-cache", "64MiB", "--threads", "1"]
     flags += ["--api-key", "k", "--max-queue", "3", "--redis-url", "redis://r:1/0", "--served-name", "n"]
+    flags += ["--grpc-port", "8124", "--no-grpc"]
     flags += ["--dtype", "float32", "--max-model-len", "256", "--ray-address", "auto"]
     result = run("serve", "moesaic-demo", *flags)
     assert result.exit_code == 0, result.output
     (config,) = seen
     assert (config.frontend.host, config.frontend.port) == ("0.0.0.0", 8123)
+    assert (config.grpc.port, config.grpc.enabled) == (8124, False)
     assert config.frontend.api_key is not None and config.frontend.api_key.get_secret_value() == "k"
     assert (config.experts.cache, config.attention.kv_cache) == ("25%", "64MiB")
     assert (config.attention.threads, config.attention.max_queue) == (1, 3)

@@ -25,6 +25,13 @@ def test_generate_streams_from_a_server(run: Run, server: Any) -> None:
     ]
 
 
+def test_penalties_are_sent_to_a_server(run: Run, server: Any) -> None:
+    flags = ("--min-p", "0.1", "--presence-penalty", "0.5", "--frequency-penalty", "-1", "--repetition-penalty", "1.2")
+    assert run("generate", "--url", server.url, "--prompt", "p", *flags).exit_code == 0
+    expected = {"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -1.0, "repetition_penalty": 1.2}
+    assert expected.items() <= server.bodies[0].items()
+
+
 def test_generate_json_and_stdin(run: Run, server: Any) -> None:
     result = run("generate", "--url", server.url, "--prompt", "-", "--json", stdin="from stdin")
     answer = json.loads(result.stdout)

@@ -164,3 +164,63 @@ def test_service_generates_from_text(make_service, tokenizer):
     chunks = asyncio.run(scenario())
     assert chunks[-1].finish_reason is FinishReason.LENGTH
     assert chunks[-1].usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_with_logprobs_begins_with_those_of_the_prompt(make_app, tokenizer, stream):
+    """The way evaluation harnesses score a given text."""
+    worker = FakeAttentionWorker(tokenizer.encode("z"))
+    prompt = tokenizer.encode("one two three")
+
+    async def scenario():
+        create = client_of(make_app(worker)).completions.create
+        answer = await create(model="moesaic-demo", prompt=prompt, max_tokens=2, echo=True, logprobs=1, stream=stream)
+        if not stream:
+            return [answer.choices[0]]
+        return [choice async for chunk in answer for choice in chunk.choices]
+
+    choices = asyncio.run(scenario())
+    text = "".join(choice.text for choice in choices)
+    parts = [choice.logprobs for choice in choices if choice.logprobs]
+    tokens = [token for part in parts for token in part.tokens]
+    values = [value for part in parts for value in part.token_logprobs]
+    tops = [top for part in parts for top in part.top_logprobs]
+    assert text == "".join(tokens) == "one two threezz"
+    assert values == [None, *(-float(token) for token in prompt[1:]), -0.5, -0.5]
+    assert tops[0] is None
+    assert tops[1].keys() == {tokens[1], tokenizer.decode([7])}
+    offsets = [offset for part in parts for offset in part.text_offset]
+    assert offsets == [sum(map(len, tokens[:n])) for n in range(len(tokens))]
+    assert worker.requests[0].sampling.num_prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+def test_prompt_logprobs_have_vllms_shape(make_app, call, path):
+    worker = FakeAttentionWorker()
+    body = CHAT if path == PATH else {"model": "moesaic-demo", "prompt": "one two", "max_tokens": 1}
+
+    async def scenario():
+        return await call(make_app(worker), "POST", path, json=body | {"prompt_logprobs": 1})
+
+    answer = asyncio.run(scenario()).json()
+    scored = (answer if path == PATH else answer["choices"][0])["prompt_logprobs"]
+    ids = worker.requests[0].prompt_ids
+    assert scored[0] is None
+    assert [place[str(token)]["logprob"] for place, token in zip(scored[1:], ids[1:], strict=True)] == [
+        -float(token) for token in ids[1:]
+    ]
+    assert scored[1][str(ids[1])]["rank"] == 2
+    assert scored[1]["7"] == {"logprob": -0.25, "rank": 1, "decoded_token": "%"}
+    assert answer["choices"][0].get("logprobs") is None
+
+
+def test_streamed_token_ids(make_app, call, tokenizer):
+    worker = FakeAttentionWorker(tokenizer.encode("z"))
+
+    async def scenario():
+        return await call(make_app(worker), "POST", PATH, json=STREAM | {"return_token_ids": True})
+
+    first, *rest = events_of(asyncio.run(scenario()).text)
+    assert first["prompt_token_ids"] == list(worker.requests[0].prompt_ids)
+    ids = [token for event in rest for token in event["choices"][0].get("token_ids", [])]
+    assert ids == tokenizer.encode("z") * 4

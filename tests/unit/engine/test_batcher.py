@@ -251,3 +251,39 @@ def _check_plan(batcher: Batcher, planned: list[ScheduledRows], max_batch_tokens
         assert min(written) >= 4, "block 0 is for padding"
     writes = [int(s) for r in planned for s in r.sequence.slots[r.sequence.computed : r.sequence.computed + r.num_rows]]
     assert len(set(writes)) == len(writes), "two rows write one slot"
+
+
+def test_choices_of_one_prompt_wait_for_the_first_and_share_its_blocks() -> None:
+    batcher = make_batcher(block_size=4, max_batch_tokens=6)
+    choices = [_add(batcher, name, 10) for name in "abc"]
+
+    assert _step(batcher) == [("a", 6)]
+    assert _step(batcher) == [("a", 4)], "the others begin when its blocks can be found"
+    assert _step(batcher) == [("a", 1), ("b", 2), ("c", 2)]
+    assert [choice.num_cached for choice in choices] == [0, 8, 8]
+
+
+def test_prompts_too_short_to_share_a_block_do_not_wait() -> None:
+    batcher = make_batcher(block_size=4)
+    for name in "ab":
+        _add(batcher, name, 4)
+
+    assert _step(batcher) == [("a", 4), ("b", 4)]
+
+
+def test_scored_prompts_are_computed_whole_and_in_bounded_chunks() -> None:
+    batcher = make_batcher(block_size=4, max_batch_tokens=200)
+    _add(batcher, "before", 100)
+    _step(batcher)
+    scored = Sequence(make_request("scored", prompt=range(100), num_prompt_logprobs=1))
+    batcher.add(scored)
+
+    steps = []
+    while not scored.num_generated:
+        planned = batcher.plan()
+        steps += [(rows.num_rows, rows.num_logits) for rows in planned if rows.sequence is scored]
+        _compute(batcher, planned)
+
+    assert steps == [(64, 64), (36, 36)]
+    assert scored.num_cached == 0
+    assert [(rows.num_rows, rows.num_logits) for rows in batcher.plan()][1:] == [(1, 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from engine_builders import VOCABULARY, CountingRunner, make_engine, make_request
 
@@ -209,3 +211,88 @@ def test_choice_and_index_key_the_noise() -> None:
     assert _tokens(outputs["a"]) == _tokens(outputs["again"])
     assert _tokens(outputs["a"]) != _tokens(outputs["other"])
     assert all(0 <= token < VOCABULARY for token in _tokens(outputs["other"]))
+
+
+def _favourite(tokens: Sequence[int]) -> int:
+    return 9
+
+
+def test_penalties_count_what_was_generated() -> None:
+    """Each 9 costs the next one 2: after five its logit is 0 instead of 10, and 0 is first with 1."""
+    request = make_request("a", prompt=(9, 9, 9), frequency_penalty=2.0, max_tokens=8, ignore_eos=True)
+
+    tokens = _tokens(_run(make_engine(CountingRunner(_favourite)), request)["a"])
+
+    assert tokens == [9, 9, 9, 9, 9, 0, 1, 2]
+
+
+def test_bad_words_and_allowed_tokens_and_bias_bind_their_own_sequence_only() -> None:
+    outputs = _run(
+        make_engine(CountingRunner(_favourite), eos=()),
+        make_request("free", max_tokens=3),
+        make_request("bad", max_tokens=4, bad_words=((9, 9),)),
+        make_request("allowed", max_tokens=3, allowed_token_ids=(4, 5)),
+        make_request("biased", max_tokens=3, logit_bias=((7, 11.0),)),
+    )
+
+    assert _tokens(outputs["free"]) == [9, 9, 9]
+    assert _tokens(outputs["bad"]) == [9, 0, 9, 0]
+    assert _tokens(outputs["allowed"]) == [4, 4, 4]
+    assert _tokens(outputs["biased"]) == [7, 7, 7]
+
+
+def _penalised(name: str, i: int) -> GenerationRequest:
+    return make_request(
+        name,
+        prompt=[(i + j) % 30 for j in range(5 + i)],
+        max_tokens=12,
+        ignore_eos=True,
+        repetition_penalty=1.4,
+        presence_penalty=0.8,
+        temperature=1.0,
+        seed=i,
+        num_prompt_logprobs=2,
+    )
+
+
+def test_penalties_and_prompt_logprobs_are_the_same_in_chunks_and_through_preemptions() -> None:
+    requests = [_penalised(str(i), i) for i in range(6)]
+    plenty = _run(make_engine(), *requests)
+
+    engine = make_engine(num_blocks=8, block_size=4, max_batch_tokens=7, max_model_len=32)
+    scarce = _run(engine, *requests)
+
+    assert engine.batcher.num_preemptions > 0
+    assert {name: _tokens(o) for name, o in scarce.items()} == {name: _tokens(o) for name, o in plenty.items()}
+    assert {n: o[0].prompt_logprobs for n, o in scarce.items()} == {n: o[0].prompt_logprobs for n, o in plenty.items()}
+
+
+def test_prompt_logprobs_come_once_and_tell_of_every_prompt_token_but_the_first() -> None:
+    engine = make_engine(max_batch_tokens=3)
+
+    first, *rest = _run(engine, make_request("a", prompt=(4, 5, 9, 10, 3), num_prompt_logprobs=1))["a"]
+
+    assert first.prompt_logprobs is not None
+    assert [score.token_id for score in first.prompt_logprobs] == [5, 9, 10, 3]
+    assert [score.rank == 1 for score in first.prompt_logprobs] == [True, False, True, False], "it counts upwards"
+    assert [score.top[0][0] for score in first.prompt_logprobs] == [5, 6, 10, 11]
+    assert first.token_id == 4
+    assert all(output.prompt_logprobs is None for output in rest)
+
+
+def test_prompt_of_one_token_has_no_logprobs_but_an_answer() -> None:
+    output = _run(make_engine(), make_request("a", prompt=(4,), num_prompt_logprobs=1, max_tokens=1))["a"][0]
+
+    assert (output.token_id, output.prompt_logprobs) == (5, ())
+
+
+def test_scored_and_other_prompts_share_a_step() -> None:
+    outputs = _run(
+        make_engine(),
+        make_request("plain", prompt=(3, 4), max_tokens=2),
+        make_request("scored", prompt=(7, 8, 9), max_tokens=2, num_prompt_logprobs=0),
+        make_request("other", prompt=(20,), max_tokens=2),
+    )
+
+    assert {name: _tokens(o) for name, o in outputs.items()} == {"plain": [5, 6], "scored": [10, 11], "other": [21, 22]}
+    assert [o[0].prompt_logprobs is None for o in outputs.values()] == [True, False, True]

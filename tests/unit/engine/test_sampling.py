@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,17 +13,27 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from actors.engine.sampling import sample, uniform
-from cluster.types import SamplingParams
+from cluster.types import SamplingParams, TokenLogprob
 
 
 def _params(**fields: Any) -> SamplingParams:
     return SamplingParams(**({"max_tokens": 1} | fields))
 
 
+def _sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    keys: Sequence[tuple[int, int]],
+    banned: Sequence[tuple[int, ...]],
+) -> tuple[list[int], list[TokenLogprob | None]]:
+    """`sample` without penalties."""
+    return sample(logits, params, keys, banned, [None] * len(params))
+
+
 def _draws(logits: Tensor, num: int, **fields: Any) -> list[int]:
     """`num` draws from one distribution, by the token index of one sequence."""
     rows = logits.expand(num, -1)
-    tokens, _ = sample(rows, [_params(**fields)] * num, [(0, i) for i in range(num)], [()] * num)
+    tokens, _ = _sample(rows, [_params(**fields)] * num, [(0, i) for i in range(num)], [()] * num)
     return tokens
 
 
@@ -86,7 +97,7 @@ def test_uniform_takes_any_seed() -> None:
 def test_temperature_zero_is_greedy_whatever_the_filters(logits: list[float], seed: int) -> None:
     row = torch.tensor([logits])
 
-    tokens, _ = sample(row, [_params(temperature=0.0, top_k=3, top_p=0.5, min_p=0.2, seed=seed)], [(0, 0)], [()])
+    tokens, _ = _sample(row, [_params(temperature=0.0, top_k=3, top_p=0.5, min_p=0.2, seed=seed)], [(0, 0)], [()])
 
     assert tokens == [int(row[0].argmax())]
 
@@ -103,7 +114,7 @@ def test_draws_over_seeds_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     num = 600
 
-    tokens, _ = sample(logits.expand(num, -1), [_params(seed=s) for s in range(num)], [(0, 0)] * num, [()] * num)
+    tokens, _ = _sample(logits.expand(num, -1), [_params(seed=s) for s in range(num)], [(0, 0)] * num, [()] * num)
 
     assert _deviation(tokens, torch.softmax(logits.double(), dim=-1)) < 3.5
 
@@ -150,7 +161,7 @@ def test_no_draw_leaves_the_allowed_set(
         row[0], temperature=temperature, top_k=top_k, top_p=min(top_p + 1e-9, 1.0), min_p=min_p * 0.999999
     )
 
-    tokens, _ = sample(
+    tokens, _ = _sample(
         row, [_params(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)], [(0, index)], [()]
     )
 
@@ -172,7 +183,7 @@ def test_huge_temperature_is_even() -> None:
 def test_banned_tokens_are_never_chosen(temperature: float) -> None:
     logits = torch.tensor([[9.0, 8.0, 0.0, -9.0]]).expand(200, -1)
 
-    tokens, _ = sample(logits, [_params(temperature=temperature)] * 200, [(0, i) for i in range(200)], [(0, 1)] * 200)
+    tokens, _ = _sample(logits, [_params(temperature=temperature)] * 200, [(0, i) for i in range(200)], [(0, 1)] * 200)
 
     assert set(tokens) <= {2, 3}
     assert float(logits[0, 0]) == 9.0
@@ -181,7 +192,7 @@ def test_banned_tokens_are_never_chosen(temperature: float) -> None:
 def test_ban_concerns_its_row_alone() -> None:
     logits = torch.tensor([[9.0, 0.0], [9.0, 0.0]])
 
-    tokens, _ = sample(logits, [_params(temperature=0.0)] * 2, [(0, 0)] * 2, [(0,), ()])
+    tokens, _ = _sample(logits, [_params(temperature=0.0)] * 2, [(0, 0)] * 2, [(0,), ()])
 
     assert tokens == [1, 0]
 
@@ -190,7 +201,7 @@ def test_logprobs_are_those_of_the_unscaled_unbanned_logits() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0, -1.0]])
     expected = torch.log_softmax(logits[0], dim=-1)
 
-    _, (logprob,) = sample(logits, [_params(temperature=0.0, num_logprobs=2)], [(0, 0)], [(1,)])
+    _, (logprob,) = _sample(logits, [_params(temperature=0.0, num_logprobs=2)], [(0, 0)], [(1,)])
 
     assert logprob is not None
     assert logprob.token_id == 2
@@ -203,7 +214,7 @@ def test_zero_logprobs_gives_the_chosen_token_alone_and_more_than_the_vocabulary
     logits = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0]])
     params = [_params(temperature=0.0, num_logprobs=n) for n in (0, 20)]
 
-    _, (none, everything) = sample(logits, params, [(0, 0)] * 2, [()] * 2)
+    _, (none, everything) = _sample(logits, params, [(0, 0)] * 2, [()] * 2)
 
     assert none is not None and everything is not None
     assert none.top == ()
@@ -219,17 +230,17 @@ def test_a_row_is_drawn_the_same_in_any_company() -> None:
         for i in range(16)
     ]
     keys = [(i % 2, i) for i in range(16)]
-    together, _ = sample(logits, params, keys, [()] * 16)
+    together, _ = _sample(logits, params, keys, [()] * 16)
 
-    alone = [sample(logits[i : i + 1], [params[i]], [keys[i]], [()])[0][0] for i in range(16)]
+    alone = [_sample(logits[i : i + 1], [params[i]], [keys[i]], [()])[0][0] for i in range(16)]
     order = torch.randperm(16, generator=generator).tolist()
-    shuffled, _ = sample(logits[order], [params[i] for i in order], [keys[i] for i in order], [()] * 16)
+    shuffled, _ = _sample(logits[order], [params[i] for i in order], [keys[i] for i in order], [()] * 16)
 
     assert together == alone
     assert [shuffled[order.index(i)] for i in range(16)] == together
 
 
 def test_bfloat16_logits_are_taken() -> None:
-    tokens, _ = sample(torch.tensor([[0.0, 5.0]], dtype=torch.bfloat16), [_params(temperature=0.0)], [(0, 0)], [()])
+    tokens, _ = _sample(torch.tensor([[0.0, 5.0]], dtype=torch.bfloat16), [_params(temperature=0.0)], [(0, 0)], [()])
 
     assert tokens == [1]

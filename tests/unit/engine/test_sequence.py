@@ -40,3 +40,36 @@ def test_reset_keeps_tokens_and_forgets_the_rest() -> None:
 
 def test_sequences_with_equal_requests_are_different_sequences() -> None:
     assert Sequence(make_request()) != Sequence(make_request())
+
+
+def test_end_tokens_and_stops_are_banned_until_min_tokens() -> None:
+    sequence = Sequence(make_request(prompt=(4, 5), min_tokens=1, stop_token_ids=(8,)))
+
+    assert sequence.banned((0, 2)) == (0, 2, 8)
+    sequence.append(6)
+    assert sequence.banned((0, 2)) == ()
+
+
+def test_a_bad_word_may_not_be_completed_by_generated_tokens() -> None:
+    sequence = Sequence(make_request(prompt=(6, 7), bad_words=((9,), (7, 3), (7, 8, 1))))
+
+    assert sequence.banned(()) == (9,), "the prompt's own tokens begin no bad word"
+    sequence.append(7)
+    assert sequence.banned(()) == (9, 3)
+    sequence.append(8)
+    assert sequence.banned(()) == (9, 1)
+
+
+def test_counts_go_on_through_a_preemption() -> None:
+    sequence = Sequence(make_request(prompt=(6, 7), repetition_penalty=1.2))
+    sequence.append(7)
+    sequence.reset()
+    sequence.append(8)
+
+    assert sequence.counts is not None
+    assert sequence.counts.ids.tolist() == [6, 7, 8]
+    assert sequence.counts.generated.tolist() == [0, 1, 1]
+
+
+def test_sequences_without_penalties_count_nothing() -> None:
+    assert Sequence(make_request(temperature=1.0, top_k=3, min_tokens=2)).counts is None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from expert_builders import Matrices, random_matrices
+from expert_builders import Matrices, dense_form, random_matrices
 from torch import Tensor
 
 from actors.experts.compute import ExpertCompute, KernelPlan
@@ -57,7 +57,7 @@ def test_paths_agree_in_float32(native: NativeKernels, weight_dtype: torch.dtype
     expected = _expected(experts, counts, x)
 
     for kernels in (native, None):
-        compute = ExpertCompute(kernels, activation="silu", compute_dtype=torch.float32)
+        compute = ExpertCompute(kernels, dense_form(weight_dtype), compute_dtype=torch.float32)
         torch.testing.assert_close(_run(compute, experts, counts, x).double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_fallback_in_bfloat16_is_close(native: NativeKernels) -> None:
     expected = _expected(experts, counts, x)
 
     for kernels in (native, None):
-        compute = ExpertCompute(kernels, activation="silu", compute_dtype=torch.bfloat16)
+        compute = ExpertCompute(kernels, dense_form(torch.bfloat16), compute_dtype=torch.bfloat16)
         torch.testing.assert_close(_run(compute, experts, counts, x).double(), expected, rtol=5e-2, atol=2e-2)
 
 
@@ -75,7 +75,7 @@ def test_fallback_in_bfloat16_is_close(native: NativeKernels) -> None:
 def test_any_split_between_the_paths_gives_the_same(native: NativeKernels, threshold: int) -> None:
     experts, counts = _experts(4, torch.float32), [1, 5, 4, 9]
     x = torch.randn(19, HIDDEN)
-    compute = ExpertCompute(native, activation="silu", compute_dtype=torch.float32)
+    compute = ExpertCompute(native, dense_form(torch.float32), compute_dtype=torch.float32)
     compute.plan = KernelPlan(threshold, "as the test says")
 
     y = _run(compute, experts, counts, x)
@@ -88,7 +88,7 @@ def test_pairs_name_rows_and_output_rows(native: NativeKernels) -> None:
     experts = _experts(2, torch.float32)
     x = torch.randn(3, HIDDEN)
     for kernels in (native, None):
-        compute = ExpertCompute(kernels, activation="silu", compute_dtype=torch.float32)
+        compute = ExpertCompute(kernels, dense_form(torch.float32), compute_dtype=torch.float32)
         y = torch.full((6, HIDDEN), 123.0)
         pairs, offsets = np.array([1, 4, 2]), np.array([0, 2, 3])
 
@@ -104,7 +104,9 @@ def test_activations_agree(native: NativeKernels, activation: str) -> None:
     """relu has no compiled kernel: the fallback answers."""
     experts, x = _experts(1, torch.float32), 3 * torch.randn(4, HIDDEN)
     results = [
-        _run(ExpertCompute(kernels, activation=activation, compute_dtype=torch.float32), experts, [4], x)
+        _run(
+            ExpertCompute(kernels, dense_form(torch.float32, activation), compute_dtype=torch.float32), experts, [4], x
+        )
         for kernels in (native, None)
     ]
 
@@ -113,7 +115,7 @@ def test_activations_agree(native: NativeKernels, activation: str) -> None:
 
 def test_combine_agrees_with_the_fallback(native: NativeKernels) -> None:
     y, weights = torch.randn(5 * 4, 37), torch.rand(5, 4)
-    computes = [ExpertCompute(k, activation="silu", compute_dtype=torch.float32) for k in (native, None)]
+    computes = [ExpertCompute(k, dense_form(torch.float32), compute_dtype=torch.float32) for k in (native, None)]
 
     for dtype in (torch.float32, torch.bfloat16):
         ours, plain = (c.combine(y, weights, dtype) for c in computes)
@@ -121,22 +123,22 @@ def test_combine_agrees_with_the_fallback(native: NativeKernels) -> None:
 
 
 def test_calibration_keeps_the_compiled_path_in_float32(native: NativeKernels) -> None:
-    compute = ExpertCompute(native, activation="silu", compute_dtype=torch.float32)
+    compute = ExpertCompute(native, dense_form(torch.float32), compute_dtype=torch.float32)
 
-    plan = compute.calibrate(torch.float32, HIDDEN, INTERMEDIATE)
+    plan = compute.calibrate(HIDDEN, INTERMEDIATE)
 
     assert plan.label == "native"
     assert compute.plan is plan
 
 
 def test_calibration_in_bfloat16_says_what_it_chose(native: NativeKernels) -> None:
-    plan = ExpertCompute(native, activation="silu", compute_dtype=torch.bfloat16).calibrate(torch.bfloat16, 32, 16)
+    plan = ExpertCompute(native, dense_form(torch.bfloat16), compute_dtype=torch.bfloat16).calibrate(32, 16)
 
     assert plan.label.startswith("native")
     assert plan.torch_from_rows > 1
 
 
 def test_without_the_compiled_kernels_the_plan_is_torch() -> None:
-    compute = ExpertCompute(None, activation="silu", compute_dtype=torch.float32)
+    compute = ExpertCompute(None, dense_form(torch.float32), compute_dtype=torch.float32)
 
-    assert compute.calibrate(torch.float32, HIDDEN, INTERMEDIATE).label == "torch"
+    assert compute.calibrate(HIDDEN, INTERMEDIATE).label == "torch"

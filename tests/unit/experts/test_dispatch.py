@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import hypothesis.strategies as st
 import pytest
 import torch
-from expert_builders import HIDDEN, ExpertFile, dense_moe, open_store, random_routing, write_experts
+from expert_builders import HIDDEN, ExpertFile, dense_form, dense_moe, open_store, random_routing, write_experts
 from hypothesis import given, settings
 from torch import Tensor
 
+from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
 from actors.experts.dispatch import ExpertWork, LocalDispatcher
+from actors.experts.recorder import ActivationRecorder
+from actors.experts.store import ExpertStore
 from actors.kernels.native import load_native
 
 NUM_EXPERTS, TOP_K = 8, 3
@@ -36,7 +39,7 @@ def compute(request: pytest.FixtureRequest) -> ExpertCompute:
     native = load_native() if request.param == "native" else None
     if request.param == "native" and native is None:
         pytest.skip("the compiled kernels were not built")
-    return ExpertCompute(native, activation="silu", compute_dtype=torch.float32)
+    return ExpertCompute(native, dense_form(torch.float32), compute_dtype=torch.float32)
 
 
 def _rows(num: int, generator: torch.Generator) -> Tensor:
@@ -46,11 +49,16 @@ def _rows(num: int, generator: torch.Generator) -> Tensor:
 def _run(
     experts: ExpertFile, compute: ExpertCompute, work: ExpertWork, *, slots: int = 16, num_rows: int | None = None
 ) -> Tensor:
-    store = open_store(experts, slots=slots)
+    dispatcher = _dispatcher(open_store(experts, slots=slots), compute)
     try:
-        return LocalDispatcher(store, compute).run(work, len(work.hidden_TD) if num_rows is None else num_rows)
+        return dispatcher.start(work, len(work.hidden_TD) if num_rows is None else num_rows, 0)()
     finally:
-        store.close()
+        dispatcher.close()
+
+
+def _dispatcher(store: ExpertStore, compute: ExpertCompute) -> LocalDispatcher:
+    recorder = ActivationRecorder(store.layout.layers, NUM_EXPERTS, None)
+    return LocalDispatcher(ExpertBackend(store, compute), recorder)
 
 
 @settings(max_examples=8, deadline=None)
@@ -86,13 +94,14 @@ def test_padding_rows_reach_no_expert_and_no_counter(experts: ExpertFile, comput
     x[2:] = torch.nan
     ids, weights = torch.tensor([[0, 1], [1, 2], [6, 7], [6, 7]]), torch.full((4, 2), 0.5)
     store = open_store(experts, slots=16)
-    dispatcher = LocalDispatcher(store, compute)
+    dispatcher = _dispatcher(store, compute)
+    recorder = dispatcher.recorder
 
-    out = dispatcher.run(ExpertWork(0, x, ids, weights), 2)
+    out = dispatcher.start(ExpertWork(0, x, ids, weights), 2, 1)()
 
     assert torch.isfinite(out).all()
-    assert dispatcher.activations[0].tolist() == [1, 2, 1, 0, 0, 0, 0, 0]
-    assert dispatcher.activations[1].tolist() == [0] * NUM_EXPERTS
+    assert recorder.counts[0].tolist() == [[0, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
+    assert recorder.counts[1].tolist() == [[0] * NUM_EXPERTS] * 2
     assert store.counters.misses == 3
     store.close()
 
@@ -108,11 +117,11 @@ def test_result_is_the_same_to_the_bit_for_every_cache_size_and_state(
 
     for slots in (1, 2, 3, 5, 8):
         store = open_store(experts, slots=slots, io_threads=3)
-        dispatcher = LocalDispatcher(store, compute)
+        dispatcher = _dispatcher(store, compute)
         for warm in ([], [7, 1], [4]):
             list(store.acquire(0, warm[:slots]))
             list(store.acquire(1, [2]))
-            assert torch.equal(dispatcher.run(work, 23), expected), f"{slots} slots after {warm}"
+            assert torch.equal(dispatcher.start(work, 23, 0)(), expected), f"{slots} slots after {warm}"
         store.close()
 
 
@@ -121,7 +130,7 @@ def test_row_gets_the_same_result_in_any_batch(experts: ExpertFile) -> None:
     native = load_native()
     if native is None:
         pytest.skip("the compiled kernels were not built")
-    compute = ExpertCompute(native, activation="silu", compute_dtype=torch.float32)
+    compute = ExpertCompute(native, dense_form(torch.float32), compute_dtype=torch.float32)
     generator = torch.Generator().manual_seed(4)
     x = _rows(70, generator)
     ids, weights = random_routing(70, TOP_K, range(NUM_EXPERTS), generator)
@@ -155,3 +164,20 @@ def test_result_has_the_dtype_of_the_rows(experts: ExpertFile, compute: ExpertCo
     expected = dense_moe(experts.experts, 0, x, ids, weights.to(dtype))
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_choices_of_other_processes_add_nothing(experts: ExpertFile, compute: ExpertCompute) -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = _rows(9, generator)
+    ids, weights = random_routing(9, TOP_K, range(NUM_EXPERTS), generator)
+    here = torch.rand(9, TOP_K, generator=generator) < 0.5
+    store = open_store(experts, slots=16)
+    backend = ExpertBackend(store, compute)
+
+    mine = backend.partial_sums(1, x, ids.where(here, torch.tensor(NUM_EXPERTS)), weights * here)
+    others = backend.partial_sums(1, x, ids.where(~here, torch.tensor(NUM_EXPERTS)), weights * ~here)
+
+    expected = dense_moe(experts.experts, 1, x, ids, weights)
+    torch.testing.assert_close((mine + others).double(), expected, rtol=1e-4, atol=1e-5)
+    assert mine.dtype == torch.float32
+    store.close()

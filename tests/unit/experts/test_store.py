@@ -11,10 +11,12 @@ import pytest
 import torch
 from expert_builders import ExpertFile, Matrices, open_store, write_experts
 from hypothesis import HealthCheck, given, settings
+from torch import Tensor
 
-from actors.experts.store import ExpertStore, ExpertWeights, held_expert_bytes
+from actors.experts.formats.expert import ExpertWeights
+from actors.experts.store import ExpertStore, held_expert_bytes
 from cluster.errors import ConfigError, ExpertReadError
-from cluster.types import ExpertId
+from cluster.types import ExpertId, Phase
 
 NUM_EXPERTS = 6
 
@@ -30,12 +32,19 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> ExpertFile:
 
 
 def _is(weights: ExpertWeights, truth: Matrices) -> bool:
-    pairs = ((weights.gate, truth.gate), (weights.up, truth.up), (weights.down, truth.down))
-    return all(torch.equal(got, want.to(got.dtype)) for got, want in pairs)
+    return all(
+        torch.equal(got, want.to(got.dtype))
+        for got, want in zip(_parts(weights), (truth.gate, truth.up, truth.down), strict=True)
+    )
+
+
+def _parts(weights: ExpertWeights) -> tuple[Tensor, Tensor, Tensor]:
+    assert weights.up is not None
+    return weights.gate.data, weights.up.data, weights.down.data
 
 
 def _span(weights: ExpertWeights) -> tuple[int, int]:
-    parts = (weights.gate, weights.up, weights.down)
+    parts = _parts(weights)
     return min(p.data_ptr() for p in parts), max(p.data_ptr() + p.numel() * p.element_size() for p in parts)
 
 
@@ -48,7 +57,7 @@ def _acquire(store: ExpertStore, file: ExpertFile, layer: int, wanted: Sequence[
         assert all(stop <= start for (_, stop), (start, _) in pairwise(spans)), "slots are shared"
         for expert, weights in group:
             assert _is(weights, file.experts[ExpertId(layer, expert)]), f"expert {expert} of layer {layer}"
-            assert weights.pointers.down == weights.down.data_ptr()
+            assert weights.pointers.down == weights.down.data.data_ptr()
         assert store.num_resident * store.slot_bytes <= store.budget_bytes
     assert sorted(expert for group in groups for expert in group) == sorted(wanted), "each wanted expert, once"
     return groups
@@ -131,10 +140,11 @@ def test_least_recently_used_is_evicted(experts: ExpertFile) -> None:
 
     _acquire(store, experts, 1, [5])
 
-    reports = {report.layer: report for report in store.layers_report({0: [3, 1]})}
+    reports = {report.layer: report for report in store.layers_report({0: {Phase.DECODE: (3, 1)}})}
     assert reports[0].resident == (0, 2)
     assert reports[1].resident == (5,)
-    assert (reports[0].hits, reports[0].misses, reports[0].activations) == (1, 3, (3, 1))
+    assert (reports[0].hits, reports[0].misses, reports[0].activations[Phase.DECODE]) == (1, 3, (3, 1))
+    assert reports[0].num_experts == experts.layout.num_experts
     assert (reports[1].hits, reports[1].misses) == (0, 1)
     store.close()
 
@@ -147,7 +157,7 @@ def test_contents_are_converted_to_the_held_dtype(tmp_path: Path, stored: torch.
 
     ((_, weights),) = next(iter(store.acquire(1, [2])))
 
-    assert weights.gate.dtype == held
+    assert weights.gate.data.dtype == held
     assert _is(weights, file.experts[ExpertId(1, 2)])
     _acquire(store, file, 0, [0, 1, 2])
     store.close()

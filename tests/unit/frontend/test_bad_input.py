@@ -70,6 +70,20 @@ def test_invalid_utf8(refused):
         ("stop", ["x"] * 17),
         ("messages", "hi"),
         ("top_logprobs", 21),
+        ("n", 0),
+        ("n", 129),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", "much"),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": "x"}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", [5]),
+        ("allowed_token_ids", []),
+        ("bad_words", "the"),
+        ("prompt_logprobs", 21),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
         ("model", 3),
     ],
 )
@@ -115,13 +129,12 @@ def test_unknown_parameter_as_openai(refused):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("n", 2),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("logit_bias", {"5": 1}),
         ("best_of", 2),
+        ("use_beam_search", True),
+        ("continue_final_message", True),
+        ("detokenize", False),
     ],
 )
 def test_unsupported_parameters_name_themselves(refused, param, value):
@@ -182,15 +195,53 @@ def test_bad_prompts(refused, prompt):
         ({"min_tokens": 9}, "min_tokens"),
         ({"stop_token_ids": [9999]}, "stop_token_ids"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [0, 2], "min_tokens": 1}, "allowed_token_ids"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 2048}, "max_tokens"),
     ],
 )
 def test_contradictions(refused, body, param):
     assert refused(400, json=CHAT | body)["param"] == param
 
 
-def test_echo_with_logprobs(refused):
-    body = COMPLETION | {"echo": True, "logprobs": 1}
-    assert refused(400, path="/v1/completions", json=body)["param"] == "echo"
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [({"best_of": 3, "n": 2}, "best_of"), ({"prompt": ["a"] * 65, "n": 2}, "n"), ({"logprobs": 21}, "logprobs")],
+)
+def test_completions_that_are_too_much(refused, body, param):
+    assert refused(400, path="/v1/completions", json=COMPLETION | body)["param"] == param
+
+
+def test_a_ban_of_everything_allowed_is_refused(refused, tokenizer):
+    word = tokenizer.encode(" the")
+    error = refused(400, json=CHAT | {"allowed_token_ids": word[-1:], "bad_words": [" the", "the"]})
+    assert error["param"] == "allowed_token_ids"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "a", "colour": "red"}, "colour"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {"tokens": [4096]}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+        ("/abort_requests", {"request_ids": []}, "request_ids"),
+        ("/abort_requests", {"request_ids": [5]}, "request_ids.0"),
+    ],
+)
+def test_bad_bodies_of_the_other_routes(refused, path, body, param):
+    assert refused(400, path=path, json=body)["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_other_routes_know_the_model(refused, path):
+    body = {"model": "gpt-9", "prompt": "a"} if path == "/tokenize" else {"model": "gpt-9", "tokens": [5]}
+    assert refused(404, path=path, json=body)["code"] == "model_not_found"
 
 
 def test_error_messages_are_bounded(refused):
@@ -206,7 +257,7 @@ def test_wrong_key(make_app, call):
     async def scenario():
         app = make_app(api_key="secret")
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
-            for path in ("/v1/models", "/v1/chat/completions", "/experts", "/status"):
+            for path in ("/v1/models", "/v1/chat/completions", "/experts", "/status", "/tokenize", "/abort_requests"):
                 response = await call(app, "GET", path, headers=headers)
                 assert response.status_code == 401
                 assert response.json()["error"]["code"] == "invalid_api_key"

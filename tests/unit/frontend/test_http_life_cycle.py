@@ -199,9 +199,12 @@ def test_operator_routes(make_app, call):
         app = make_app()
         await call(app, "POST", PATH, json=CHAT)
         await call(app, "GET", "/nothing")
-        experts = (await call(app, "GET", "/experts")).json()["workers"][0]
+        page = (await call(app, "GET", "/experts")).json()
+        counts = {"prefill": [2, 6], "decode": [0, 0]}
+        assert page["cluster"] == {"layers": [{"layer": 0, "activations": counts}], "degraded": None}
+        experts = page["workers"][0]
         assert experts["memory"]["budget_bytes"] == 10
-        assert experts["layers"][0]["activations"] == [2, 3]
+        assert experts["layers"][0]["activations"] == {"prefill": [2, 3], "decode": [0, 0]}
         status = (await call(app, "GET", "/status")).json()
         assert status["workers"][0]["phase"] == "ready"
         assert (status["draining"], status["num_in_flight"]) == (False, 0)
@@ -212,12 +215,13 @@ def test_operator_routes(make_app, call):
     for line in (
         'moesaic_request_success_total{finished_reason="length"} 1.0',
         "moesaic_generation_tokens_total 4.0",
+        'moesaic_expert_load_ratio{layer="0",phase="prefill"} 1.5',
         "moesaic_time_to_first_token_seconds_count 1.0",
         "moesaic_inter_token_latency_seconds_count 3.0",
         'moesaic_http_requests_total{code="200",route="/v1/chat/completions"} 1.0',
         'moesaic_http_requests_total{code="404",route="other"} 1.0',
         "moesaic_num_requests_in_flight 0.0",
-        "moesaic_num_requests_running 0",
+        'moesaic_num_requests_running{process="worker-w0"} 0.0',
     ):
         assert line in response.text
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")

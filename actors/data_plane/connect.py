@@ -1,0 +1,65 @@
+"""Chooses the carrier to a host by what works: shared memory if the handshake shows it, else gRPC.
+
+Knows the carriers; knows nothing of Ray (the actor-call carrier is made by who has the handle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from actors.data_plane.channel import ExpertChannel, HostEndpoint
+from actors.data_plane.frames import combine_bytes, dispatch_bytes
+from actors.data_plane.shared_memory import connect_shared_memory
+
+Carrier = Literal["auto", "shared_memory", "grpc", "actor_call"]
+CallActor = Callable[[HostEndpoint], ExpertChannel]
+
+
+class Connector:
+    """Connects one worker to hosts."""
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        *,
+        worker_id: str,
+        fingerprint: str,
+        max_rows: int,
+        dim: int,
+        top_k: int,
+        checked: bool = False,
+        call_actor: CallActor | None = None,
+    ) -> None:
+        """Args: carrier: `auto` or the only one to try. max_rows, dim, top_k: of the largest frame."""
+        self._carrier = carrier
+        self._worker_id = worker_id
+        self._fingerprint = fingerprint
+        self._slot_bytes = max(dispatch_bytes(max_rows, dim, top_k, 4), combine_bytes(max_rows, dim))
+        self._checked = checked
+        self._call_actor = call_actor
+
+    def connect(self, endpoint: HostEndpoint) -> ExpertChannel:
+        """The best channel to a host.
+
+        Raises:
+            OSError: it cannot be reached. MoesaicError: it refuses this worker; says why.
+        """
+        if self._carrier in ("auto", "shared_memory"):
+            try:
+                return connect_shared_memory(
+                    endpoint,
+                    worker_id=self._worker_id,
+                    fingerprint=self._fingerprint,
+                    slot_bytes=self._slot_bytes,
+                    checked=self._checked,
+                )
+            except OSError:  # no such socket here: another machine, or another network
+                if self._carrier != "auto":
+                    raise
+        if self._carrier in ("auto", "grpc"):
+            from actors.data_plane.grpc_stream import GrpcChannel  # gRPC only where it is used
+
+            return GrpcChannel(endpoint, worker_id=self._worker_id, fingerprint=self._fingerprint)
+        assert self._call_actor is not None, "the actor-call carrier needs a way to call actors"
+        return self._call_actor(endpoint)

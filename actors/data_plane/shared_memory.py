@@ -1,0 +1,240 @@
+"""Carrier one: frames lie in memory that worker and host share; a Unix socket only wakes the other side.
+
+The worker makes an anonymous file (memfd) and passes it over the host's abstract socket with a nonce in it; the host
+maps it, and answers with the nonce that it read there. So it is proven that both see the same memory, nothing has a
+name in the file system, and the memory is gone with the last of both processes. Abstract sockets belong to a network
+namespace: a host on another machine, or in another container network, cannot be reached, and the caller takes another
+carrier.
+
+The file is cut into slots, each a dispatch area and an answer area; a slot is taken from `send` until its answer is
+read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hmac
+import json
+import mmap
+import os
+import secrets
+import socket
+import struct
+from dataclasses import asdict, replace
+
+from actors.data_plane.channel import CONNECT_TIMEOUT_S, Hello, HostEndpoint, HostLost, Welcome, remaining_s
+from actors.data_plane.frames import (
+    MAX_FRAME_BYTES,
+    Answer,
+    DispatchFrame,
+    FrameError,
+    RefusalFrame,
+    decode_answer,
+    encode_dispatch,
+)
+
+NUM_SLOTS = 4
+WAKE = struct.Struct("<IQ")  # slot, bytes of the frame in it
+MAX_HANDSHAKE_BYTES = 64 * 2**10
+_PAGE = 4096
+# A file that shrinks under a mapping kills whoever touches it: worker and host rule it out for each other.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class SharedSlots:
+    """The shared file, as both sides see it: slot i is a dispatch area followed by an answer area of equal size."""
+
+    def __init__(self, fd: int, num_slots: int, slot_bytes: int) -> None:
+        self.num_slots = num_slots
+        self._slot_bytes = slot_bytes
+        self._map = mmap.mmap(fd, num_slots * 2 * slot_bytes)
+        view = memoryview(self._map)
+        areas = [view[at : at + slot_bytes] for at in range(0, num_slots * 2 * slot_bytes, slot_bytes)]
+        self.dispatch = areas[0::2]
+        self.answer = areas[1::2]
+
+    @staticmethod
+    def check(hello: Hello) -> None:
+        """Raise FrameError if a worker asks for a file of an unreasonable size."""
+        if not 0 < hello.num_slots <= 64 or not _PAGE <= hello.slot_bytes <= MAX_FRAME_BYTES:
+            raise FrameError(f"{hello.num_slots} slots of {hello.slot_bytes} bytes are not possible")
+
+
+class SharedMemoryChannel:
+    """A worker's side of one connection."""
+
+    carrier = "shared memory"
+
+    def __init__(self, wake: socket.socket, slots: SharedSlots, welcome: Welcome, *, checked: bool) -> None:
+        self.welcome = welcome
+        self._socket = wake
+        self._slots = slots
+        self._checked = checked
+        self._free = list(range(slots.num_slots))
+        self._slot_of: dict[int, int] = {}
+        self._arrived: dict[int, Answer] = {}
+        self._held: int | None = None  # slot whose answer the caller is reading
+        self._sequence = 0
+
+    def next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
+
+    def send(self, frame: DispatchFrame) -> None:
+        self._release()
+        if not self._free:
+            raise HostLost(f"host {self.welcome.host_id}: all {self._slots.num_slots} slots are waiting for answers")
+        slot = self._free[-1]
+        length = encode_dispatch(frame, self._slots.dispatch[slot], checked=self._checked)
+        self._free.pop()
+        self._slot_of[frame.sequence] = slot
+        try:
+            self._socket.send(WAKE.pack(slot, length))
+        except OSError as error:
+            raise self._lost(str(error)) from error
+
+    def receive(self, sequence: int, deadline_s: float) -> Answer:
+        self._release()
+        answer = self._arrived.pop(sequence, None)
+        while answer is None:
+            answer = self._next_answer(deadline_s)
+            if answer.sequence != sequence:
+                self._arrived[answer.sequence] = answer
+                answer = None
+        self._held = self._slot_of.pop(sequence)
+        return answer
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _next_answer(self, deadline_s: float) -> Answer:
+        try:
+            self._socket.settimeout(remaining_s(deadline_s))
+            wake = self._socket.recv(WAKE.size)
+        except TimeoutError as error:
+            raise self._lost("no answer in time") from error
+        except OSError as error:
+            raise self._lost(str(error)) from error
+        if len(wake) != WAKE.size:
+            raise self._lost("the connection ended")
+        slot, length = WAKE.unpack(wake)
+        try:
+            answer = decode_answer(self._slots.answer[slot][:length])
+        except (FrameError, IndexError) as error:
+            raise self._lost(f"damaged answer: {error}") from error
+        if isinstance(answer, RefusalFrame) and answer.sequence == 0:
+            raise self._lost(f"it could not read a frame: {answer.message}")
+        if self._slot_of.get(answer.sequence) != slot:
+            raise self._lost(f"answer {answer.sequence} came in slot {slot}, where it was not asked")
+        return answer
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._free.append(self._held)
+            self._held = None
+
+    def _lost(self, reason: str) -> HostLost:
+        self.close()
+        return HostLost(f"host {self.welcome.host_id}: {reason}")
+
+
+def connect_shared_memory(
+    endpoint: HostEndpoint, *, worker_id: str, fingerprint: str, slot_bytes: int, checked: bool = False
+) -> SharedMemoryChannel:
+    """Connect to a host in the same memory. Args: slot_bytes: of the largest frame, either way.
+
+    Raises:
+        OSError: the host is not reachable this way, or does not see our memory.
+        MoesaicError: the host refuses us; says why.
+    """
+    slot_bytes = -(-slot_bytes // _PAGE) * _PAGE
+    wake = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        wake.settimeout(CONNECT_TIMEOUT_S)
+        wake.connect("\0" + endpoint.socket_name)
+        fd = os.memfd_create("moesaic-data-plane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, NUM_SLOTS * 2 * slot_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            slots = SharedSlots(fd, NUM_SLOTS, slot_bytes)
+            nonce = secrets.token_hex(16)
+            slots.dispatch[0][: len(nonce)] = nonce.encode()
+            hello = Hello(
+                secret=endpoint.secret,
+                worker_id=worker_id,
+                fingerprint=fingerprint,
+                num_slots=NUM_SLOTS,
+                slot_bytes=slot_bytes,
+            )
+            socket.send_fds(wake, [json.dumps(asdict(hello)).encode()], [fd])
+        finally:
+            os.close(fd)
+        return SharedMemoryChannel(wake, slots, _welcomed(wake, nonce), checked=checked)
+    except BaseException:
+        wake.close()
+        raise
+
+
+def receive_hello(connection: socket.socket, secret: str) -> tuple[Hello, SharedSlots]:
+    """The host's side of the handshake: the worker's hello, with the nonce read from its memory, and that memory.
+
+    Raises:
+        FrameError: not a hello of ours, or without the secret. OSError: the connection broke.
+    """
+    message, fds, _, _ = socket.recv_fds(connection, MAX_HANDSHAKE_BYTES, 1)
+    try:
+        if not message:
+            raise ConnectionResetError("the connection ended before a hello")
+        hello = _parse_hello(message)
+        if not hmac.compare_digest(hello.secret.encode(errors="replace"), secret.encode()):
+            raise FrameError("the worker does not know this host's secret")
+        if not fds or fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise FrameError("the worker's hello came without its sealed memory")
+        SharedSlots.check(hello)
+        size = os.fstat(fds[0]).st_size
+        if size != hello.num_slots * 2 * hello.slot_bytes:
+            raise FrameError(f"the worker's memory has {size} bytes, its hello says otherwise")
+        slots = SharedSlots(fds[0], hello.num_slots, hello.slot_bytes)
+        nonce = bytes(slots.dispatch[0][:32]).decode(errors="replace")
+        return replace(hello, nonce=nonce), slots
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def send_welcome(connection: socket.socket, welcome: Welcome | None, refusal: str = "") -> None:
+    """Answer a hello: with a welcome, or with the reason why not."""
+    value = {"refused": refusal} if welcome is None else welcome.to_json()
+    with contextlib.suppress(OSError):
+        connection.send(json.dumps(value).encode())
+
+
+def _parse_hello(message: bytes) -> Hello:
+    try:
+        value = json.loads(message)
+        return Hello(
+            secret=str(value["secret"]),
+            worker_id=str(value["worker_id"]),
+            fingerprint=str(value["fingerprint"]),
+            num_slots=int(value["num_slots"]),
+            slot_bytes=int(value["slot_bytes"]),
+        )
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise FrameError(f"{len(message)} bytes that are no worker's hello") from error
+
+
+def _welcomed(wake: socket.socket, nonce: str) -> Welcome:
+    answer = wake.recv(MAX_HANDSHAKE_BYTES)
+    if not answer:
+        raise ConnectionResetError("the host closed the connection during the handshake")
+    try:
+        value = json.loads(answer)
+        if "refused" in value:
+            raise HostLost(f"the host refused this worker: {value['refused']}")
+        welcome = Welcome.from_json(value)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConnectionError(f"not a host's welcome: {answer[:40]!r}") from error
+    if welcome.nonce != nonce:
+        raise ConnectionError("the host does not see this worker's memory")
+    return welcome

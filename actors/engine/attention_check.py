@@ -1,0 +1,114 @@
+"""Checks at start that this model's attention, packed and paged here, is the model's own.
+
+Two short random sequences go through the real runner: packed together, in chunks, decoded, in scattered blocks, with
+the compiled kernels in place. Their logits must be those of the untouched modules, which compute each sequence alone
+with their own (eager) attention. A family that does something unforeseen is refused instead of answering wrongly.
+Routed experts count as zero on both sides: they are not attention's business, and may not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.engine.batcher import ScheduledRows
+from actors.engine.model_runner import ModelRunner
+from actors.engine.sequence import Sequence
+from actors.experts.dispatch import ExpertWork, LocalDispatcher
+from actors.kernels.native import NativeKernels
+from actors.model.checkpoint import LoadedModel
+from actors.model.seams import IMPLEMENTATION, bind
+from cluster.errors import CheckpointError
+from cluster.types import GenerationRequest, RequestId, SamplingParams
+
+_BLOCK_SIZE = 4
+_LENGTHS = (9, 13)
+_BLOCKS = ((3, 1, 6), (5, 2, 7, 4))
+_STEPS = ((7, 5), (1, 6), (1, 1), (0, 1))  # rows of each sequence: chunks, then decoding
+_MAX_ERROR = {torch.float32: 1e-2, torch.bfloat16: 0.25}  # of the logits' norm; rounding, not structure
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCheck:
+    """What the model's own attention answers. logits: (length, vocabulary) of each sequence."""
+
+    loaded: LoadedModel
+    token_ids: tuple[tuple[int, ...], ...]
+    logits: tuple[Tensor, ...]
+
+    @classmethod
+    def prepare(cls, loaded: LoadedModel) -> AttentionCheck:
+        """Ask the model itself; before any of its modules is swapped and before a runner takes it over."""
+        model = loaded.model
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        ids = [torch.randint(vocabulary, (1, length), generator=generator) for length in _LENGTHS]
+        bind(model, _NoExperts())
+        model.config._attn_implementation = "eager"
+        try:
+            with torch.inference_mode():
+                logits = tuple(model(input_ids=sequence, use_cache=False).logits[0].float() for sequence in ids)
+        finally:
+            model.config._attn_implementation = IMPLEMENTATION
+        return cls(loaded, tuple(tuple(sequence[0].tolist()) for sequence in ids), logits)
+
+    def verify(self, native: NativeKernels | None, native_rows: int) -> None:
+        """Compute the same here.
+
+        Raises:
+            CheckpointError: the answers differ by more than rounding.
+        """
+        runner = ModelRunner(
+            self.loaded, _NoExperts(), native, num_blocks=8, block_size=_BLOCK_SIZE, native_rows=native_rows
+        )
+        sequences = [_sequence(i, ids) for i, ids in enumerate(self.token_ids)]
+        errors: dict[str, list[float]] = {"prompt": [], "decoding": []}
+        for counts in _STEPS:
+            rows = [ScheduledRows(s, count) for s, count in zip(sequences, counts, strict=True) if count]
+            logits = runner.execute(rows).float()
+            for expected, sequence, count in zip(self.logits, sequences, counts, strict=True):
+                wanted, got, logits = expected[sequence.computed :][:count], logits[:count], logits[count:]
+                errors["prompt" if count > 1 else "decoding"] += _relative_errors(wanted, got)
+                sequence.computed += count
+        limit = _MAX_ERROR[self.loaded.dtype]
+        for kind, values in errors.items():
+            typical = sorted(values)[len(values) // 2]
+            if not typical < limit:
+                raise CheckpointError(
+                    f"{type(self.loaded.model).__name__}: logits of {kind} rows differ from the model's own attention "
+                    f"by {typical:.2g} of their norm (rounding is below {limit}); this family cannot be served exactly"
+                )
+
+
+class _NoExperts(LocalDispatcher):
+    """Routed experts that add nothing, for both sides of the comparison."""
+
+    def __init__(self) -> None:
+        """Needs no expert memory."""
+
+    def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
+        return lambda: torch.zeros_like(work.hidden_TD)
+
+    def run_experts(self, layer: int, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return torch.zeros_like(hidden)
+
+    def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        raise AssertionError("the model attends by itself")
+
+    def append_kv(self, layer: int, key: Tensor, value: Tensor) -> None:
+        raise AssertionError("the model attends by itself, without a cache")
+
+
+def _sequence(index: int, token_ids: tuple[int, ...]) -> Sequence:
+    sampling = SamplingParams(max_tokens=1, num_prompt_logprobs=0)  # so that every row gets logits
+    sequence = Sequence(GenerationRequest(request_id=RequestId(str(index)), prompt_ids=token_ids, sampling=sampling))
+    sequence.add_blocks(list(_BLOCKS[index]), _BLOCK_SIZE)
+    return sequence
+
+
+def _relative_errors(wanted_RV: Tensor, got_RV: Tensor) -> list[float]:
+    spread = (wanted_RV - wanted_RV.mean(dim=1, keepdim=True)).norm(dim=1)
+    return ((got_RV - wanted_RV).norm(dim=1) / spread).tolist()

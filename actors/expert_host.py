@@ -1,0 +1,183 @@
+"""An expert host: owns experts' memory and compute, and answers workers' frames. A plain class around its four parts.
+
+Ray starts it (actors/expert_host_actor.py) and is not on its path. It owns the experts that its plan says; any other
+expert it can still read from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+from actors.data_plane.channel import Hello, HostEndpoint, Welcome
+from actors.data_plane.frames import (
+    Answer,
+    FrameError,
+    combine_bytes,
+    decode_dispatch,
+    encode_answer,
+)
+from actors.data_plane.grpc_stream import ExpertServer
+from actors.experts.backend import ExpertBackend
+from actors.host.batching_pool import BatchingPool, DispatchTask
+from actors.host.device_owner import DeviceOwner
+from actors.host.handler import HostHandler
+from cluster.config import MoesaicConfig, host_threads
+from cluster.errors import MoesaicError, Unavailable
+from cluster.model_info import ModelInfo
+from cluster.observability.logs import log_event
+from cluster.types import ExpertHostStatus, ExpertsReport, StartupPhase
+
+_LOG = logging.getLogger(__name__)
+_ANSWER_TIMEOUT_S = 60.0
+
+
+class ExpertHost:
+    """One host. `start` returns at once; the phase tells when it is ready."""
+
+    def __init__(self, config: MoesaicConfig, info: ModelInfo, host_index: int) -> None:
+        self.host_id = f"host-{host_index}-{secrets.token_hex(3)}"  # a new one at every start: an incarnation
+        self.phase = StartupPhase.STARTING
+        self.error: MoesaicError | None = None
+        self.owned: Mapping[int, tuple[int, ...]] = {}
+        self.backend: ExpertBackend | None = None
+        self.num_hosts = config.experts.hosts
+        self._config = config
+        self._info = info
+        self._index = host_index
+        self._secret = secrets.token_hex(16)
+        self._pool = BatchingPool(max_rows=config.attention.max_batch_tokens)
+        self._handler = HostHandler(self._welcome, secret=self._secret, checked=config.experts.checksums)
+        self._owner: DeviceOwner | None = None
+        self._server: ExpertServer | None = None
+        self._stopped = False
+        self._stopped = False
+        self._thread = threading.Thread(target=self._load, name="load", daemon=True)
+
+    def start(self, address: str) -> None:
+        """Load in a thread of its own. Args: address: of this node, where gRPC listens."""
+        self._server = ExpertServer(
+            host=address, secret=self._secret, welcome=self._welcome, submit=self._handler.submit
+        )
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End connections and compute; idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._server is not None:
+            self._server.stop()
+        if self._owner is not None:
+            self._owner.stop()
+        else:
+            self._handler.close()
+        if self.backend is not None:
+            self.backend.store.close()
+
+    def endpoint(self) -> HostEndpoint:
+        """Where workers connect.
+
+        Raises:
+            MoesaicError: it could not start, and why. Unavailable: not yet.
+        """
+        if self.error is not None:
+            raise self.error
+        if self._owner is not None and not self._owner.is_running:
+            raise Unavailable(f"expert host {self._index} does not compute any more; its log says why")
+        if self.phase is not StartupPhase.READY or self._server is None:
+            raise Unavailable(f"expert host {self._index} is {self.phase}")
+        return HostEndpoint(
+            host_id=self.host_id,
+            socket_name=self._handler.socket_name,
+            grpc_address=self._server.address,
+            secret=self._secret,
+        )
+
+    def welcome_json(self, worker_id: str, fingerprint: str) -> dict[str, object]:
+        """The handshake of the actor-call carrier."""
+        try:
+            return self._welcome(Hello(secret=self._secret, worker_id=worker_id, fingerprint=fingerprint)).to_json()
+        except FrameError as error:
+            return {"refused": error.message}
+
+    def dispatch(self, data: bytes) -> bytes:
+        """One frame of the actor-call carrier; blocks until it is answered."""
+        answered: Future[Answer] = Future()
+        frame = decode_dispatch(memoryview(bytearray(data)))
+        self._handler.submit(DispatchTask(frame, answered.set_result))
+        answer = answered.result(timeout=_ANSWER_TIMEOUT_S)
+        buffer = bytearray(combine_bytes(*frame.rows.shape) + 4096)
+        return bytes(buffer[: encode_answer(answer, memoryview(buffer))])
+
+    def set_plan(self, epoch: int, owned: Mapping[int, tuple[int, ...]]) -> None:
+        """Own other experts from now on; frames of other epochs are refused."""
+        self.owned, self._pool.epoch = owned, epoch
+
+    def status(self) -> ExpertHostStatus:
+        """What this host says of itself."""
+        from actors.worker_report import memory_status
+
+        backend, owner, handler = self.backend, self._owner, self._handler
+        phase, error = self.phase, self.error.message if self.error else None
+        if owner is not None and not owner.is_running:
+            phase, error = StartupPhase.FAILED, "it does not compute any more; its log says why"
+        return ExpertHostStatus(
+            host_id=self.host_id,
+            phase=phase,
+            error=error,
+            epoch=self._pool.epoch,
+            owned=sum(len(experts) for experts in self.owned.values()),
+            num_connections=handler.num_connections + (self._server.num_streams if self._server else 0),
+            num_frames=handler.num_frames,
+            num_rows=handler.num_rows,
+            num_batches=owner.num_batches if owner else 0,
+            num_refused=self._pool.num_refused + handler.num_damaged + (owner.num_refused if owner else 0),
+            busy_s=owner.busy_s if owner else 0.0,
+            expert_memory=memory_status(backend) if backend else None,
+        )
+
+    def experts_report(self) -> ExpertsReport:
+        """Residency per layer; empty while loading."""
+        layers = self.backend.store.layers_report({}) if self.backend else ()
+        return ExpertsReport(owner_id=self.host_id, layers=layers)
+
+    def _load(self) -> None:
+        from actors.engine.build import build_host_backend
+
+        self.phase = StartupPhase.LOADING
+        try:
+            threads = host_threads(self._config, os.cpu_count() or 2)
+            backend, owned = build_host_backend(self._config, self._info, self._index, threads=threads)
+        except MoesaicError as error:
+            self.error, self.phase = error, StartupPhase.FAILED
+            return
+        except Exception as error:  # noqa: BLE001 - transformers raises anything; status has to name it
+            log_event(_LOG, logging.ERROR, "loading failed", error=error)
+            self.error, self.phase = MoesaicError(f"loading {self._info.path} failed: {error}"), StartupPhase.FAILED
+            return
+        self.backend, self.owned = backend, owned
+        if self._stopped:
+            backend.store.close()
+            return
+        owner = DeviceOwner(self._handler, self._pool, backend)
+        owner.start()
+        self._owner = owner
+        assert self._server is not None
+        self._server.start()
+        self.phase = StartupPhase.READY
+
+    def _welcome(self, hello: Hello) -> Welcome:
+        if hello.fingerprint != self._info.fingerprint:
+            raise FrameError(f"this host serves model {self._info.fingerprint}, the worker {hello.fingerprint}")
+        assert self.backend is not None
+        return Welcome(
+            host_id=self.host_id,
+            epoch=self._pool.epoch,
+            num_experts=self.backend.store.layout.num_experts,
+            owned=self.owned,
+        )

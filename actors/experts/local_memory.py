@@ -1,0 +1,71 @@
+"""A worker's own expert memory beside expert hosts: what is here is not sent away, what nobody else has is read here.
+
+It fills itself with the experts that are used most, in the background. With a budget of zero there is none,
+until a host is lost: then room for one token's experts is taken while that lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.experts.backend import ExpertBackend
+from actors.experts.recorder import ActivationRecorder
+from cluster.types import ExpertId
+
+_WORTH = 1.25  # an expert must be used this much more than the one it replaces: loads are not free
+
+
+class LocalMemory:
+    """Experts in this process, or none."""
+
+    def __init__(
+        self, backend: ExpertBackend | None, make_fallback: Callable[[], ExpertBackend], recorder: ActivationRecorder
+    ) -> None:
+        """Args: make_fallback: the smallest backend that can run any expert from the checkpoint."""
+        self.backend = backend
+        self.fallback: ExpertBackend | None = None
+        self._make_fallback = make_fallback
+        self._counts = recorder.counts
+
+    def resident(self, layer: int) -> np.ndarray | None:
+        """(num_experts,) bool: which experts are here now; None if there is no room at all."""
+        if self.backend is None:
+            return None
+        self.backend.store.take_in_ahead()
+        return self.backend.store.resident(layer)
+
+    def partial_sums(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Float32 sums of any experts, resident or not (then read from the checkpoint)."""
+        backend = self.backend or self.fallback
+        if backend is None:
+            backend = self.fallback = self._make_fallback()
+        return backend.partial_sums(layer, x_TD, ids_TK, weights_TK, torch.float32)
+
+    def release_fallback(self) -> None:
+        """Give back what was taken while a host was away."""
+        if self.fallback is not None:
+            self.fallback.store.close()
+            self.fallback = None
+
+    def admit(self, layer: int, experts: np.ndarray) -> None:
+        """Consider experts that were just computed elsewhere: the most used may come here, in the background."""
+        if self.backend is None or not len(experts):
+            return
+        counts = self._counts[layer].sum(axis=0)
+        best = int(experts[np.argmax(counts[experts])])
+        used = float(counts[best])
+        store = self.backend.store
+        store.load_ahead(ExpertId(layer, best), replaces=lambda victim: self._used(victim) * _WORTH < used)
+
+    def close(self) -> None:
+        """Stop reading and give the memory back."""
+        self.release_fallback()
+        if self.backend is not None:
+            self.backend.store.close()
+
+    def _used(self, expert: ExpertId) -> float:
+        return float(self._counts[expert.layer][:, expert.expert].sum())

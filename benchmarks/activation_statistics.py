@@ -1,0 +1,219 @@
+"""What recording and flushing activation statistics costs: share of step time, and throughput with and without.
+
+The engine runs in this process with one thread, all experts resident, and a real Valkey beside it. Three kinds of
+blocks of the same work: timed (clocks around every record call), on (recording, and a statistics loop that flushes
+every 2 s) and off (neither). On and off alternate in ABBA order, and their outputs are checked equal. The demo model is
+not widened: the shorter the steps, the larger the share.
+
+    python benchmarks/activation_statistics.py [--quick] [--json] [--factor 1]
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from harness import DEMO, Report, arguments, median, one_thread, progress, prompts_of_domains, wide_model
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from actors.engine.build import EngineParts, build_engine
+from actors.experts.recorder import ActivationRecorder
+from actors.kernels.native import load_native
+from actors.statistics_loop import StatisticsLoop
+from cluster.config import load_config
+from cluster.model_info import load_model_info
+from cluster.protocols import StateStore
+from cluster.stats.embedded_valkey import start_embedded_valkey
+from cluster.stats.open_store import open_store
+from cluster.types import GenerationRequest, Phase, RequestId, SamplingParams
+
+CONCURRENCY = (1, 8)
+MAX_SHARE = 0.01
+SWITCH_INTERVAL_S = 0.0005  # as in the server's workers
+LARGE = (58, 256)  # MoE layers and experts of DeepSeek-V3
+MAX_TOKENS = 1500
+
+
+class _NoRecorder(ActivationRecorder):
+    def record(self, layer: int, topk_ids_TK: Tensor, num_decode: int) -> None:  # noqa: N803
+        """Nothing."""
+
+
+class _TimedRecorder(ActivationRecorder):
+    """The clocks' own time is in the result: an upper bound."""
+
+    record_s = 0.0
+    num_calls = 0
+
+    def record(self, layer: int, topk_ids_TK: Tensor, num_decode: int) -> None:  # noqa: N803
+        began = time.perf_counter()
+        super().record(layer, topk_ids_TK, num_decode)
+        self.record_s += time.perf_counter() - began
+        self.num_calls += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One pass over the same work."""
+
+    elapsed_s: float
+    tokens: list[list[int]]
+    flushes: int = 0
+    flush_cpu_s: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        return sum(map(len, self.tokens)) / self.elapsed_s
+
+
+def main() -> int:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--factor", type=int, default=1, help="how much wider than the demo model the experts are")
+    options = parser.parse_args()
+    block_s, pairs = (5.0, 4) if options.quick else (12.0, 8)
+    path = wide_model(options.factor) if options.factor > 1 else DEMO
+    report = Report(f"Activation statistics, {path.name}, bfloat16, one thread, blocks of about {block_s:.0f} s")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with one_thread(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        server = start_embedded_valkey(Path(folder))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            prompts = [tokenizer(text).input_ids[:32] for text in prompts_of_domains(max(CONCURRENCY))]
+            progress("loading")
+            parts = _engine(path)
+            for concurrency in CONCURRENCY:
+                store = open_store(server.url)
+                _compare(report, parts, store, prompts[:concurrency], block_s=block_s, pairs=pairs)
+            _large_flush(report, open_store(server.url))
+        finally:
+            server.stop()
+    report.notes.append(
+        "flush: processor time of the flushing thread over the time of the step loop, as if none of it were "
+        "overlapped; record: clocks around every call included. Warm, all experts resident, prompts in the KV cache."
+    )
+    return report.finish(as_json=options.json)
+
+
+def _compare(
+    report: Report, parts: EngineParts, store: StateStore, prompts: list[list[int]], *, block_s: float, pairs: int
+) -> None:
+    layers, num_experts = _shape(parts)
+    name = f"{len(prompts)} sequences"
+    off = _NoRecorder(layers, num_experts, None)
+    warm = _run(parts, off, prompts, 64)
+    num_tokens = min(MAX_TOKENS, int(block_s * warm.speed / len(prompts)) + 1)
+    timed = _TimedRecorder(layers, num_experts, load_native())
+    timed_block = _run(parts, timed, prompts, num_tokens)
+    ons: list[_Block] = []
+    ratios: list[float] = []
+    for pair in range(pairs):
+        sides: dict[bool, _Block] = {}
+        for is_on in ((True, False), (False, True))[pair % 2]:
+            sides[is_on] = (
+                _run_on(parts, store, prompts, num_tokens) if is_on else _run(parts, off, prompts, num_tokens)
+            )
+        assert sides[True].tokens == sides[False].tokens == timed_block.tokens, "statistics changed an output"
+        ons.append(sides[True])
+        ratios.append(sides[True].speed / sides[False].speed)
+        progress(f"{name}, pair {pair + 1} of {pairs}: on {sides[True].speed:.1f}, off {sides[False].speed:.1f} tok/s")
+    record = timed.record_s / timed_block.elapsed_s
+    flush = sum(b.flush_cpu_s for b in ons) / sum(b.elapsed_s for b in ons)
+    low, high = _interval(ratios)
+    report.rows.append(
+        {
+            "work": name,
+            "tok/s on": median([b.speed for b in ons]),
+            "record us / layer": 1e6 * timed.record_s / timed.num_calls,
+            "record share": record,
+            "flush ms": 1e3 * sum(b.flush_cpu_s for b in ons) / max(1, sum(b.flushes for b in ons)),
+            "flushes": sum(b.flushes for b in ons),
+            "flush share": flush,
+            "on / off": median(ratios),
+            "95% interval": f"{low:.3f} to {high:.3f}",
+        }
+    )
+    report.at_most(f"{name}: recording and flushing, share of step time", record + flush, MAX_SHARE)
+    report.at_least(f"{name}: throughput on / off, upper end of the interval", high, 1 - MAX_SHARE)
+
+
+def _large_flush(report: Report, store: StateStore) -> None:
+    """A flush in which every expert of a large model changed, and how far apart such flushes are."""
+    layers, num_experts = LARGE
+    counts = {layer: np.ones((len(Phase), num_experts), dtype=np.int64) for layer in range(layers)}
+    zeros = {layer: np.zeros_like(values) for layer, values in counts.items()}
+    loop = StatisticsLoop(store, "large", interval_s=2.0)
+    loop.start(zeros)
+    for layer, values in counts.items():
+        zeros[layer] += values
+    while loop.num_flushes == 0:
+        time.sleep(0.05)
+    loop.stop()
+    assert sum(sum(sum(row.values()) for row in rows.values()) for rows in store.activations("large").values()) == (
+        len(Phase) * layers * num_experts
+    ), "counts are missing"
+    share = loop.flush_cpu_s / loop.wait_s
+    report.rows.append(
+        dict.fromkeys(report.rows[0], "-")
+        | {"work": f"{layers} layers of {num_experts} experts", "flush ms": 1e3 * loop.flush_cpu_s, "flushes": 1}
+        | {"flush share": share}
+    )
+    report.at_most(f"{layers} x {num_experts} experts: flushing, share of time", share, MAX_SHARE)
+
+
+def _run_on(parts: EngineParts, store: StateStore, prompts: list[list[int]], num_tokens: int) -> _Block:
+    """With recording and flushing; every count must be in the store afterwards."""
+    fingerprint = f"run-{time.monotonic_ns()}"
+    recorder = ActivationRecorder(*_shape(parts), load_native())
+    loop = StatisticsLoop(store, fingerprint)
+    loop.start(recorder.counts)
+    block = _run(parts, recorder, prompts, num_tokens)
+    flushes, cpu_s = loop.num_flushes, loop.flush_cpu_s
+    loop.stop()
+    stored = store.activations(fingerprint)
+    for index, phase in enumerate(Phase):
+        for layer, counts in recorder.counts.items():
+            row = stored.get(phase, {}).get(layer, {})
+            assert [row.get(e, 0) for e in range(counts.shape[1])] == counts[index].tolist(), "counts are missing"
+    return _Block(block.elapsed_s, block.tokens, flushes, cpu_s)
+
+
+def _run(parts: EngineParts, recorder: ActivationRecorder, prompts: list[list[int]], num_tokens: int) -> _Block:
+    parts.dispatcher.recorder = recorder
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    began = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        parts.engine.add(GenerationRequest(request_id=RequestId(str(i)), prompt_ids=tuple(prompt), sampling=sampling))
+    while parts.engine.has_work:
+        for output in parts.engine.step():
+            tokens[output.request_id].append(output.token_id)
+    return _Block(time.perf_counter() - began, list(tokens.values()))
+
+
+def _shape(parts: EngineParts) -> tuple[tuple[int, ...], int]:
+    counts = parts.recorder.counts
+    return tuple(counts), next(iter(counts.values())).shape[1]
+
+
+def _engine(path: Path) -> EngineParts:
+    config = load_config(None, {"model": {"path": str(path), "dtype": "bfloat16"}, "experts": {"cache": "100%"}})
+    return build_engine(config, load_model_info(str(path)), threads=1)
+
+
+def _interval(ratios: list[float], samples: int = 2000) -> tuple[float, float]:
+    """Bootstrap 95% interval of the median of paired ratios."""
+    rng = random.Random(0)
+    medians = sorted(median(rng.choices(ratios, k=len(ratios))) for _ in range(samples))
+    return medians[int(0.025 * samples)], medians[int(0.975 * samples)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,159 @@
+"""What surrounds every gRPC call: key, id, deadline, admission, errors and one log line. Knows no message.
+
+The counterpart of `http_middleware.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, cast
+
+import grpc
+from grpc_status import rpc_status
+
+from cluster.errors import AuthenticationFailed, DeadlineExceeded, Unavailable
+from cluster.frontend.grpc_convert import field_path
+from cluster.frontend.grpc_errors import status_of
+from cluster.frontend.open_requests import OpenRequests
+from cluster.frontend.request_id import choose_request_id
+from cluster.observability.logs import log_event
+from cluster.observability.metrics import FrontendMetrics
+
+REQUEST_ID_KEY = "x-request-id"
+
+_HEALTH_PREFIX = "/grpc.health.v1.Health/"
+
+Answer = TypeVar("Answer")
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that was let in. `answer_id` is ours and unique, for the worker; `timeout_s` is what it may take."""
+
+    answer_id: str
+    timeout_s: float
+
+
+class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
+    """Lets calls through only with the right bearer token; health stays open, because probes send none."""
+
+    def __init__(self, key: str) -> None:
+        self._expected = f"Bearer {key}".encode()
+        self._refusal: Handler = grpc.stream_stream_rpc_method_handler(_refuse)  # takes calls of every arity
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The handler of the call if its key is right, else one that refuses it."""
+        method = str(handler_call_details.method)
+        given = _metadata_value(handler_call_details.invocation_metadata, "authorization")
+        if method.startswith(_HEALTH_PREFIX) or hmac.compare_digest(given.encode(), self._expected):
+            return await continuation(handler_call_details)
+        return self._refusal
+
+
+class Calls:
+    """Lets calls in, bounds their time, and turns what goes wrong in them into rich statuses."""
+
+    def __init__(self, requests: OpenRequests, metrics: FrontendMetrics, *, timeout_s: float) -> None:
+        self._requests = requests
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+
+    async def answer(self, context: Context, method: str, work: Callable[[Call], Awaitable[Answer]]) -> Answer:
+        """Do the work of one call; errors in it end the call with their status, time running out cancels it.
+
+        Args:
+            method: its name, for the log.
+        """
+        request_id = choose_request_id(_metadata_value(context.invocation_metadata(), REQUEST_ID_KEY))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+        call = Call(f"gen-{uuid.uuid4().hex}", self._allowed_s(context))
+        code, started_s = "CANCELLED", time.perf_counter()  # stays so when the client leaves or stops waiting
+        try:
+            result = await _within(call.timeout_s, work(call))
+            code = "OK"
+            return result
+        except Exception as error:  # noqa: BLE001 - a top loop: logs bugs with traceback, answers, goes on
+            status = grpc_status_of(error)
+            code = status.code.name
+            if status.code is grpc.StatusCode.INTERNAL:
+                log_event(_logger(), logging.ERROR, "request failed", error=error, request_id=request_id)
+            trailers = ((REQUEST_ID_KEY, request_id), *(status.trailing_metadata or ()))
+            await context.abort(status.code, status.details, trailers)
+        finally:
+            log_event(
+                _logger(),
+                logging.INFO,
+                "request answered",
+                request_id=request_id,
+                answer_id=call.answer_id,
+                method=method,
+                code=code,
+                duration_s=time.perf_counter() - started_s,
+            )
+
+    async def generate(self, context: Context, method: str, work: Callable[[Call], Awaitable[Answer]]) -> Answer:
+        """`answer` for a generation request: counted while it lasts, and refused while draining."""
+
+        async def admitted(call: Call) -> Answer:
+            if self._requests.draining:
+                self._metrics.count_rejection("draining")
+                raise Unavailable("the server is shutting down and takes no new requests; try again later")
+            with self._requests.counted():
+                return await work(call)
+
+        return await self.answer(context, method, admitted)
+
+    def _allowed_s(self, context: Context) -> float:
+        """Seconds until the client's deadline, or ours where that comes first."""
+        remaining_s = cast("float | None", context.time_remaining())
+        return self._timeout_s if remaining_s is None else min(remaining_s, self._timeout_s)
+
+
+def grpc_status_of(error: BaseException) -> grpc.Status:
+    """The status of an error with its details, as the library sends it."""
+    convert = cast("Callable[[object], grpc.Status]", rpc_status.to_status)  # pyright: ignore[reportUnknownMemberType]
+    return convert(status_of(error, field_of=field_path))
+
+
+async def _within(timeout_s: float, work: Awaitable[Answer]) -> Answer:
+    """Everything counts: tokenising, generating, and a client that does not read.
+
+    Raises:
+        DeadlineExceeded: the time ran out; `work` was cancelled.
+    """
+    limit = asyncio.timeout(timeout_s)
+    try:
+        async with limit:
+            return await work
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded(f"the request's time ran out after {timeout_s:.3f} s; it was stopped") from error
+
+
+async def _refuse(_requests: object, context: Context) -> None:
+    given = _metadata_value(context.invocation_metadata(), "authorization")
+    message = "incorrect API key" if given else "no API key; send metadata 'authorization: Bearer KEY'"
+    await context.abort_with_status(grpc_status_of(AuthenticationFailed(message, code="invalid_api_key")))
+
+
+def _metadata_value(metadata: object, key: str) -> str:
+    """The first text value of `key`, or nothing."""
+    pairs: Any = metadata or ()
+    return next((value for name, value in pairs if name == key and isinstance(value, str)), "")
+
+
+def _logger() -> logging.Logger:
+    return logging.getLogger(__name__)

@@ -1,0 +1,153 @@
+"""Sampling fields that chat and text completions share: OpenAI's and, beyond them, vLLM's.
+
+Knows JSON fields and their bounds; knows no endpoint. Every refusal is an `InvalidRequest` that names the field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from cluster.errors import InvalidRequest
+from cluster.frontend.openai_unsupported import asks_for_nothing
+from cluster.frontend.sequence import SamplingOptions
+
+MAX_CHOICES = 128
+_MAX_LOGPROBS = 20
+_MAX_STOPS = 16
+_MAX_STOP_CHARS = 1024
+_MAX_BAD_WORDS = 256
+_MAX_BIASED_TOKENS = 1024
+_MAX_BIAS = 100.0
+
+
+class StrictModel(BaseModel):
+    """No coercion (the string "5" is no number) and no unknown names."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+def _stop_list(stop: object) -> object:
+    """None, one stop string or a list of them, as a list."""
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(entry, str) for entry in cast("list[object]", stops)):
+        raise ValueError("stop must be a string or a list of strings")
+    entries = cast("list[str]", stops)
+    if len(entries) > _MAX_STOPS:
+        raise ValueError(f"at most {_MAX_STOPS} stop strings are allowed, got {len(entries)}")
+    if any(not 0 < len(entry) <= _MAX_STOP_CHARS for entry in entries):
+        raise ValueError(f"stop strings must have 1 to {_MAX_STOP_CHARS} characters")
+    return entries
+
+
+def _bias_by_token(bias: object) -> object:
+    """JSON knows string keys only: token ids as decimal strings, as numbers."""
+    if bias is None:
+        return {}
+    if not isinstance(bias, dict) or len(cast("dict[str, object]", bias)) > _MAX_BIASED_TOKENS:
+        raise ValueError(f"logit_bias must be an object of at most {_MAX_BIASED_TOKENS} token ids")
+    by_token: dict[int, float] = {}
+    for key, value in cast("dict[str, object]", bias).items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 18):
+            raise ValueError("the keys of logit_bias must be token ids")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_MAX_BIAS <= value <= _MAX_BIAS:
+            raise ValueError(f"the values of logit_bias must be numbers from -{_MAX_BIAS:g} to {_MAX_BIAS:g}")
+        by_token[int(key)] = float(value)
+    return by_token
+
+
+class StreamOptions(StrictModel):
+    """What a stream carries besides tokens."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class SamplingFields(StrictModel):
+    """What chat and text completions have in common."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_by_token)] = {}
+    allowed_token_ids: list[int] | None = Field(None, min_length=1)
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]] | None = Field(
+        None, max_length=_MAX_BAD_WORDS
+    )
+    min_tokens: int | None = Field(None, ge=0)
+    stop: Annotated[list[str], BeforeValidator(_stop_list)] = []
+    stop_token_ids: list[int] | None = Field(None, max_length=128)
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    prompt_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unsupported(cls, body: dict[str, object]) -> dict[str, object]:
+        return {
+            name: value for name, value in body.items() if name in cls.model_fields or not asks_for_nothing(name, value)
+        }
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs is only allowed when stream is false", param="prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            message = "truncate_prompt_tokens must be -1 (what there is room for) or at least 1"
+            raise InvalidRequest(message, param="truncate_prompt_tokens")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk that has the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(
+        self, *, max_tokens: int | None, num_logprobs: int | None, num_prompt_logprobs: int | None
+    ) -> SamplingOptions:
+        """These fields in our types; what was left out or null has its default."""
+        return SamplingOptions(
+            max_tokens=max_tokens,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
+            top_k=max(self.top_k or 0, 0),
+            min_p=_or(self.min_p, 0.0),
+            seed=self.seed,
+            min_tokens=self.min_tokens or 0,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            num_logprobs=num_logprobs,
+            n=self.n or 1,
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            logit_bias=tuple(self.logit_bias.items()),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
+            num_prompt_logprobs=num_prompt_logprobs,
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+        )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)

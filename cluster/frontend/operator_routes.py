@@ -1,0 +1,123 @@
+"""Routes for probes, dashboards and the command line. Knows statuses and their JSON; no Ray, no store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from importlib import metadata
+from typing import TypeVar
+
+import orjson
+from starlette.responses import Response
+
+from cluster.errors import MoesaicError, Unavailable
+from cluster.frontend.open_requests import OpenRequests
+from cluster.observability.metrics import FrontendMetrics
+from cluster.observability.worker_metrics import worker_metrics_text
+from cluster.protocols import AttentionWorkerClient
+from cluster.types import ClusterActivations, ExpertsReport, StartupPhase, WorkerStatus
+
+_WORKER_TIMEOUT_S = 5.0
+
+Answer = TypeVar("Answer")
+
+
+class OperatorRoutes:
+    """What the cluster says of itself."""
+
+    def __init__(
+        self,
+        worker: AttentionWorkerClient,
+        requests: OpenRequests,
+        metrics: FrontendMetrics,
+        *,
+        per_expert_metrics: bool = False,
+    ) -> None:
+        self._worker = worker
+        self._requests = requests
+        self._metrics = metrics
+        self._per_expert = per_expert_metrics
+
+    async def health(self) -> Response:
+        """GET /health: the process lives."""
+        return _json({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """GET /ready: requests would be answered; otherwise 503 with the start-up phase."""
+        try:
+            phase, error = readiness(await self._worker_answer(self._worker.worker_statuses()))
+        except MoesaicError as failure:
+            phase, error = StartupPhase.FAILED, failure.message
+        if self._requests.draining:
+            phase = StartupPhase.DRAINING
+        is_ready = phase is StartupPhase.READY
+        headers = {} if is_ready else {"Retry-After": "2"}
+        return _json({"phase": phase, "error": error}, 200 if is_ready else 503, headers)
+
+    async def metrics_text(self) -> Response:
+        """GET /metrics: ours, the workers' and hosts', and the cluster's expert load."""
+        try:
+            workers = worker_metrics_text(
+                await self._worker_answer(self._worker.worker_statuses()),
+                await self._worker_answer(self._worker.host_statuses()),
+                cluster_activations(await self._worker_answer(self._worker.experts_reports())),
+                per_expert=self._per_expert,
+            )
+        except MoesaicError as failure:
+            workers = f"# {failure.message}\n"
+        return Response(self._metrics.text() + workers, headers={"Content-Type": self._metrics.content_type})
+
+    async def experts(self) -> Response:
+        """GET /experts: residency and activation by layer, of each process and of the cluster."""
+        workers = await self._worker_answer(self._worker.worker_statuses())
+        hosts = await self._worker_answer(self._worker.host_statuses())
+        reports = {r.owner_id: r for r in await self._worker_answer(self._worker.experts_reports())}
+        page: dict[str, list[object]] = {"workers": [], "hosts": []}
+        for kind, owner_id, memory in (
+            *(("workers", worker.worker_id, worker.expert_memory) for worker in workers),
+            *(("hosts", host.host_id, host.expert_memory) for host in hosts),
+        ):
+            if owner_id in reports:
+                page[kind].append({"id": owner_id, "memory": memory, "layers": reports[owner_id].layers})
+        return _json({**page, "cluster": cluster_activations(tuple(reports.values()))})
+
+    async def status(self) -> Response:
+        """GET /status: what the workers say of themselves."""
+        workers = await self._worker_answer(self._worker.worker_statuses())
+        hosts = await self._worker_answer(self._worker.host_statuses())
+        facts = {"draining": self._requests.draining, "num_in_flight": self._requests.num_in_flight}
+        return _json({"workers": workers, "hosts": hosts, **facts})
+
+    async def version(self) -> Response:
+        """GET /version"""
+        try:
+            version = metadata.version("moesaic")
+        except metadata.PackageNotFoundError:  # run from a checkout
+            version = "unknown"
+        return _json({"version": version})
+
+    async def _worker_answer(self, call: Awaitable[Answer]) -> Answer:
+        try:
+            async with asyncio.timeout(_WORKER_TIMEOUT_S):
+                return await call
+        except (ConnectionError, TimeoutError) as error:
+            raise Unavailable(f"the attention worker does not answer ({type(error).__name__})") from error
+
+
+def readiness(workers: Sequence[WorkerStatus]) -> tuple[StartupPhase, str | None]:
+    """Phase of the cluster, and its error: ready as soon as one worker is."""
+    for worker in workers:
+        if worker.phase is StartupPhase.READY:
+            return worker.phase, None
+    first = workers[0]
+    return first.phase, first.error
+
+
+def cluster_activations(reports: Sequence[ExpertsReport]) -> ClusterActivations | None:
+    """The cluster-wide counts: those of the first worker that reads the shared store well, else the first's."""
+    views = [report.cluster for report in reports if report.cluster is not None]
+    return next((view for view in views if view.degraded is None), views[0] if views else None)
+
+
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS), status, headers, "application/json")

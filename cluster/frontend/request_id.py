@@ -1,0 +1,14 @@
+"""Names of requests: the client's own where it may go into logs and headers, else a new one."""
+
+from __future__ import annotations
+
+import uuid
+
+_MAX_CHARS = 128
+
+
+def choose_request_id(given: str | None) -> str:
+    """`given` if it is short and plain ASCII without spaces, else a new id."""
+    if given and len(given) <= _MAX_CHARS and given.isascii() and given.isprintable() and " " not in given:
+        return given
+    return f"req-{uuid.uuid4().hex}"

@@ -1,0 +1,164 @@
+"""What a client asked for, checked against the model and turned into what an engine does.
+
+Knows token ids and text; knows no worker. Every refusal names the field.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+
+from cluster.errors import ContextTooLong, InvalidRequest
+from cluster.frontend.sequence import SamplingOptions
+from cluster.frontend.tokenizer import Tokenizer
+from cluster.model_info import ModelInfo
+from cluster.types import SamplingParams
+
+_CONTEXT_CODE = "context_length_exceeded"
+_MAX_BIAS = 100.0
+_BOUNDS = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+
+
+def resolve_sampling(
+    options: SamplingOptions, *, tokenizer: Tokenizer, info: ModelInfo, num_prompt: int, prompt_param: str
+) -> SamplingParams:
+    """Parameters of one sequence, with what the client left open filled in.
+
+    Raises:
+        InvalidRequest: a value out of bounds, a token id outside the vocabulary, or fields that contradict each other.
+        ContextTooLong: the prompt, or the prompt plus max_tokens, exceeds the context; gives both numbers.
+    """
+    _check_bounds(options)
+    limit = info.vocab_size or tokenizer.vocab_size
+    check_token_ids(options.stop_token_ids, limit, "stop_token_ids")
+    check_token_ids(options.allowed_token_ids, limit, "allowed_token_ids")
+    check_token_ids([token_id for token_id, _ in options.logit_bias], limit, "logit_bias")
+    max_tokens = _max_tokens(info.max_model_len, num_prompt, options.max_tokens, prompt_param)
+    if options.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens ({options.min_tokens}) exceeds the tokens that can be generated ({max_tokens})",
+            param="min_tokens",
+        )
+    bad_words = _bad_words(options.bad_words, tokenizer)
+    ends = (*info.eos_token_ids, *options.stop_token_ids) if options.min_tokens else ()
+    allowed = options.allowed_token_ids
+    if allowed and not set(allowed).difference(ends, (word[-1] for word in bad_words)):
+        raise InvalidRequest(
+            f"allowed_token_ids leaves no token to choose: bad_words or min_tokens forbid all {len(allowed)}",
+            param="allowed_token_ids",
+        )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        seed=secrets.randbits(63) if options.seed is None else options.seed % 2**63,
+        min_tokens=options.min_tokens,
+        stop=options.stop,
+        stop_token_ids=options.stop_token_ids,
+        ignore_eos=options.ignore_eos,
+        num_logprobs=options.num_logprobs,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        repetition_penalty=options.repetition_penalty,
+        logit_bias=options.logit_bias,
+        allowed_token_ids=allowed,
+        bad_words=bad_words,
+        num_prompt_logprobs=options.num_prompt_logprobs,
+        include_stop_str_in_output=options.include_stop_str_in_output,
+        skip_special_tokens=options.skip_special_tokens,
+    )
+
+
+def truncated_prompt(prompt_ids: Sequence[int], options: SamplingOptions, max_model_len: int) -> Sequence[int]:
+    """The end of the prompt that `truncate_prompt_tokens` keeps; all of it if that is not given.
+
+    Raises:
+        ContextTooLong: max_tokens leaves no room for a prompt.
+    """
+    keep = options.truncate_prompt_tokens
+    if keep is None:
+        return prompt_ids
+    if keep == -1:
+        keep = max_model_len - (options.max_tokens or 1)
+        if keep < 1:
+            raise ContextTooLong(
+                f"this model's maximum context length is {max_model_len} tokens; max_tokens ({options.max_tokens}) "
+                "leaves none for the prompt",
+                param="max_tokens",
+                code=_CONTEXT_CODE,
+            )
+    return prompt_ids[-keep:]
+
+
+def check_token_ids(ids: Sequence[int], limit: int, param: str) -> None:
+    """Return if all `ids` are below `limit`, the size of the vocabulary.
+
+    Raises:
+        InvalidRequest: one is not; names it.
+    """
+    if ids and not (min(ids) >= 0 and max(ids) < limit):
+        wrong = next(token_id for token_id in ids if not 0 <= token_id < limit)
+        raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limit} tokens", param=param)
+
+
+def _check_bounds(options: SamplingOptions) -> None:
+    """The HTTP face has checked these already; other faces and the command line have not."""
+    for name, (low, high) in _BOUNDS.items():
+        value: float = getattr(options, name)
+        if not low <= value <= high:
+            raise InvalidRequest(f"{name} must be from {low:g} to {high:g}, got {value}", param=name)
+    if not options.top_p > 0:
+        raise InvalidRequest(f"top_p must be above 0, got {options.top_p}", param="top_p")
+    if not 0 < options.repetition_penalty < math.inf:
+        message = f"repetition_penalty must be above 0, got {options.repetition_penalty}"
+        raise InvalidRequest(message, param="repetition_penalty")
+    if not all(-_MAX_BIAS <= value <= _MAX_BIAS for _, value in options.logit_bias):
+        raise InvalidRequest(f"logit_bias must be from -{_MAX_BIAS:g} to {_MAX_BIAS:g}", param="logit_bias")
+
+
+def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Token sequences of each word, at the beginning of a text and, where it is another token, after a space.
+
+    Source: vLLM's SamplingParams.update_from_tokenizer.
+    """
+    sequences: list[tuple[int, ...]] = []
+    for word in words:
+        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+        if not bare:
+            raise InvalidRequest(f"bad_words: {word[:100]!r} has no tokens", param="bad_words")
+        spaced = tuple(tokenizer.encode(f" {word.lstrip()}", add_special_tokens=False))
+        sequences.append(bare)
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            sequences.append(spaced)
+    return tuple(sequences)
+
+
+def _max_tokens(context: int, num_prompt: int, max_tokens: int | None, prompt_param: str) -> int:
+    too_long = f"this model's maximum context length is {context} tokens, but "
+    if num_prompt >= context:
+        raise ContextTooLong(
+            f"{too_long}the prompt has {num_prompt} tokens; at most {context - 1} leave room for an answer",
+            param=prompt_param,
+            code=_CONTEXT_CODE,
+        )
+    if max_tokens is None:
+        return context - num_prompt
+    if max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", param="max_tokens")
+    if num_prompt + max_tokens > context:
+        raise ContextTooLong(
+            f"{too_long}{num_prompt + max_tokens} were requested ({num_prompt} in the prompt, {max_tokens} in the "
+            "completion); shorten the prompt or lower max_tokens",
+            param="max_tokens",
+            code=_CONTEXT_CODE,
+        )
+    return max_tokens

@@ -1,0 +1,45 @@
+"""POST /tokenize and /detokenize, with vLLM's shapes. Knows shapes and FastAPI; the service knows the tokens."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.frontend.generation import GenerationService
+from cluster.frontend.openai_routes import check_model, json_response
+from cluster.frontend.openai_schema import DetokenizeRequest, TokenizeRequest, parse_body
+from cluster.model_info import ModelInfo
+
+
+class TokenizeRoutes:
+    """Text to token ids and back, for clients that count or build prompts themselves."""
+
+    def __init__(self, service: GenerationService, info: ModelInfo) -> None:
+        self._service = service
+        self._info = info
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: of a prompt, or of the messages of a chat as the chat endpoint would see them."""
+        body = parse_body(TokenizeRequest, await request.body())
+        if body.model is not None:
+            check_model(body.model, self._info)
+        if body.messages is not None:
+            tokens = await self._service.encode_chat(
+                [message.for_template() for message in body.messages],
+                add_generation_prompt=body.add_generation_prompt,
+                kwargs=body.chat_template_kwargs,
+                add_special_tokens=bool(body.add_special_tokens),
+            )
+        else:
+            with_special = body.add_special_tokens is not False
+            tokens = await self._service.encode_text(body.prompt or "", add_special_tokens=with_special)
+        pieces = self._service.token_pieces(tokens) if body.return_token_strs else None
+        facts = {"count": len(tokens), "max_model_len": self._info.max_model_len}
+        return json_response({**facts, "tokens": list(tokens), "token_strs": pieces})
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize: the text of token ids, special tokens included."""
+        body = parse_body(DetokenizeRequest, await request.body())
+        if body.model is not None:
+            check_model(body.model, self._info)
+        return json_response({"prompt": self._service.decode(body.tokens, skip_special_tokens=False)})

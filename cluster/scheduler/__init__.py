@@ -1,0 +1,1 @@
+"""The central decisions, pure: a snapshot in, a plan out."""

@@ -1,0 +1,446 @@
+"""Experts on hosts give what experts here give, whoever owns what and whatever fails; no row is computed twice."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from expert_builders import HIDDEN, ExpertFile, dense_form, open_store, random_routing, write_experts
+from hypothesis import given, settings
+from torch import Tensor
+
+from actors.data_plane.channel import ExpertChannel, HostEndpoint, HostLost, Welcome
+from actors.data_plane.frames import Answer, CombineFrame, DispatchFrame, RefusalFrame, RefusalReason
+from actors.experts.backend import ExpertBackend
+from actors.experts.compute import ExpertCompute
+from actors.experts.dispatch import ExpertWork, LocalDispatcher
+from actors.experts.host_links import HostLinks
+from actors.experts.local_memory import LocalMemory
+from actors.experts.recorder import ActivationRecorder
+from actors.experts.remote_dispatch import HostDispatcher
+from actors.kernels.native import load_native
+from cluster.errors import ExpertReadError
+
+NUM_EXPERTS, TOP_K, LAYER = 6, 3, 1
+FAULTS = ("ok", "send", "receive", "failed", "stale", "shape")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> ExpertFile:
+    return write_experts(tmp_path_factory.mktemp("experts"), num_experts=NUM_EXPERTS)
+
+
+@pytest.fixture(scope="module")
+def compute() -> ExpertCompute:
+    return ExpertCompute(load_native(threads=1), dense_form(torch.float32), compute_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def everything(experts: ExpertFile, compute: ExpertCompute) -> Iterator[ExpertBackend]:
+    """All experts, as a host has them, and as the specification does."""
+    store = open_store(experts, slots=2 * NUM_EXPERTS)
+    yield ExpertBackend(store, compute)
+    store.close()
+
+
+@dataclass
+class Host:
+    """An expert host in memory. `faults` are what happens to the next frames; then all goes well."""
+
+    index: int
+    owned: set[int]
+    backend: ExpertBackend
+    faults: deque[str] = field(default_factory=deque)
+    epoch: int = 1
+    received: list[DispatchFrame] = field(default_factory=list)
+    computed: list[DispatchFrame] = field(default_factory=list)
+
+
+class MemoryChannel:
+    """A connection to a Host."""
+
+    carrier = "memory"
+
+    def __init__(self, host: Host) -> None:
+        self.welcome = Welcome(
+            host_id=f"host-{host.index}",
+            epoch=host.epoch,
+            num_experts=NUM_EXPERTS,
+            owned={layer: tuple(sorted(host.owned)) for layer in (0, 1)},
+        )
+        self.waiting: dict[int, tuple[DispatchFrame, str]] = {}
+        self._host = host
+        self._sequence = 0
+        self._closed = False
+
+    def next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
+
+    def send(self, frame: DispatchFrame) -> None:
+        self._host.received.append(frame)
+        fault = self._host.faults.popleft() if self._host.faults else "ok"
+        if self._closed or fault == "send":
+            raise HostLost("the connection is gone")
+        self.waiting[frame.sequence] = (frame, fault)
+
+    def receive(self, sequence: int, deadline_s: float) -> Answer:
+        frame, fault = self.waiting.pop(sequence)
+        if self._closed or fault == "receive":
+            raise HostLost("no answer in time")
+        if fault == "stale":
+            self._host.epoch += 1
+        if frame.epoch != self._host.epoch:
+            return self._refusal(sequence, RefusalReason.STALE_EPOCH)
+        if fault == "failed":
+            return self._refusal(sequence, RefusalReason.FAILED)
+        ids, weights = torch.from_numpy(frame.expert_ids), torch.from_numpy(frame.weights)
+        sums = self._host.backend.partial_sums(frame.layer, torch.from_numpy(frame.rows), ids, weights)
+        rows = sums.numpy()
+        if fault == "shape":
+            return CombineFrame(sequence=sequence, rows=rows[:, 1:], busy_us=1)
+        self._host.computed.append(frame)
+        return CombineFrame(sequence=sequence, rows=rows, busy_us=1)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _refusal(self, sequence: int, reason: RefusalReason) -> RefusalFrame:
+        return RefusalFrame(sequence=sequence, reason=reason, epoch=self._host.epoch, message=reason.name)
+
+
+class InlineLinks(HostLinks):
+    """HostLinks without its thread: connects at once if `reconnects`, else never again."""
+
+    def __init__(self, hosts: Sequence[Host], *, reconnects: bool) -> None:
+        self.reconnects = True
+        self.now_s = 0.0
+        self._hosts = hosts
+
+        def connect(endpoint: HostEndpoint) -> ExpertChannel:
+            if not self.reconnects:
+                raise ConnectionError("gone")
+            return MemoryChannel(hosts[int(endpoint.host_id)])
+
+        def locate(index: int) -> HostEndpoint:
+            return HostEndpoint(host_id=str(index), socket_name="", grpc_address="", secret="")
+
+        super().__init__(len(hosts), locate, connect, layers=(0, 1), num_experts=NUM_EXPERTS, clock=lambda: self.now_s)
+        self.connect_due()
+        self.reconnects = reconnects
+
+    def lose(self, channel: ExpertChannel, reason: str) -> None:
+        super().lose(channel, reason)
+        self.now_s += 100.0  # any back-off is over
+        self.connect_due()
+
+    def renew(self, channel: ExpertChannel, timeout_s: float) -> bool:
+        super().renew(channel, 0.0)
+        self.connect_due()
+        return True
+
+
+class CountingBackend(ExpertBackend):
+    """Notes what is computed on the worker."""
+
+    def __init__(self, store: object, compute: ExpertCompute) -> None:
+        super().__init__(store, compute)  # type: ignore[arg-type]
+        self.computed: list[np.ndarray] = []
+        self.error: ExpertReadError | None = None
+
+    def partial_sums(
+        self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        self.computed.append(ids_TK.numpy().copy())
+        return super().partial_sums(layer, x_TD, ids_TK, weights_TK, dtype)
+
+
+class Worker:
+    """A HostDispatcher with all its parts at hand."""
+
+    def __init__(
+        self,
+        file: ExpertFile,
+        compute: ExpertCompute,
+        hosts: Sequence[Host],
+        *,
+        slots: int = 0,
+        resident: Sequence[int] = (),
+        reconnects: bool = True,
+    ) -> None:
+        self.hosts = hosts
+        self.links = InlineLinks(hosts, reconnects=reconnects)
+        recorder = ActivationRecorder((0, 1), NUM_EXPERTS, None)
+        self.fallbacks: list[CountingBackend] = []
+        self.backend = CountingBackend(open_store(file, slots=slots, min_experts=TOP_K), compute) if slots else None
+        if self.backend is not None:
+            list(self.backend.store.acquire(LAYER, list(resident)[:slots]))
+
+        def fallback() -> ExpertBackend:
+            self.fallbacks.append(CountingBackend(open_store(file, slots=TOP_K, min_experts=TOP_K), compute))
+            return self.fallbacks[-1]
+
+        self.local = LocalMemory(self.backend, fallback, recorder)
+        self.dispatcher = HostDispatcher(self.links, self.local, recorder, num_experts=NUM_EXPERTS, timeout_s=1.0)
+
+    def choices(self) -> list[int]:
+        """Experts of all choices computed so far, here or there."""
+        here = [ids for backend in filter(None, [self.backend, *self.fallbacks]) for ids in backend.computed]
+        there = [frame.expert_ids for host in self.hosts for frame in host.computed]
+        flat = np.concatenate([ids.reshape(-1) for ids in (*here, *there)] or [np.zeros(0, np.int64)])
+        return sorted(flat[flat != NUM_EXPERTS].tolist())
+
+    def nothing_waits(self) -> bool:
+        return not any(channel.waiting for channel in self.links.routes.channels)  # type: ignore[attr-defined]
+
+
+def _work(num_rows: int, *, padding: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32) -> ExpertWork:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows + padding, HIDDEN, generator=generator).to(dtype)
+    ids, weights = random_routing(num_rows + padding, TOP_K, range(NUM_EXPERTS), generator)
+    return ExpertWork(LAYER, x, ids, weights)
+
+
+def _local(everything: ExpertBackend, work: ExpertWork, num_rows: int) -> Tensor:
+    recorder = ActivationRecorder((0, 1), NUM_EXPERTS, None)
+    return LocalDispatcher(everything, recorder).start(work, num_rows, 0)()
+
+
+def _hosts(everything: ExpertBackend, *owned: Sequence[int]) -> list[Host]:
+    return [Host(index, set(experts), everything) for index, experts in enumerate(owned)]
+
+
+@pytest.fixture
+def make_worker(experts: ExpertFile, compute: ExpertCompute) -> Iterator[Callable[..., Worker]]:
+    made: list[Worker] = []
+
+    def make(hosts: Sequence[Host], **options: object) -> Worker:
+        made.append(Worker(experts, compute, hosts, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.dispatcher.close()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    owned=st.lists(st.sets(st.integers(0, NUM_EXPERTS - 1)), min_size=1, max_size=4),
+    faults=st.lists(st.lists(st.sampled_from(FAULTS), max_size=6), min_size=4, max_size=4),
+    slots=st.sampled_from([0, TOP_K, NUM_EXPERTS]),
+    resident=st.lists(st.integers(0, NUM_EXPERTS - 1), unique=True),
+    reconnects=st.booleans(),
+    num_rows=st.integers(1, 7),
+    padding=st.integers(0, 2),
+    seed=st.integers(0, 99),
+)
+def test_any_placement_memory_and_failure_give_the_local_result(
+    experts: ExpertFile,
+    compute: ExpertCompute,
+    everything: ExpertBackend,
+    owned: list[set[int]],
+    faults: list[list[str]],
+    slots: int,
+    resident: list[int],
+    reconnects: bool,
+    num_rows: int,
+    padding: int,
+    seed: int,
+) -> None:
+    hosts = [Host(i, experts_, everything, deque(faults[i])) for i, experts_ in enumerate(owned)]
+    worker = Worker(experts, compute, hosts, slots=slots, resident=resident, reconnects=reconnects)
+    for turn in range(3):
+        work = _work(num_rows, padding=padding, seed=seed + turn)
+        before = worker.choices()
+
+        fetch = worker.dispatcher.start(work, num_rows, 0)
+        first_round = [(host, frame) for host in hosts for frame in host.received]
+        out = fetch()
+
+        torch.testing.assert_close(out, _local(everything, work, num_rows), rtol=1e-5, atol=1e-6)
+        assert out.shape == work.hidden_TD.shape
+        assert worker.choices() == sorted([*before, *work.topk_ids_TK[:num_rows].flatten().tolist()])
+        assert worker.nothing_waits()
+        for host in hosts:
+            sent = [frame for to, frame in first_round if to is host]
+            assert len(sent) <= 1, "a host gets the rows of a layer in one frame"
+            for frame in sent:
+                assert len(np.unique(frame.rows, axis=0)) == len(frame.rows), "a row goes once to a host"
+                asked = set(frame.expert_ids.flatten().tolist()) - {NUM_EXPERTS}
+                assert asked
+                assert asked <= host.owned
+                assert not frame.weights[frame.expert_ids == NUM_EXPERTS].any()
+                assert (frame.expert_ids != NUM_EXPERTS).any(1).all(), "no row without work"
+            assert sum(len(h.received) for h in hosts) <= 4 * len(hosts) * len(hosts)
+            host.received.clear()
+    worker.dispatcher.close()
+
+
+def test_one_owner_gives_the_local_result_to_the_bit(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    worker = make_worker(_hosts(everything, range(NUM_EXPERTS)))
+    work = _work(9, padding=2)
+
+    assert torch.equal(worker.dispatcher.start(work, 9, 0)(), _local(everything, work, 9))
+    assert worker.dispatcher.counters.frames == 1
+
+
+def test_replicas_are_asked_before_the_checkpoint(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS), range(NUM_EXPERTS))
+    hosts[0].faults.extend(["receive"])
+    worker = make_worker(hosts, reconnects=False)
+    work = _work(4)
+
+    out = worker.dispatcher.start(work, 4, 0)()
+
+    assert torch.equal(out, _local(everything, work, 4))
+    assert (len(hosts[0].computed), len(hosts[1].computed)) == (0, 1)
+    counters = worker.dispatcher.counters
+    assert (counters.redispatched, counters.fallbacks, worker.links.num_lost) == (1, 0, 1)
+
+
+def test_host_that_fails_every_time_costs_bounded_attempts_and_no_request(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS))
+    hosts[0].faults.extend(["receive"] * 100)
+    worker = make_worker(hosts)
+    work = _work(4)
+
+    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
+    assert len(hosts[0].received) == 4
+    assert worker.dispatcher.counters.fallbacks == 1
+
+
+def test_host_that_cannot_read_its_experts_is_not_asked_again_and_not_lost(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS))
+    hosts[0].faults.extend(["failed"])
+    worker = make_worker(hosts)
+    work = _work(4)
+
+    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
+    assert len(hosts[0].received) == 1
+    assert (worker.links.num_lost, worker.dispatcher.counters.fallbacks) == (0, 1)
+
+
+def test_error_here_while_other_hosts_still_compute_leaves_no_answer_behind(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, [0, 1], [2, 3], [4, 5])
+    hosts[0].faults.extend(["failed"])
+    worker = make_worker(hosts, slots=TOP_K)
+    assert worker.backend is not None
+    worker.backend.error = ExpertReadError("model.safetensors: gone")
+
+    with pytest.raises(ExpertReadError, match="gone"):
+        worker.dispatcher.start(_work(8), 8, 0)()
+
+    assert [len(host.received) for host in hosts] == [1, 1, 1]
+    assert worker.nothing_waits()
+
+
+def test_step_of_padding_alone_asks_nobody(everything: ExpertBackend, make_worker: Callable[..., Worker]) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS))
+    worker = make_worker(hosts)
+
+    out = worker.dispatcher.start(_work(3), 0, 0)()
+
+    assert out.shape == (3, HIDDEN)
+    assert not out.any()
+    assert hosts[0].received == []
+
+
+def test_new_plan_is_asked_again_and_nobody_is_lost(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS))
+    worker = make_worker(hosts)
+    hosts[0].epoch = 7
+    work = _work(4)
+
+    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
+    assert [frame.epoch for frame in hosts[0].received] == [1, 7]
+    assert (worker.links.num_lost, worker.dispatcher.counters.fallbacks) == (0, 0)
+
+
+def test_room_taken_while_a_host_was_away_is_given_back(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, [0, 1, 2], [3, 4, 5])
+    hosts[1].faults.extend(["send"])
+    worker = make_worker(hosts, reconnects=False)
+    work = _work(5)
+
+    worker.dispatcher.start(work, 5, 0)()
+    worker.dispatcher.start(work, 5, 0)()
+    assert worker.local.fallback is not None
+    assert len(worker.fallbacks) == 1, "kept while the host is away"
+
+    worker.links.reconnects = True
+    worker.links.now_s += 100
+    worker.links.connect_due()
+    worker.dispatcher.start(work, 5, 0)()
+
+    assert worker.local.fallback is None
+    assert len(worker.fallbacks) == 1
+
+
+def test_unreadable_checkpoint_is_named_and_no_answer_stays_behind(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, [0, 1, 2], [])  # nobody has 3 to 5
+    worker = make_worker(hosts, slots=TOP_K)
+    assert worker.backend is not None
+    worker.backend.error = ExpertReadError("model.safetensors: gone")
+    work = _work(8)
+
+    with pytest.raises(ExpertReadError, match="gone"):
+        worker.dispatcher.start(work, 8, 0)()
+
+    assert len(hosts[0].received) == 1
+    assert worker.nothing_waits()
+    worker.backend.error = None
+    torch.testing.assert_close(worker.dispatcher.start(work, 8, 0)(), _local(everything, work, 8))
+
+
+def test_micro_batches_may_be_under_way_together(everything: ExpertBackend, make_worker: Callable[..., Worker]) -> None:
+    worker = make_worker(_hosts(everything, [0, 2, 4], [1, 3, 5]))
+    works = [_work(3, seed=1), _work(5, seed=2), _work(2, seed=3)]
+
+    fetches = [worker.dispatcher.start(work, len(work.hidden_TD), 0) for work in works]
+
+    for i in (1, 2, 0):
+        expected = _local(everything, works[i], len(works[i].hidden_TD))
+        torch.testing.assert_close(fetches[i](), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_most_used_experts_come_here_and_are_not_sent_away_any_more(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS))
+    worker = make_worker(hosts, slots=TOP_K)
+    assert worker.backend is not None
+    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[0, 1, 2]] * 4)
+    work = ExpertWork(LAYER, x, ids, torch.full((4, 3), 1 / 3))
+    for _ in range(6):
+        worker.dispatcher.start(work, 4, 4)()
+        worker.backend.store.take_in_ahead(wait_for_it=True)
+    hosts[0].received.clear()
+
+    torch.testing.assert_close(worker.dispatcher.start(work, 4, 4)(), _local(everything, work, 4))
+
+    assert hosts[0].received == []
+    assert np.flatnonzero(worker.backend.store.resident(LAYER)).tolist() == [0, 1, 2]

@@ -1,0 +1,160 @@
+"""What each parameter of a request becomes in the worker's request and in the answer, over a scripted worker."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fakes import FakeAttentionWorker
+
+from cluster.errors import InvalidRequest
+from cluster.frontend.detokenizer import Detokenizer
+from cluster.frontend.sequence import SamplingOptions
+
+CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+COMPLETION = {"model": "moesaic-demo", "prompt": "hi there", "max_tokens": 4}
+
+
+@pytest.fixture
+def answered(make_app, call):
+    """Send a request to a worker; its JSON answer."""
+
+    def send(worker, path, body):
+        async def scenario():
+            return await call(make_app(worker), "POST", path, json=body)
+
+        response = asyncio.run(scenario())
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    return send
+
+
+def test_sampling_parameters_reach_the_worker(answered, tokenizer):
+    worker = FakeAttentionWorker()
+    fields = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"5": 7, "12": -100},
+        "allowed_token_ids": [5, 6],
+        "stop_token_ids": [9],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "prompt_logprobs": 3,
+        "spaces_between_special_tokens": False,
+    }
+    answered(worker, "/v1/chat/completions", CHAT | fields)
+
+    sampling = worker.requests[0].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.5, -1.0, 1.2)
+    assert dict(sampling.logit_bias) == {5: 7.0, 12: -100.0}
+    assert (sampling.allowed_token_ids, sampling.stop_token_ids) == ((5, 6), (9,))
+    assert (sampling.include_stop_str_in_output, sampling.skip_special_tokens) == (True, False)
+    assert sampling.num_prompt_logprobs == 3
+
+
+def test_null_is_the_default_of_every_parameter(answered):
+    worker = FakeAttentionWorker()
+    names = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "n", "bad_words")
+    answered(worker, "/v1/chat/completions", CHAT | {"seed": 3} | dict.fromkeys(names))
+    answered(worker, "/v1/chat/completions", CHAT | {"seed": 3})
+
+    first, second = (request.sampling for request in worker.requests)
+    assert first == second
+    assert not first.has_penalties
+
+
+def test_bad_words_are_tokens_at_the_beginning_and_after_a_space(answered, tokenizer):
+    worker = FakeAttentionWorker()
+    answered(worker, "/v1/completions", COMPLETION | {"bad_words": ["the"]})
+
+    assert set(worker.requests[0].sampling.bad_words) == {tuple(tokenizer.encode(text)) for text in ("the", " the")}
+
+
+@pytest.mark.parametrize(("keep", "num_left"), [(2, 2), (500, None), (-1, None)])
+def test_prompts_are_truncated_from_the_left(answered, tokenizer, keep, num_left):
+    worker = FakeAttentionWorker()
+    ids = tokenizer.encode("one two three four")
+    answer = answered(worker, "/v1/completions", COMPLETION | {"prompt": ids, "truncate_prompt_tokens": keep})
+
+    assert worker.requests[0].prompt_ids == tuple(ids[-(num_left or len(ids)) :])
+    assert answer["usage"]["prompt_tokens"] == len(worker.requests[0].prompt_ids)
+
+
+def test_truncation_to_the_context_leaves_room_for_the_answer(answered):
+    worker = FakeAttentionWorker()
+    answered(worker, "/v1/completions", COMPLETION | {"prompt": [5] * 3000, "truncate_prompt_tokens": -1})
+
+    assert len(worker.requests[0].prompt_ids) == 2048 - 4
+
+
+@pytest.mark.parametrize("included", [False, True])
+def test_stop_strings_are_in_the_text_on_demand_and_named_always(answered, tokenizer, included):
+    worker = FakeAttentionWorker(tokenizer.encode("alpha beta STOP gamma"))
+    body = CHAT | {"max_tokens": 50, "stop": "STOP", "include_stop_str_in_output": included}
+    choice = answered(worker, "/v1/chat/completions", body)["choices"][0]
+
+    assert choice["message"]["content"] == "alpha beta " + ("STOP" if included else "")
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "STOP")
+
+
+@pytest.mark.parametrize(("included", "skipped", "text"), [(0, 1, "ok"), (1, 1, "ok"), (1, 0, "ok<|im_end|>")])
+def test_end_tokens_are_text_on_demand(answered, tokenizer, included, skipped, text):
+    worker = FakeAttentionWorker([*tokenizer.encode("ok"), 2], end_token=2)
+    fields = {"include_stop_str_in_output": bool(included), "skip_special_tokens": bool(skipped)}
+    choice = answered(worker, "/v1/chat/completions", CHAT | {"max_tokens": 50} | fields)["choices"][0]
+
+    assert (choice["message"]["content"], choice["stop_reason"]) == (text, None)
+
+
+def test_stop_token_ids_are_named(answered, tokenizer):
+    end = tokenizer.encode("!")[0]
+    worker = FakeAttentionWorker([*tokenizer.encode("ok"), end], end_token=end)
+    choice = answered(worker, "/v1/chat/completions", CHAT | {"max_tokens": 9, "stop_token_ids": [end]})["choices"][0]
+
+    assert (choice["message"]["content"], choice["stop_reason"]) == ("ok", end)
+
+
+def test_token_ids_on_demand(answered, tokenizer):
+    worker = FakeAttentionWorker(tokenizer.encode("z"))
+    fields = {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": 1}
+    choice = answered(worker, "/v1/completions", COMPLETION | fields)["choices"][0]
+
+    assert choice["prompt_token_ids"] == list(worker.requests[0].prompt_ids) == tokenizer.encode("hi there")
+    assert choice["token_ids"] == tokenizer.encode("z") * 4
+    assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
+
+
+def test_included_stop_string_ends_the_text_however_it_arrives(tokenizer):
+    ids = tokenizer.encode("one two STOP three")
+    for size in range(1, len(ids) + 1):
+        detokenizer = Detokenizer(tokenizer.decode, stop=("two ST", "OP"), includes_stop=True)
+        texts = []
+        for start in range(0, len(ids), size):
+            piece = detokenizer.push(ids[start : start + size])
+            texts.append(piece.text)
+            if piece.stop is not None:
+                break
+        assert ("".join(texts), piece.stop) == ("one two ST", "two ST")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 2.5),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("min_p", -0.1),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", -3.0),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("logit_bias", ((5, 200.0),)),
+    ],
+)
+def test_every_face_has_the_same_bounds(make_service, field, value):
+    with pytest.raises(InvalidRequest) as caught:
+        make_service(FakeAttentionWorker()).prepare((5,), SamplingOptions(**{field: value}), "r")
+
+    assert caught.value.param == field
