@@ -140,7 +140,12 @@ class SharedMemoryChannel:
 
 
 def connect_shared_memory(
-    endpoint: HostEndpoint, *, worker_id: str, fingerprint: str, slot_bytes: int, checked: bool = False
+    endpoint: HostEndpoint,
+    *,
+    worker_id: str,
+    fingerprint: str,
+    slot_bytes: int,
+    checked: bool = False,
 ) -> SharedMemoryChannel:
     """Connect to a host in the same memory. Args: slot_bytes: of the largest frame, either way.
 

@@ -34,8 +34,8 @@ from actors.host.batching_pool import DispatchTask
 from cluster.observability.logs import log_event
 
 _LOG = logging.getLogger(__name__)
-_BACKLOG = 64
-_MAX_CONNECTIONS = 1024
+_BACKLOG = 1024  # a full one refuses: all workers may come while a batch is computed
+_MAX_CONNECTIONS = 256  # each has two open files
 
 
 @dataclass(slots=True, eq=False)
@@ -69,9 +69,9 @@ class HostHandler:
         self._closed = False
         self._connections: dict[int, _Connection] = {}
         self._num_silent = 0  # at most: those of them without a hello
-        self._poll = select.poll()
-        self._poll.register(self._listener, select.POLLIN)
-        self._poll.register(self._wake, select.POLLIN)
+        self._poll = select.epoll()
+        self._poll.register(self._listener, select.EPOLLIN)
+        self._poll.register(self._wake, select.EPOLLIN)
 
     @property
     def num_connections(self) -> int:
@@ -96,7 +96,7 @@ class HostHandler:
     def poll(self, timeout_s: float) -> list[DispatchTask]:
         """Frames that are there, waiting up to `timeout_s` for the first; takes in new workers on the way."""
         tasks: list[DispatchTask] = []
-        for fd, _ in self._poll.poll(timeout_s * 1000):
+        for fd, _ in self._poll.poll(timeout_s):
             if fd == self._wake:
                 self._take_submitted(tasks)
             elif fd == self._listener.fileno():
@@ -118,6 +118,7 @@ class HostHandler:
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._listener.close()
+        self._poll.close()
         for task in self._drain_submitted():
             _refuse_stopped(task)
 
@@ -131,15 +132,16 @@ class HostHandler:
                 yield self._submitted.get_nowait()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            accepted, _ = self._listener.accept()
-            if len(self._connections) >= _MAX_CONNECTIONS:
-                accepted.close()
-                return
-            accepted.setblocking(False)
-            self._connections[accepted.fileno()] = _Connection(accepted, time.monotonic())
-            self._poll.register(accepted, select.POLLIN)
-            self._num_silent += 1
+        with contextlib.suppress(OSError):  # ends with one: nobody else waits
+            while True:
+                accepted, _ = self._listener.accept()
+                if len(self._connections) >= _MAX_CONNECTIONS:
+                    accepted.close()
+                    continue
+                accepted.setblocking(False)
+                self._connections[accepted.fileno()] = _Connection(accepted, time.monotonic())
+                self._poll.register(accepted, select.EPOLLIN)
+                self._num_silent += 1
 
     def _drop_silent(self) -> None:
         """End connections that did not say hello in time."""

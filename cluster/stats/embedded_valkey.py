@@ -51,7 +51,7 @@ def start_embedded_valkey(
 ) -> EmbeddedValkey:
     """Start a server and wait until it answers; `port` 0 picks a free one. Its log is in `data_dir`.
 
-    `host` is the address it listens on; `password` None makes one up.
+    `host` is the address it listens on; `password` None makes one up, or takes that of the last server in `data_dir`.
 
     The server ends with the calling process, also if that is killed. More exactly, Linux ends it with
     the *thread* that called this: call from a thread that lives as long as the server shall.
@@ -97,8 +97,10 @@ def _start(
     binary: Path, data_dir: Path, host: str, port: int, password: str | None, timeout_s: float
 ) -> EmbeddedValkey:
     log_path = data_dir / "valkey.log"
-    secret = password or secrets.token_urlsafe(24)
     config_path = data_dir / "valkey.conf"  # not on the command line, which every user of the machine can read
+    if password is None and config_path.exists():
+        password = config_path.read_text().split()[-1]
+    secret = password or secrets.token_urlsafe(24)
     config_path.touch(mode=0o600)
     config_path.write_text(f"requirepass {secret}\n")
     options = [

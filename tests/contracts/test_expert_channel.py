@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,13 +98,6 @@ def _lost_within(seconds: float, call: Callable[[], Any]) -> HostLost:
         call()
     assert time.monotonic() - began < seconds
     return caught.value
-
-
-def test_welcome_says_who_the_host_is_and_what_it_owns(channel: ExpertChannel, carrier: Carrier) -> None:
-    welcome = channel.welcome
-    assert (welcome.host_id, welcome.epoch, welcome.num_experts) == ("host", 1, NUM_EXPERTS)
-    assert welcome.owned == {0: tuple(range(NUM_EXPERTS)), 3: tuple(range(NUM_EXPERTS))}
-    assert channel.carrier.replace(" ", "_") == carrier
 
 
 def test_sums_come_back_row_for_row(channel: ExpertChannel) -> None:
@@ -247,75 +238,11 @@ def test_no_answer_is_a_lost_host_at_the_deadline(host: FakeHost, channel: Exper
         assert _answers_right(anew), "the host outlives the worker that gave up"
 
 
-def test_wrong_secret_is_refused_with_the_reason(host: FakeHost, carrier: Carrier) -> None:
-    for secret in ("wrong", "", "geheim\u00e4"):
-        if carrier == "grpc" and not secret.isascii():
-            continue  # gRPC itself takes no such metadata
-        with pytest.raises(HostLost, match="does not know this host's secret"):
-            connect(carrier, replace(host.endpoint, secret=secret))
-    with connect_closing(host, carrier) as channel:
-        assert _answers_right(channel)
-
-
-def test_another_model_is_refused_with_both_names(host: FakeHost, carrier: Carrier) -> None:
-    with pytest.raises(HostLost, match=r"serves model model, the worker other"):
-        connect(carrier, host.endpoint, fingerprint="other")
-    assert host.handler.num_connections + host.server.num_streams == 0
-
-
-def test_auto_takes_shared_memory_where_there_is_and_grpc_where_not(host: FakeHost) -> None:
-    assert connect("auto", host.endpoint).carrier == "shared memory"
-    elsewhere = replace(host.endpoint, socket_name="moesaic-of-another-machine")
-    assert connect("auto", elsewhere).carrier == "grpc"
-    with pytest.raises(OSError):
-        connect("shared_memory", elsewhere)
-
-
-def test_host_that_is_not_there_is_an_os_error(host: FakeHost, carrier: Carrier, monkeypatch: Any) -> None:
-    monkeypatch.setattr("actors.data_plane.grpc_stream.CONNECT_TIMEOUT_S", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    with pytest.raises(OSError):
-        connect(carrier, replace(host.endpoint, socket_name="moesaic-nobody", grpc_address=f"127.0.0.1:{port}"))
-
-
-def test_something_else_that_listens_there_is_an_os_error_in_bounded_time(
-    host: FakeHost, carrier: Carrier, monkeypatch: Any
-) -> None:
-    """It takes the connection and never says a word."""
-    monkeypatch.setattr("actors.data_plane.grpc_stream.CONNECT_TIMEOUT_S", 0.3)
-    monkeypatch.setattr("actors.data_plane.shared_memory.CONNECT_TIMEOUT_S", 0.3)
-    name = "moesaic-test-silent"
-    with (
-        socket.create_server(("127.0.0.1", 0)) as tcp,
-        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as unix,
-    ):
-        unix.bind("\0" + name)
-        unix.listen()
-        address = f"127.0.0.1:{tcp.getsockname()[1]}"
-        began = time.monotonic()
-        with pytest.raises(OSError):
-            connect(carrier, replace(host.endpoint, socket_name=name, grpc_address=address))
-        assert time.monotonic() - began < 5
-
-
 def test_checksums_cover_the_arrays_both_ways(carrier: Carrier) -> None:
     with running_host(checked=True) as host:
         channel = connect(carrier, host.endpoint, checked=True)
         assert _answers_right(channel, MAX_ROWS)
         channel.close()
-
-
-def test_connections_are_counted_and_end_with_the_worker(host: FakeHost, carrier: Carrier) -> None:
-    channels = [connect(carrier, host.endpoint) for _ in range(3)]
-    wait_until(lambda: host.handler.num_connections + host.server.num_streams == 3, "three connections")
-    before = threading.active_count()
-    for channel in channels:
-        channel.close()
-        channel.close()
-    wait_until(lambda: host.handler.num_connections + host.server.num_streams == 0, "no connections")
-    if carrier == "grpc":
-        wait_until(lambda: threading.active_count() <= before - 3, "its threads end")
 
 
 @pytest.mark.parametrize("at", [0, 30, 130])

@@ -38,14 +38,14 @@ def _total(layers: list[dict[str, Any]]) -> int:
 
 def test_unreachable_redis_degrades_and_recovers(tmp_path: Path) -> None:
     port = free_port()
-    with running_server("--redis-url", f"redis://127.0.0.1:{port}/0") as server:
+    with running_server("--redis-url", f"redis://:word@127.0.0.1:{port}/0") as server:
         _generate(server)
         (reason,) = poll(lambda: server.worker()["degraded"], deadline_s=15, what="degraded")
         assert "statistics store" in reason and str(port) in reason
         assert str(port) in server.get("/experts")["cluster"]["degraded"]
         assert server.get("/ready")["phase"] == "ready"
 
-        valkey = start_embedded_valkey(tmp_path, port)
+        valkey = start_embedded_valkey(tmp_path, port, password="word")
         try:
             poll(lambda: not server.worker()["degraded"], deadline_s=20, what=lambda: str(server.worker()["degraded"]))
             _generate(server)
