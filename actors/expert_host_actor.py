@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -53,7 +54,9 @@ class ExpertHostActor:
 
     def endpoint(self) -> HostEndpoint:
         """Where workers connect; raises while it starts."""
-        return self._host.endpoint()
+        context = ray.get_runtime_context()
+        name = context.get_actor_name() or ""
+        return replace(self._host.endpoint(), actor_name=name, actor_namespace=context.namespace)
 
     def welcome_json(self, worker_id: str, fingerprint: str) -> dict[str, object]:
         """Handshake of the actor-call carrier."""

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -120,16 +121,16 @@ class EchoHost:
 def _micro(report: Report, rounds: int, block: int) -> None:
     import ray
 
-    from actors.data_plane.actor_call import ActorCallChannel
-
     progress("starting Ray and a host")
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's spelling
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     gather = _Gather()
     try:
-        actor: Any = ray.remote(EchoHost).options(max_concurrency=8, num_cpus=0).remote()
-        endpoint = ray.get(actor.endpoint.remote())
-        channels = {carrier: _connect(carrier, endpoint, actor, ActorCallChannel) for carrier in CARRIERS}
+        actor: Any = ray.remote(EchoHost).options(name="echo", max_concurrency=8, num_cpus=0).remote()
+        endpoint: Any = ray.get(actor.endpoint.remote())
+        namespace = ray.get_runtime_context().namespace
+        endpoint = replace(endpoint, actor_name="echo", actor_namespace=namespace)
+        channels = {carrier: _connect(carrier, endpoint) for carrier in CARRIERS}
         for size_kb in SIZES_KB:
             rows = np.random.default_rng(size_kb).standard_normal((size_kb * 1024 // (4 * DIM), DIM), dtype=np.float32)
             sides: dict[str, Callable[[], float]] = {
@@ -153,7 +154,7 @@ def _micro(report: Report, rounds: int, block: int) -> None:
         ray.shutdown()
 
 
-def _connect(carrier: str, endpoint: HostEndpoint, actor: Any, actor_call: Any) -> ExpertChannel:
+def _connect(carrier: str, endpoint: HostEndpoint) -> ExpertChannel:
     connector = Connector(
         carrier,  # type: ignore[arg-type]
         worker_id="bench",
@@ -161,7 +162,6 @@ def _connect(carrier: str, endpoint: HostEndpoint, actor: Any, actor_call: Any) 
         max_rows=max(SIZES_KB) * 1024 // (4 * DIM),
         dim=DIM,
         top_k=1,
-        call_actor=lambda _: actor_call(actor, worker_id="bench", fingerprint=""),
     )
     return connector.connect(endpoint)
 

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.data_plane.channel import CONNECT_TIMEOUT_S, HostLost, Welcome, remaining_s
+from actors.data_plane.channel import CONNECT_TIMEOUT_S, HostEndpoint, HostLost, Welcome, remaining_s
 from actors.data_plane.frames import (
     Answer,
     DispatchFrame,
@@ -17,6 +17,18 @@ from actors.data_plane.frames import (
     dispatch_bytes,
     encode_dispatch,
 )
+
+
+def find_actor(endpoint: HostEndpoint) -> Any:
+    """The actor behind an endpoint.
+
+    Raises:
+        ConnectionError: there is none of that name.
+    """
+    try:
+        return ray.get_actor(endpoint.actor_name, namespace=endpoint.actor_namespace)
+    except ValueError as error:
+        raise ConnectionError(f"no actor {endpoint.actor_name!r}") from error
 
 
 class ActorCallChannel:

@@ -27,6 +27,8 @@ class HostEndpoint:
     socket_name: str  # abstract Unix socket
     grpc_address: str
     secret: str = field(repr=False)
+    actor_name: str = ""  # in Ray, for the actor-call carrier
+    actor_namespace: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,10 @@
 """Chooses the carrier to a host by what works: shared memory if the handshake shows it, else gRPC.
 
-Knows the carriers; knows nothing of Ray (the actor-call carrier is made by who has the handle).
+The actor call is used only when it is asked for. Knows the carriers, and no more of them than how to connect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from actors.data_plane.channel import ExpertChannel, HostEndpoint
@@ -13,7 +12,6 @@ from actors.data_plane.frames import combine_bytes, dispatch_bytes
 from actors.data_plane.shared_memory import connect_shared_memory
 
 Carrier = Literal["auto", "shared_memory", "grpc", "actor_call"]
-CallActor = Callable[[HostEndpoint], ExpertChannel]
 
 
 class Connector:
@@ -29,7 +27,6 @@ class Connector:
         dim: int,
         top_k: int,
         checked: bool = False,
-        call_actor: CallActor | None = None,
     ) -> None:
         """Args: carrier: `auto` or the only one to try. max_rows, dim, top_k: of the largest frame."""
         self._carrier = carrier
@@ -37,7 +34,6 @@ class Connector:
         self._fingerprint = fingerprint
         self._slot_bytes = max(dispatch_bytes(max_rows, dim, top_k, 4), combine_bytes(max_rows, dim))
         self._checked = checked
-        self._call_actor = call_actor
 
     def connect(self, endpoint: HostEndpoint) -> ExpertChannel:
         """The best channel to a host.
@@ -61,5 +57,7 @@ class Connector:
             from actors.data_plane.grpc_stream import GrpcChannel  # gRPC only where it is used
 
             return GrpcChannel(endpoint, worker_id=self._worker_id, fingerprint=self._fingerprint)
-        assert self._call_actor is not None, "the actor-call carrier needs a way to call actors"
-        return self._call_actor(endpoint)
+        from actors.data_plane.actor_call import ActorCallChannel, find_actor
+
+        actor = find_actor(endpoint)
+        return ActorCallChannel(actor, worker_id=self._worker_id, fingerprint=self._fingerprint, checked=self._checked)

@@ -31,6 +31,11 @@ class ScheduledRows:
         return self.sequence.computed + self.num_rows == len(self.sequence.tokens)
 
     @property
+    def decodes(self) -> bool:
+        """Whether this is the one row that extends an answer; everything else is prefill."""
+        return self.num_rows == 1 and self.sequence.computed >= len(self.sequence.request.prompt_ids)
+
+    @property
     def num_logits(self) -> int:
         """How many of these rows, from the last one back, need logits: those of a scored prompt, else the sampled."""
         return self.num_rows if self.sequence.needs_prompt_logits else int(self.samples)

@@ -40,9 +40,9 @@ class PagedKv:
     def attend(self, query: Tensor, scale: float, step: StepInputs) -> Tensor:
         """Attention of the step's rows, each over its own sequence: [1, H, T, C] in, [1, T, H, V] out."""
         rows_THC = query[0].transpose(0, 1).contiguous()
-        if step.num_decode == len(rows_THC):
+        if step.num_single == len(rows_THC):
             return self._attend_decode(rows_THC, step, scale).unsqueeze(0)
-        parts = [self._attend_decode(rows_THC[: step.num_decode], step, scale)] if step.num_decode else []
+        parts = [self._attend_decode(rows_THC[: step.num_single], step, scale)] if step.num_single else []
         parts += [self._attend_span(rows_THC[span.start : span.stop], span, scale) for span in step.prefill]
         out = torch.cat(parts) if len(parts) > 1 else parts[0]
         if step.num_rows < len(rows_THC):

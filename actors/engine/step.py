@@ -26,8 +26,10 @@ class Span:
 
 @dataclass(slots=True)
 class StepInputs:
-    """One micro-batch, packed. Decode spans (one row each) come first, padding rows last.
+    """One micro-batch, packed. Spans of one row come first, of them those that decode; padding rows come last.
 
+    num_single: spans of one row, whatever they are: attention is computed for all of them at once.
+    num_decode: of them, those that extend an answer; the others are the last row of a prompt.
     scored_rows: those whose logits are wanted, in the order of the rows that were scheduled.
     """
 
@@ -36,6 +38,7 @@ class StepInputs:
     write_slots: Tensor
     scored_rows: Tensor
     num_rows: int
+    num_single: int
     num_decode: int
     prefill: list[Span]
     decode_slots: Tensor
@@ -45,7 +48,7 @@ class StepInputs:
 
 def pack_rows(rows: Seq[ScheduledRows], buckets: Seq[int] = ()) -> StepInputs:
     """Args: buckets: the numbers of rows to pad to, ascending; more rows than the last stay as they are."""
-    ordered = sorted(rows, key=lambda r: r.num_rows > 1)
+    ordered = sorted(rows, key=lambda r: (r.num_rows > 1, not r.decodes))
     tokens: list[int] = []
     positions: list[int] = []
     write: list[np.ndarray] = []
@@ -62,18 +65,19 @@ def pack_rows(rows: Seq[ScheduledRows], buckets: Seq[int] = ()) -> StepInputs:
     write.append(np.zeros(padding, dtype=np.int64))  # block 0 takes what padding rows write
     place = {id(item.sequence): span for item, span in zip(ordered, spans, strict=True)}
     scored = [row for r in rows for stop in (place[id(r.sequence)].stop,) for row in range(stop - r.num_logits, stop)]
-    num_decode = sum(1 for item in ordered if item.num_rows == 1)
-    lengths = np.array([len(span.slots) for span in spans[:num_decode]], dtype=np.int64)
+    num_single = sum(1 for item in ordered if item.num_rows == 1)
+    lengths = np.array([len(span.slots) for span in spans[:num_single]], dtype=np.int64)
     ends = np.cumsum(lengths)
-    decode = [span.slots for span in spans[:num_decode]] or [np.empty(0, dtype=np.int64)]
+    decode = [span.slots for span in spans[:num_single]] or [np.empty(0, dtype=np.int64)]
     return StepInputs(
         token_ids=torch.tensor([tokens + [0] * padding]),
         positions=torch.tensor([positions + [0] * padding]),
         write_slots=torch.from_numpy(np.concatenate(write)),
         scored_rows=torch.tensor(scored, dtype=torch.int64),
         num_rows=num_rows,
-        num_decode=num_decode,
-        prefill=spans[num_decode:],
+        num_single=num_single,
+        num_decode=sum(1 for item in ordered[:num_single] if item.decodes),
+        prefill=spans[num_single:],
         decode_slots=torch.from_numpy(np.concatenate(decode)),
         decode_starts=torch.from_numpy(ends - lengths),
         decode_ends=torch.from_numpy(ends),
