@@ -26,16 +26,27 @@ class ActivationRecorder:
         self._native = native
         self._tensors = {layer: torch.zeros(len(Phase), num_experts, dtype=torch.int64) for layer in layers}
         self._counts = {layer: counts.numpy() for layer, counts in self._tensors.items()}
+        self._pending: list[tuple[int, Tensor, int]] = []
 
     @property
     def counts(self) -> dict[int, np.ndarray]:
-        """(2, E) int64 by layer; the recorder's own arrays, which grow."""
+        """(2, E) int64 by layer; the recorder's own arrays, which grow at the end of each step."""
         return self._counts
 
     def record(self, layer: int, topk_ids_TK: Tensor, num_decode: int) -> None:
         """Add one layer's choices. Args: topk_ids_TK: int64, the first `num_decode` rows decode, the rest prefill."""
-        ids = topk_ids_TK.contiguous()
-        num_decode *= ids.size(1)
+        self._pending.append((layer, topk_ids_TK, num_decode))
+        if len(self._pending) >= len(self._counts):
+            self.settle()
+
+    def settle(self) -> None:
+        """Count what was recorded. Once a step, not once a layer: between two layers this code would run cold, five
+        times as slow."""
+        for layer, topk_ids_TK, num_decode in self._pending:
+            self._count(layer, topk_ids_TK.contiguous(), num_decode * topk_ids_TK.size(1))
+        self._pending.clear()
+
+    def _count(self, layer: int, ids: Tensor, num_decode: int) -> None:
         if self._native is not None:
             self._native.count_choices(ids, self._tensors[layer], num_decode=num_decode)
             return

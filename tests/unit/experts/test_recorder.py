@@ -37,6 +37,7 @@ def test_counts_equal_the_definition(
             for expert in choices:
                 expected[layer][list(Phase).index(Phase.DECODE if row < num_decode else Phase.PREFILL)][expert] += 1
 
+    recorder.settle()
     assert {layer: counts.tolist() for layer, counts in recorder.counts.items()} == {
         layer: counts.tolist() for layer, counts in expected.items()
     }
@@ -47,5 +48,17 @@ def test_strided_choices_are_counted_as_they_read(native: NativeKernels | None) 
     ids = torch.tensor([[0, 9, 1, 9], [2, 9, 2, 9]])[:, ::2]
 
     recorder.record(0, ids, 1)
+    recorder.settle()
 
     assert recorder.counts[0].tolist() == [[0, 0, 2, 0], [1, 1, 0, 0]]
+
+
+def test_a_step_is_counted_when_its_last_layer_is_recorded() -> None:
+    recorder = ActivationRecorder((0, 1), 4, None)
+    ids = torch.tensor([[0, 1]])
+
+    recorder.record(0, ids, 1)
+    assert not recorder.counts[0].any(), "in the middle of a step the engine has other things to do"
+    recorder.record(1, ids, 1)
+
+    assert [counts.sum() for counts in recorder.counts.values()] == [2, 2]
