@@ -1,4 +1,4 @@
-"""Counts which experts the gates choose: two microseconds a layer, on the attention worker, wherever experts run.
+"""Counts which experts the gates choose, on the attention worker, wherever experts run.
 
 Knows gate choices and the phases of rows; knows nothing of stores. The engine's thread adds, other threads
 may read at any time: a value read is at most one step old.
