@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 
 from cluster.types import ExpertId
 
@@ -23,5 +23,5 @@ class LruPolicy:
     def on_evict(self, expert: ExpertId) -> None:
         self._order.pop(expert, None)
 
-    def choose_victim(self, pinned: Container[ExpertId]) -> ExpertId | None:
+    def choose_victim(self, pinned: Collection[ExpertId]) -> ExpertId | None:
         return next((expert for expert in self._order if expert not in pinned), None)

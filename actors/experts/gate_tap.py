@@ -1,0 +1,109 @@
+"""Reads what the gates of a model compute in a forward, while attached; costs nothing when it is not.
+
+Knows transformers' gate modules: they stand beside the experts module and return (logits, weights, indices).
+
+Shapes: T packed rows, D model dim, L MoE layers, E experts of a layer, K experts per token (top-k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.model.seams import experts_modules, layer_of
+from cluster.errors import CheckpointError
+
+_GATE_NAMES = ("gate", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class GateRows:
+    """One forward: probs [T, L, E] and ahead [T, L - 1, E] float16, chosen [T, L, K] uint16; see GateTrace."""
+
+    probs: np.ndarray
+    chosen: np.ndarray
+    ahead: np.ndarray
+
+
+class GateTap:
+    """Hooks on every gate of a model; a context manager."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises: CheckpointError: an experts module without a gate beside it."""
+        self._gates = gate_modules(model)
+        self.layers = tuple(self._gates)
+        self._probability = gate_probability(next(iter(self._gates.values())))
+        self._handles: list[Any] = []
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ahead: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        following = dict(zip(self.layers, self.layers[1:], strict=False))
+        for layer, gate in self._gates.items():
+            next_gate = self._gates.get(following.get(layer, -1))
+            self._handles.append(gate.register_forward_hook(partial(self._on_gate, layer, next_gate)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+
+    def take(self, num_rows: int) -> GateRows:
+        """What the last forward gave for its first `num_rows` rows; the others are padding."""
+        assert len(self._seen) == len(self.layers), "take() follows a whole forward"
+        probs = torch.stack([self._seen[layer][0][:num_rows] for layer in self.layers], dim=1)
+        chosen = torch.stack([self._seen[layer][1][:num_rows] for layer in self.layers], dim=1)
+        ahead = [self._ahead[layer][:num_rows] for layer in self.layers[:-1]]
+        stacked = torch.stack(ahead, dim=1) if ahead else probs[:, :0]
+        self._seen.clear()
+        return GateRows(_half(probs), chosen.cpu().numpy().astype(np.uint16), _half(stacked))
+
+    def _on_gate(
+        self, layer: int, next_gate: nn.Module | None, _: nn.Module, inputs: tuple[Tensor, ...], output: Any
+    ) -> None:
+        logits, _weights, indices = output
+        self._seen[layer] = (self._probability(logits), indices)
+        if next_gate is not None:  # forward, not the call: a call would run this hook for the next layer
+            self._ahead[layer] = self._probability(next_gate.forward(inputs[0])[0])
+
+
+def gate_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The gate of every MoE layer, by decoder layer, in order.
+
+    Raises:
+        CheckpointError: an experts module without one beside it.
+    """
+    modules = dict(model.named_modules())
+    gates: dict[int, nn.Module] = {}
+    for name in experts_modules(model):
+        block = modules[name.rpartition(".")[0]]
+        gate = next((getattr(block, n) for n in _GATE_NAMES if isinstance(getattr(block, n, None), nn.Module)), None)
+        if gate is None:
+            raise CheckpointError(f"module {name}: no gate beside it; its choices cannot be read")
+        gates[layer_of(name)] = gate
+    return gates
+
+
+def gate_probability(gate: nn.Module) -> Callable[[Tensor], Tensor]:
+    """From logits [T, E] to probabilities [T, E] float32: softmax, or sigmoid scores over their sum."""
+    if "sigmoid" in type(gate).forward.__code__.co_names:
+        return _normalised_sigmoid
+    return partial(torch.softmax, dim=-1, dtype=torch.float32)
+
+
+def _normalised_sigmoid(logits: Tensor) -> Tensor:
+    scores = logits.float().sigmoid()
+    return scores / scores.sum(dim=-1, keepdim=True)
+
+
+def _half(values: Tensor) -> np.ndarray:
+    return values.to(torch.float16).cpu().numpy()

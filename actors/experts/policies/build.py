@@ -1,0 +1,169 @@
+"""Policies by name: "lru", "mrs", or with prediction "lru+next-gate", "eam+eam", "belady+oracle".
+
+The one place that knows every policy and predictor; live memory and replay build through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+
+from actors.experts.future import Future
+from actors.experts.map_search import MapSearch
+from actors.experts.map_store import MapStore
+from actors.experts.next_use import NextUse
+from actors.experts.policies.base import EvictionPolicy, PolicySet, Scorer
+from actors.experts.policies.belady import BeladyScorer
+from actors.experts.policies.eam import EamScorer
+from actors.experts.policies.fmoe import FmoeScorer
+from actors.experts.policies.frequency import LfuScorer, StaticScorer
+from actors.experts.policies.lowest_score import LowestScorePolicy
+from actors.experts.policies.lru import LruPolicy
+from actors.experts.policies.moesaic import MoesaicScorer
+from actors.experts.policies.mrs import MrsScorer
+from actors.experts.predict.base import Predictor
+from actors.experts.predict.eam import EamPredictor
+from actors.experts.predict.fmoe import FmoePredictor
+from actors.experts.predict.moesaic import LinkCosts, MoesaicPredictor
+from actors.experts.predict.next_gate import NextGatePredictor
+from actors.experts.predict.oracle import OraclePredictor
+from actors.experts.predict.whole_layer import WholeLayerPredictor
+from actors.experts.request_activations import ActivationTracker
+from actors.experts.signals import Grid, SignalListener
+from cluster.errors import ConfigError
+
+_Listener = TypeVar("_Listener", bound=SignalListener)
+_Value = TypeVar("_Value")
+
+EVICTIONS = ("lru", "lfu", "static", "mrs", "eam", "fmoe", "moesaic", "belady")
+PREDICTIONS = ("none", "next-gate", "whole-layer", "eam", "fmoe", "moesaic", "oracle")
+REPLAY_ONLY = ("belady", "oracle")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """What the policies leave open; chosen on a validation part of traces, not on what is reported."""
+
+    lfu_decay: float = 1.0
+    mrs_alpha: float = 0.2
+    eam_capacity: int = 120
+    eam_memory: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyContext:
+    """What policies are built from. num_slots: experts the memory holds.
+
+    embedding_dim: model dim. frequency: [L, E] uses in a trace, for static. map_store: filled beforehand, or None for
+    an empty one of the default size. past: followed requests of a trace, or None to start without. learned: moesaic's
+    estimate, or None to learn from nothing. costs: of the link, as measured, for who prices prefetch. future: in
+    replay only.
+    """
+
+    grid: Grid
+    num_slots: int
+    embedding_dim: int
+    frequency: np.ndarray | None = None
+    map_store: MapStore | None = None
+    past: ActivationTracker | None = None
+    learned: NextUse | None = None
+    costs: Callable[[], LinkCosts] | None = None
+    future: Future | None = None
+    settings: PolicySettings = PolicySettings()
+
+    @cached_property
+    def search(self) -> MapSearch:
+        """fMoE's search, one for eviction and prefetch."""
+        return MapSearch(self.map_store or MapStore(self.grid, dim=self.embedding_dim))
+
+    @cached_property
+    def tracker(self) -> ActivationTracker:
+        """MoE-Infinity's request tracking, one for eviction and prefetch."""
+        s = self.settings
+        return self.past or ActivationTracker(self.grid, capacity=s.eam_capacity, memory=s.eam_memory)
+
+    @cached_property
+    def next_use(self) -> NextUse:
+        """Moesaic's estimate, one for eviction and prefetch."""
+        return self.learned or NextUse(self.grid, embedding_dim=self.embedding_dim)
+
+
+def build_policies(name: str, context: PolicyContext) -> PolicySet:
+    """The policies of a name.
+
+    Raises:
+        ConfigError: no such policy, or it needs what the context lacks.
+    """
+    eviction_name, _, prediction_name = name.partition("+")
+    listeners: dict[int, SignalListener] = {}
+    eviction = _build_eviction(eviction_name, context, listeners)
+    predictor = _build_predictor(prediction_name or "none", context, listeners)
+    return PolicySet(eviction, predictor, tuple(listeners.values()))
+
+
+def _build_eviction(name: str, context: PolicyContext, listeners: dict[int, SignalListener]) -> EvictionPolicy:
+    grid, settings = context.grid, context.settings
+    scorer: Scorer
+    match name:
+        case "lru":
+            return LruPolicy()
+        case "lfu":
+            scorer = _heard(LfuScorer(grid, decay=settings.lfu_decay), listeners)
+        case "static":
+            scorer = StaticScorer(_needed(context.frequency, name, "frequencies of a trace"))
+        case "mrs":
+            scorer = _heard(MrsScorer(grid, alpha=settings.mrs_alpha), listeners)
+        case "eam":
+            scorer = EamScorer(grid, _heard(context.tracker, listeners))
+        case "fmoe":
+            scorer = FmoeScorer(grid, _heard(context.search, listeners))
+        case "moesaic":
+            scorer = MoesaicScorer(_heard(context.next_use, listeners))
+        case "belady":
+            scorer = BeladyScorer(_heard(_needed(context.future, name, "the future"), listeners))
+        case _:
+            raise ConfigError(f"no eviction policy {name!r}; there are {', '.join(EVICTIONS)}")
+    return LowestScorePolicy(grid, scorer)
+
+
+def _build_predictor(name: str, context: PolicyContext, listeners: dict[int, SignalListener]) -> Predictor | None:
+    grid = context.grid
+    match name:
+        case "none":
+            return None
+        case "next-gate":
+            return _heard(NextGatePredictor(grid), listeners)
+        case "whole-layer":
+            return WholeLayerPredictor(grid)
+        case "eam":
+            return EamPredictor(grid, _heard(context.tracker, listeners))
+        case "fmoe":
+            return FmoePredictor(grid, _heard(context.search, listeners))
+        case "moesaic":
+            next_use = _heard(context.next_use, listeners)
+            costs = _needed(context.costs, name, "the costs of the link")
+            return _heard(MoesaicPredictor(grid, next_use, costs), listeners)
+        case "oracle":
+            future = _heard(_needed(context.future, name, "the future"), listeners)
+            return OraclePredictor(grid, future, num_wanted=context.num_slots)
+        case _:
+            raise ConfigError(f"no predictor {name!r}; there are {', '.join(PREDICTIONS)}")
+
+
+def _heard(part: _Listener, listeners: dict[int, SignalListener]) -> _Listener:
+    listeners[id(part)] = part
+    return part
+
+
+def _needed(value: _Value | None, name: str, what: str) -> _Value:
+    if value is None:
+        raise ConfigError(f"policy {name} needs {what}, which is not there" + _hint(name))
+    return value
+
+
+def _hint(name: str) -> str:
+    return "; it exists in replay only" if name in REPLAY_ONLY else "; give a trace"

@@ -1,0 +1,201 @@
+"""The expert memory of a replay: slots, residency, demand loads and prefetch over one link, in virtual time.
+
+Obeys the rules of the live memory: demand goes before prefetch and waits for at most one chunk, a load always finds a
+slot, what is needed now is not evicted, fetches that are no longer wanted are dropped. Experts are flat indices of the
+grid; policies see ExpertId.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.experts.policies.base import EvictionPolicy
+from actors.experts.predict.base import Forecast
+from actors.experts.signals import Grid
+from cluster.replay.link import CHUNKS_PER_EXPERT, Link
+from cluster.types import ExpertId
+
+
+@dataclass(slots=True)
+class MemoryCounters:
+    """Chunks and experts since start.
+
+    used: fetched ahead, complete, and then used before they left. wasted: fetched ahead, complete, and evicted unused
+    (or unused at the end). dropped_chunks: of fetches given up half way.
+    """
+
+    demand_chunks: int = 0
+    prefetch_chunks: int = 0
+    dropped_chunks: int = 0
+    used: int = 0
+    wasted: int = 0
+
+
+class ReplayMemory:
+    """Which experts are resident, and what is on its way."""
+
+    def __init__(self, grid: Grid, policy: EvictionPolicy, link: Link, num_slots: int) -> None:
+        self.counters = MemoryCounters()
+        self.link = link
+        self._policy = policy
+        self._ids = [grid.expert(index) for index in range(grid.size)]
+        self._index = {expert: index for index, expert in enumerate(self._ids)}
+        self._resident = bytearray(grid.size)
+        self._resident_view = np.frombuffer(self._resident, dtype=np.uint8)
+        self._unproven = bytearray(grid.size)  # fetched ahead and not used since
+        self._free = num_slots
+        self._chunks: dict[int, int] = {}  # of fetches ahead that are not complete
+        self._landing: tuple[int, float] | None = None  # the fetch whose last chunk is on the link, and its end
+        self._queue: list[int] = []  # wanted ahead, best last
+        self._priority: np.ndarray | None = None
+        self._needed: set[ExpertId] = set()
+
+    @property
+    def num_resident(self) -> int:
+        """Complete experts, without what is on its way."""
+        return sum(self._resident)
+
+    def is_resident(self, index: int) -> bool:
+        """Whether an expert can be computed now."""
+        return bool(self._resident[index])
+
+    def is_coming(self, index: int) -> bool:
+        """Whether a fetch ahead of an expert has begun and is not complete."""
+        return index in self._chunks
+
+    def use(self, index: int) -> None:
+        """A resident expert is computed."""
+        if self._unproven[index]:
+            self._unproven[index] = 0
+            self.counters.used += 1
+        self._policy.on_use(self._ids[index])
+
+    def pin(self, needed: Sequence[int]) -> None:
+        """These are needed now, instead of those before."""
+        self._needed = {self._ids[index] for index in needed}
+
+    def unpin(self, index: int) -> None:
+        """This one was computed; its slot may go to another of the same layer."""
+        self._needed.discard(self._ids[index])
+
+    def load(self, index: int, now_s: float) -> float | None:
+        """Fetch an expert that is waited for; when it is there. None: no slot, everything is needed."""
+        begun = self._chunks.pop(index, 0)
+        if self._landing is not None and self._landing[0] == index:
+            arrives_s = self._landing[1]
+            self._landing = None
+        else:
+            if not begun and not self._take_slot():
+                return None
+            missing = CHUNKS_PER_EXPERT - begun
+            self.counters.demand_chunks += missing
+            arrives_s = self.link.send(missing, asked_s=now_s, is_demand=True)
+        self._insert(index)
+        return arrives_s
+
+    def want(self, forecast: Forecast | None, now_s: float) -> None:
+        """Replace what is fetched ahead; what was begun and is no longer wanted is given up."""
+        self.link.busy_until_s = max(self.link.busy_until_s, now_s)
+        if forecast is None:
+            self._queue, self._priority = [], None
+        else:
+            priority = forecast.priority.reshape(-1)
+            wanted = np.flatnonzero((priority > 0) & (self._resident_view == 0))
+            order = np.argsort(-priority[wanted], kind="stable")[::-1]
+            self._queue, self._priority = wanted[order].tolist(), priority
+        for index in list(self._chunks):
+            if (self._priority is None or self._priority[index] <= 0) and not self._lands(index):
+                self._drop(index)
+
+    def run_until(self, now_s: float) -> None:
+        """Let time pass: chunks of fetches ahead begin while the link is free before `now_s`."""
+        self._land(now_s)
+        while self._landing is None and self.link.busy_until_s < now_s:
+            index = next(iter(self._chunks), None)
+            if index is None:
+                index = self._begin_next()
+                if index is None:
+                    return
+            self.counters.prefetch_chunks += 1
+            self._chunks[index] += 1
+            end_s = self.link.send(1, asked_s=self.link.busy_until_s, is_demand=False)
+            if self._chunks[index] == CHUNKS_PER_EXPERT:
+                self._landing = (index, end_s)
+                self._land(now_s)
+
+    def finish(self) -> None:
+        """The replay is over: what was fetched ahead and never used was wasted."""
+        self.counters.wasted += sum(self._unproven)
+        for index in list(self._chunks):
+            self._drop(index)
+
+    def _land(self, now_s: float) -> None:
+        if self._landing is not None and self._landing[1] <= now_s:
+            index = self._landing[0]
+            self._landing = None
+            del self._chunks[index]
+            self._insert(index)
+            self._unproven[index] = 1
+
+    def _lands(self, index: int) -> bool:
+        return self._landing is not None and self._landing[0] == index
+
+    def _begin_next(self) -> int | None:
+        """Give the best of the queue a slot; None when nothing is wanted, or nothing wanted less can leave."""
+        while self._queue:
+            index = self._queue.pop()
+            if self._resident[index] or index in self._chunks:
+                continue
+            if not self._free and not self._evict_for(index):
+                self._queue.clear()
+                return None
+            self._free -= 1
+            self._chunks[index] = 0
+            return index
+        return None
+
+    def _evict_for(self, index: int) -> bool:
+        """Evict for a fetch ahead: nothing that is needed now, nothing that the same forecast wants as much."""
+        assert self._priority is not None
+        wanted = (self._resident_view != 0) & (self._priority >= self._priority[index])
+        kept = self._needed | {self._ids[int(i)] for i in wanted.nonzero()[0]}
+        victim = self._policy.choose_victim(kept)
+        if victim is None:
+            return False
+        self._evict(victim)
+        return True
+
+    def _take_slot(self) -> bool:
+        """A slot for a demand: a free one, a victim's, or that of a fetch ahead."""
+        if not self._free:
+            victim = self._policy.choose_victim(self._needed)
+            if victim is not None:
+                self._evict(victim)
+            elif self._chunks:
+                self._drop(next(iter(self._chunks)))
+            else:
+                return False
+        self._free -= 1
+        return True
+
+    def _drop(self, index: int) -> None:
+        self.counters.dropped_chunks += self._chunks.pop(index)
+        if self._lands(index):
+            self._landing = None
+        self._free += 1
+
+    def _insert(self, index: int) -> None:
+        self._resident[index] = 1
+        self._policy.on_insert(self._ids[index])
+
+    def _evict(self, expert: ExpertId) -> None:
+        index = self._index[expert]
+        self._resident[index] = 0
+        if self._unproven[index]:
+            self._unproven[index] = 0
+            self.counters.wasted += 1
+        self._free += 1
+        self._policy.on_evict(expert)

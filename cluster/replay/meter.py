@@ -1,0 +1,28 @@
+"""Measures in virtual time what a predictor that prices prefetch asks for, as the live memory does by the clock."""
+
+from __future__ import annotations
+
+from actors.experts.predict.moesaic import LinkCosts
+
+_RATE = 0.02
+
+
+class CostMeter:
+    """Moving averages over layers of compute time and of the share of time in which demand loads hold the link."""
+
+    def __init__(self, *, load_s: float, layer_s: float) -> None:
+        """Args: load_s: one expert over the link. layer_s: a first guess of a layer's compute time."""
+        self._load_s = load_s
+        self._layer_s = layer_s
+        self._demand_s = 0.0
+        self._took_s = layer_s
+
+    def note_layer(self, *, compute_s: float, demand_s: float, took_s: float) -> None:
+        """A layer computed for `compute_s`, demand loads held the link for `demand_s`, all of it took `took_s`."""
+        self._layer_s += _RATE * (compute_s - self._layer_s)
+        self._demand_s += _RATE * (demand_s - self._demand_s)
+        self._took_s += _RATE * (took_s - self._took_s)
+
+    def costs(self) -> LinkCosts:
+        """What was measured so far."""
+        return LinkCosts(load_s=self._load_s, layer_s=self._layer_s, busy=min(self._demand_s / self._took_s, 1.0))

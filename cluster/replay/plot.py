@@ -1,0 +1,49 @@
+"""Draws a sweep: timely hit rate over the cache, mean time per token over the link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ConfigError
+from cluster.replay.result import ReplayCell
+
+
+def draw(cells: Sequence[ReplayCell], target: Path) -> None:
+    """Write one figure.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'moesaic[bench]'") from error
+    concurrency = min(cell.concurrency for cell in cells)
+    shown = [cell for cell in cells if cell.concurrency == concurrency]
+    links, caches = sorted({c.link_gb_per_s for c in shown}), sorted({c.cache for c in shown})
+    link, cache = links[len(links) // 2], caches[len(caches) // 2]
+    figure: Any = Figure(figsize=(12, 5))  # matplotlib's own annotations are partial
+    axes = figure.subplots(1, 2)
+    _lines(axes[0], [c for c in shown if c.link_gb_per_s == link], lambda c: 100 * c.cache, lambda c: c.timely_hit_rate)
+    axes[0].set(xlabel="cache, % of experts", ylabel="timely hit rate", title=f"link {link:g} GB/s")
+    _lines(axes[1], [c for c in shown if c.cache == cache], lambda c: c.link_gb_per_s, lambda c: c.tpot_ms_mean)
+    axes[1].set(
+        xlabel="link, GB/s", ylabel="mean TPOT, ms", title=f"cache {100 * cache:g}%", xscale="log", yscale="log"
+    )
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"replay in virtual time, {concurrency} sequence(s)")
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+def _lines(
+    axes: Any,
+    cells: Sequence[ReplayCell],
+    x: Callable[[ReplayCell], float],
+    y: Callable[[ReplayCell], float],
+) -> None:
+    for policy in dict.fromkeys(cell.policy for cell in cells):
+        points = sorted((x(cell), y(cell)) for cell in cells if cell.policy == policy)
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=policy)

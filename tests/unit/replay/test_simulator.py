@@ -1,0 +1,235 @@
+"""The replay's memory and virtual time: what must hold for any trace, policy and machine."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from trace_builders import DIM, clustered_trace, trace_of
+
+from actors.experts.future import Future, UsesToCome
+from actors.experts.policies.base import EvictionPolicy, PolicySet
+from actors.experts.policies.build import PolicyContext, build_policies
+from actors.experts.trace import GateTrace
+from cluster.replay.link import CHUNKS_PER_EXPERT, Transfer
+from cluster.replay.meter import CostMeter
+from cluster.replay.schedule import ReplayStep, build_steps, grid_of
+from cluster.replay.simulator import Machine, ReplayOutcome, Simulator
+from cluster.types import ExpertId
+
+EXPERTS, TOP_K = 6, 2
+
+
+@dataclass
+class Watched:
+    """A policy that also counts what the memory does with it."""
+
+    inner: EvictionPolicy
+    num_slots: int
+    resident: set[ExpertId] = field(default_factory=set)
+    inserts: int = 0
+
+    def on_use(self, expert: ExpertId) -> None:
+        assert expert in self.resident
+        self.inner.on_use(expert)
+
+    def on_insert(self, expert: ExpertId) -> None:
+        assert expert not in self.resident
+        self.resident.add(expert)
+        self.inserts += 1
+        assert len(self.resident) <= self.num_slots
+        self.inner.on_insert(expert)
+
+    def on_evict(self, expert: ExpertId) -> None:
+        self.resident.remove(expert)
+        self.inner.on_evict(expert)
+
+    def choose_victim(self, pinned: Collection[ExpertId]) -> ExpertId | None:
+        return self.inner.choose_victim(pinned)
+
+
+@dataclass
+class Run:
+    outcome: ReplayOutcome
+    transfers: list[Transfer]
+    watched: Watched
+    machine: Machine
+
+
+def _run(trace: GateTrace, policy: str, *, slots: int, rate: float = 1e9, concurrency: int = 1) -> Run:
+    grid = grid_of(trace)
+    steps = build_steps(trace, concurrency=concurrency, order=range(len(trace.requests)))
+    future = Future(UsesToCome(grid, [needed for step in steps for needed in step.needed]))
+    frequency = np.arange(grid.size, dtype=float).reshape(grid.num_layers, -1)
+    machine = Machine(num_slots=slots, expert_bytes=3000, link_bytes_per_s=rate)
+    meter = CostMeter(load_s=3000 / rate, layer_s=3e-4)
+    context = PolicyContext(
+        grid=grid, num_slots=slots, embedding_dim=DIM, frequency=frequency, future=future, costs=meter.costs
+    )
+    built = build_policies(policy, context)
+    watched = Watched(built.eviction, slots)
+    transfers: list[Transfer] = []
+    policies = PolicySet(watched, built.predictor, built.listeners)
+    outcome = Simulator(grid, policies, machine, transfers.append, meter).run(steps)
+    return Run(outcome, transfers, watched, machine)
+
+
+choices = st.lists(
+    st.lists(st.permutations(range(EXPERTS)).map(lambda p: p[:TOP_K]), min_size=2, max_size=2), min_size=1, max_size=25
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(requests=st.lists(choices, min_size=1, max_size=3), slots=st.integers(4, 12), concurrency=st.integers(1, 3))
+def test_belady_misses_least(requests: list[list[list[list[int]]]], slots: int, concurrency: int) -> None:
+    trace = trace_of(requests, num_experts=EXPERTS)
+
+    def missed(policy: str) -> int:
+        return _run(trace, policy, slots=max(slots, TOP_K * concurrency), concurrency=concurrency).outcome.decode.missed
+
+    best = missed("belady")
+
+    assert all(best <= missed(policy) for policy in ("lru", "lfu", "static", "mrs", "eam", "fmoe"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=choices, slots=st.integers(TOP_K, 12))
+def test_lru_hits_equal_a_brute_force_cache(rows: list[list[list[int]]], slots: int) -> None:
+    run = _run(trace_of([rows], num_experts=EXPERTS), "lru", slots=slots)
+
+    cache: OrderedDict[tuple[int, int], None] = OrderedDict()
+    hits = 0
+    for row in rows:
+        for layer, experts in enumerate(row):
+            wanted = [(layer, e) for e in sorted(experts)]
+            present = [key for key in wanted if key in cache]
+            hits += len(present)
+            for key in present:
+                cache.move_to_end(key)
+            for key in wanted:
+                if key in present:
+                    continue
+                if len(cache) == slots:
+                    del cache[next(old for old in cache if old not in wanted)]
+                cache[key] = None
+    assert run.outcome.decode.timely == hits
+
+
+POLICIES = ("lru+next-gate", "lru+whole-layer", "mrs+fmoe", "eam+eam", "fmoe+fmoe", "moesaic+moesaic", "belady+oracle")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("rate", "concurrency"), [(2e6, 1), (3e7, 1), (1e9, 1), (3e7, 3)])
+def test_virtual_time_holds_its_rules(policy: str, rate: float, concurrency: int) -> None:
+    trace = clustered_trace(num_requests=4, num_rows=6, seed=5)
+    run = _run(trace, policy, slots=24, rate=rate, concurrency=concurrency)
+
+    chunk_s = run.machine.expert_bytes / CHUNKS_PER_EXPERT / rate
+    for before, after in zip(run.transfers, run.transfers[1:], strict=False):
+        assert after.start_s >= before.end_s - 1e-12  # one chunk at a time
+    for transfer in run.transfers:
+        assert transfer.end_s - transfer.start_s == pytest.approx(transfer.num_chunks * chunk_s)  # never above the rate
+        assert transfer.start_s >= transfer.asked_s
+    for transfer in (t for t in run.transfers if t.is_demand):
+        ahead_of_it = [t for t in run.transfers if not t.is_demand and transfer.asked_s < t.end_s <= transfer.start_s]
+        assert sum(t.num_chunks for t in ahead_of_it) <= 1  # demand waits for one chunk of prefetch at most
+    sent = sum(t.num_chunks for t in run.transfers)
+    outcome = run.outcome
+    assert sent == outcome.demand_chunks + outcome.prefetch_chunks
+    assert sent - outcome.dropped_chunks == CHUNKS_PER_EXPERT * run.watched.inserts
+    assert outcome.decode.uses == outcome.decode.timely + outcome.decode.late + outcome.decode.missed
+    assert outcome.num_tokens == len(outcome.token_s) == 24
+
+
+def test_prefetch_is_seen_to_be_used_late_and_wasted() -> None:
+    trace = clustered_trace(num_requests=4, num_rows=8, seed=5)
+
+    roomy = _run(trace, "lru+next-gate", slots=24, rate=1e9).outcome
+    tight = _run(trace, "lru+next-gate", slots=24, rate=2e7).outcome
+    blind = _run(trace, "lru+whole-layer", slots=40, rate=1e9).outcome
+
+    assert roomy.prefetch_used > 0 and roomy.decode.late == 0
+    assert tight.decode.late > 0
+    assert blind.prefetch_wasted > blind.prefetch_used
+    assert roomy.decode.stall_s < _run(trace, "lru", slots=24, rate=1e9).outcome.decode.stall_s / 2
+
+
+@pytest.mark.parametrize("policy", ["lru", "mrs", "eam+eam", "fmoe+fmoe", "moesaic+moesaic", "belady+oracle"])
+def test_nothing_is_read_once_everything_is_resident(policy: str) -> None:
+    trace = clustered_trace(num_requests=8, num_rows=10, seed=6)
+    everything = trace.model.num_experts * len(trace.model.layers)
+
+    run = _run(trace, policy, slots=everything)
+
+    assert sum(t.num_chunks for t in run.transfers) == CHUNKS_PER_EXPERT * len(run.watched.resident)
+
+
+def test_oracle_prefetch_hides_what_belady_cannot() -> None:
+    trace = clustered_trace(num_requests=4, num_rows=8, clusters=0, seed=7)
+
+    alone, ahead = (_run(trace, p, slots=24, rate=1e9).outcome.total_s for p in ("belady", "belady+oracle"))
+    compute_s = _run(trace, "belady", slots=24, rate=1e15).outcome.total_s
+
+    assert ahead - compute_s < 0.1 * (alone - compute_s)
+
+
+def test_layer_that_needs_more_than_fits_is_computed_in_parts() -> None:
+    rows = [[[e, (e + 1) % EXPERTS], [e, (e + 1) % EXPERTS]] for e in range(EXPERTS)]
+    trace = trace_of([rows], num_experts=EXPERTS, num_prefill=EXPERTS)
+
+    run = _run(trace, "lru", slots=2)
+
+    assert run.outcome.prefill.missed == 2 * EXPERTS
+    assert len(run.watched.resident) == 2
+
+
+def test_time_of_a_step_is_compute_and_what_is_waited_for() -> None:
+    trace = trace_of([[[[0, 1]], [[0, 2]]]], num_experts=4)
+
+    run = _run(trace, "lru", slots=2, rate=3e6)  # an expert takes 1 ms
+
+    first = 1e-4 + 1e-3 + 1e-3 + 1e-4  # the second arrives while the first computes
+    second = 1e-4 + 1e-3 + 1e-4  # expert 0 is resident and computes meanwhile
+    assert run.outcome.token_s == pytest.approx([first, second])
+    assert run.outcome.decode.stall_s == pytest.approx(1e-3 + 9e-4 + 9e-4)
+
+
+def _sequences(steps: Sequence[ReplayStep]) -> list[tuple[int, ...]]:
+    return [step.signal.sequences for step in steps]
+
+
+def test_next_sequence_joins_when_one_ends() -> None:
+    trace = trace_of([[[[0]]] * 2, [[[1]]] * 3, [[[0]], [[1]]]], num_experts=2)
+
+    steps = build_steps(trace, concurrency=2, order=[0, 1, 2])
+
+    assert _sequences(steps) == [(0, 1), (0, 1), (1, 2), (2,)]
+    assert [step.ended for step in steps] == [(), (0,), (1,), (2,)]
+    assert [step.needed for step in steps] == [((0, 1),), ((0, 1),), ((0, 1),), ((1,),)]
+
+
+def test_prompt_is_one_step_whose_signals_are_means() -> None:
+    trace = trace_of([[[[0]], [[1]], [[0]], [[0]], [[2]]]], num_experts=4, num_prefill=4)
+
+    prompt, token = build_steps(trace, concurrency=1, order=[0])
+
+    np.testing.assert_allclose(prompt.gates[0].probs, [[0.75, 0.25, 0, 0]])
+    np.testing.assert_array_equal(prompt.gates[0].counts, [[3, 1, 0, 0]])
+    assert prompt.rows == ((3, 1),) and not prompt.is_decode and prompt.num_tokens == 0
+    assert token.needed == ((2,),) and token.is_decode and token.num_tokens == 1
+
+
+def test_meter_tells_how_busy_demand_keeps_the_link() -> None:
+    meter = CostMeter(load_s=2e-3, layer_s=1e-3)
+    assert meter.costs().busy == 0
+
+    for _ in range(1000):
+        meter.note_layer(compute_s=2e-3, demand_s=3e-3, took_s=4e-3)
+
+    costs = meter.costs()
+    assert (costs.load_s, costs.layer_s, costs.busy) == pytest.approx((2e-3, 2e-3, 0.75))
