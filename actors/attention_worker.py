@@ -14,15 +14,18 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from actors.cluster_counts import ClusterCounts
 from actors.engine.build import EngineParts, HostAccess, build_engine
 from actors.engine.engine import StepOutput
 from actors.experts.host_links import Locate
+from actors.experts.memory.remote import Shelves
+from actors.learned_state_loop import LearnedParts, LearnedStateLoop
 from actors.statistics_loop import StatisticsLoop
 from actors.worker_report import experts_report, worker_status
-from cluster.config import MoesaicConfig, worker_threads
-from cluster.errors import MoesaicError, Overloaded, Unavailable
+from cluster.config import MoesaicConfig, parse_cache_size, worker_threads
+from cluster.errors import ConfigError, MoesaicError, Overloaded, Unavailable
 from cluster.model_info import ModelInfo
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
@@ -76,9 +79,15 @@ class AttentionWorker:
     """One engine and its clients' streams. `start` returns at once; the phase tells when it is ready."""
 
     def __init__(
-        self, config: MoesaicConfig, info: ModelInfo, store: StateStore, locate_host: Locate | None = None
+        self,
+        config: MoesaicConfig,
+        info: ModelInfo,
+        store: StateStore,
+        locate_host: Locate | None = None,
+        shelves: Shelves | None = None,
     ) -> None:
-        """Args: locate_host: where expert host i is now; None: all experts are computed here."""
+        """Args: locate_host: where expert host i is now; None: all experts are computed here. shelves: other nodes'
+        memory, if experts are kept there."""
         self.worker_id = uuid.uuid4().hex[:8]
         self.info = info
         self.phase = StartupPhase.STARTING
@@ -86,8 +95,11 @@ class AttentionWorker:
         self.parts: EngineParts | None = None
         self.statistics = StatisticsLoop(store, info.fingerprint)
         self.cluster_counts = ClusterCounts(store, info.fingerprint)
+        path = config.experts.learned_state
+        self.learned = LearnedStateLoop(store, info.fingerprint, self.worker_id, None if path is None else Path(path))
         self._config = config
         self._hosts = None if locate_host is None else HostAccess(worker_id=self.worker_id, locate=locate_host)
+        self._shelves = shelves
         self._max_open = config.attention.max_running + config.attention.max_queue
         self._streams: dict[RequestId, _Stream] = {}
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -153,10 +165,32 @@ class AttentionWorker:
         """Residency and activation per layer; empty while loading."""
         return (await experts_report(self),)
 
+    async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
+        """AttentionWorkerClient.set_expert_cache, of this worker."""
+        parts = self.parts
+        if parts is None or parts.backend is None:
+            raise Unavailable("this worker has no expert memory of its own; hosts have theirs, see experts.host_cache")
+        store = parts.backend.store
+        try:
+            budget_bytes = parse_cache_size(setting, total_bytes=store.model_bytes)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        await asyncio.to_thread(store.set_budget, budget_bytes)
+        return await self.worker_statuses()
+
     def _run(self) -> None:
         try:
             threads = worker_threads(self._config, os.cpu_count() or 2)
-            parts = build_engine(self._config, self.info, threads=threads, hosts=self._hosts, on_phase=self._set_phase)
+            parts = build_engine(
+                self._config,
+                self.info,
+                threads=threads,
+                hosts=self._hosts,
+                shelves=self._shelves,
+                on_phase=self._set_phase,
+            )
+            if parts.conductor is not None:
+                self.learned.start(LearnedParts(parts.conductor.policies.learned, parts.conductor.ask))
         except MoesaicError as error:
             self.error, self.phase = error, StartupPhase.FAILED
             return
@@ -169,6 +203,7 @@ class AttentionWorker:
         while self._apply_commands(parts):
             self._step(parts)
         self.statistics.stop()
+        self.learned.stop()
         parts.dispatcher.close()
         self._fail_all(Unavailable("the worker is stopping; try again"))
 
@@ -222,6 +257,9 @@ class AttentionWorker:
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is None or stream.finish_reason is not None:
+                continue
+            if output.error is not None:
+                self._fail([stream], output.error)
                 continue
             stream.token_ids.append(output.token_id)
             if output.logprob is not None:

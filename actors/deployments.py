@@ -15,8 +15,9 @@ from ray import serve
 from ray.serve import Application
 
 from actors.expert_host_actor import locate_host
+from actors.expert_shelf import RayShelves
 from actors.token_stream import StreamAddress, TokenOutbox
-from cluster.config import MoesaicConfig, from_tree, to_tree
+from cluster.config import MoesaicConfig, from_tree, is_zero, to_tree
 from cluster.model_info import load_model_info
 from cluster.observability.logs import configure_logging
 from cluster.stats.open_store import open_store
@@ -41,7 +42,8 @@ class AttentionWorkerReplica:
         model = config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
         locate = partial(locate_host, config.ray.namespace) if config.experts.hosts else None
-        self._worker = AttentionWorker(config, info, open_store(redis_url), locate)
+        shelves = None if is_zero(config.experts.remote_tier) else RayShelves(config.ray.namespace)
+        self._worker = AttentionWorker(config, info, open_store(redis_url), locate, shelves)
         self._outbox: TokenOutbox | None = None  # made in the event loop that serves requests
         self._worker.start()
 
@@ -57,6 +59,9 @@ class AttentionWorkerReplica:
 
     async def experts_reports(self) -> tuple[ExpertsReport, ...]:
         return await self._worker.experts_reports()
+
+    async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
+        return await self._worker.set_expert_cache(setting)
 
     async def check_health(self) -> None:
         """Serve shows the message of a start that failed; nothing else is unhealthy."""

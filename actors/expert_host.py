@@ -23,6 +23,7 @@ from actors.data_plane.frames import (
 )
 from actors.data_plane.grpc_stream import ExpertServer
 from actors.experts.backend import ExpertBackend
+from actors.experts.memory.report import layers_report
 from actors.host.batching_pool import BatchingPool, DispatchTask
 from actors.host.device_owner import DeviceOwner
 from actors.host.handler import HostHandler
@@ -138,12 +139,12 @@ class ExpertHost:
             num_batches=owner.num_batches if owner else 0,
             num_refused=self._pool.num_refused + handler.num_damaged + (owner.num_refused if owner else 0),
             busy_s=owner.busy_s if owner else 0.0,
-            expert_memory=memory_status(backend) if backend else None,
+            expert_memory=memory_status(backend, self._config.experts) if backend else None,
         )
 
     def experts_report(self) -> ExpertsReport:
         """Residency per layer; empty while loading."""
-        layers = self.backend.store.layers_report({}) if self.backend else ()
+        layers = layers_report(self.backend.store, {}) if self.backend else ()
         return ExpertsReport(owner_id=self.host_id, layers=layers)
 
     def _load(self) -> None:

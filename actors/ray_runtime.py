@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.expert_host_actor import stop_expert_hosts
+from actors.expert_shelf import stop_shelves
 from actors.gateway import Gateways
 from actors.valkey_actor import start_valkey_actor, stop_valkey_actor
 from cluster.types import ExpertHostStatus, WorkerStatus
@@ -71,6 +72,7 @@ class RayRuntime:
             serve.delete(application)
         Gateways(self._namespace).stop()
         stop_expert_hosts(self._namespace, num_hosts)
+        stop_shelves(self._namespace)
         if self._started_valkey:
             with contextlib.suppress(RayError):
                 stop_valkey_actor(self._namespace)

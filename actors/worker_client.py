@@ -70,14 +70,18 @@ class ServeWorkerClient:
         workers, hosts = await asyncio.gather(self._ask_all("experts_reports"), self._hosts.experts_reports())
         return (*workers, *hosts)
 
-    async def _ask_all(self, method: str) -> tuple[Any, ...]:
+    async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
+        """Change every worker's fast expert memory."""
+        return await self._ask_all("set_expert_cache", setting)
+
+    async def _ask_all(self, method: str, *args: object) -> tuple[Any, ...]:
         """The answers of all workers, joined.
 
         Raises:
             Unavailable: none answers in time.
         """
         try:
-            answers = await self._handle.broadcast(method).results_async(
+            answers = await self._handle.broadcast(method, *args).results_async(
                 timeout_s=_CALL_TIMEOUT_S, return_exceptions=True
             )
         except (TimeoutError, RayError, DeploymentUnavailableError) as error:

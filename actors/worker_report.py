@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from actors.experts.backend import ExpertBackend
+from actors.experts.conductor import Conductor
+from actors.experts.memory.counters import MemoryCounters
+from actors.experts.memory.report import layers_report, tiers_report
+from actors.experts.policies.build import WITHOUT_GATES
 from actors.experts.remote_dispatch import HostDispatcher
-from cluster.config import MoesaicConfig
-from cluster.types import DataPlaneStatus, ExpertMemoryStatus, ExpertsReport, LayerExperts, Phase, WorkerStatus
+from cluster.config import ExpertsConfig, MoesaicConfig
+from cluster.types import (
+    CalibrationBin,
+    DataPlaneStatus,
+    ExpertMemoryStatus,
+    ExpertsReport,
+    LayerExperts,
+    Phase,
+    WorkerStatus,
+)
 
 if TYPE_CHECKING:
     from actors.attention_worker import AttentionWorker
@@ -23,6 +37,8 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         degraded.append(f"experts are read {parts.backend.store.read_mode}: O_DIRECT is not possible here")
     if parts and parts.links:
         degraded.extend(parts.links.degraded)
+    if parts and parts.backend:
+        degraded.extend(parts.backend.store.problems)
     if parts and parts.kernel == "torch":
         degraded.append("compiled kernels are missing: plain torch is used (a C compiler is needed at install time)")
     return WorkerStatus(
@@ -40,9 +56,11 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         generated_tokens=engine.counters.generated_tokens if engine else 0,
         prompt_tokens=engine.counters.prompt_tokens if engine else 0,
         cached_prompt_tokens=engine.counters.cached_prompt_tokens if engine else 0,
-        expert_memory=memory_status(parts.backend) if parts and parts.backend else None,
+        expert_memory=memory_status(parts.backend, config.experts, parts.conductor)
+        if parts and parts.backend
+        else None,
         data_plane=_data_plane(parts.dispatcher) if parts and isinstance(parts.dispatcher, HostDispatcher) else None,
-        degraded=(*degraded, *worker.statistics.degraded),
+        degraded=(*degraded, *worker.statistics.degraded, *worker.learned.degraded),
     )
 
 
@@ -57,7 +75,7 @@ async def experts_report(worker: AttentionWorker) -> ExpertsReport:
     }
     num_experts = next(iter(parts.recorder.counts.values())).shape[1]
     if parts.backend is not None:
-        layers = parts.backend.store.layers_report(activations)
+        layers = layers_report(parts.backend.store, activations)
     else:
         layers = tuple(
             LayerExperts(layer=layer, num_experts=num_experts, resident=(), activations=by_phase, hits=0, misses=0)
@@ -70,21 +88,47 @@ async def experts_report(worker: AttentionWorker) -> ExpertsReport:
     )
 
 
-def memory_status(backend: ExpertBackend) -> ExpertMemoryStatus:
-    """One process's expert memory."""
-    store = backend.store
+def memory_status(
+    backend: ExpertBackend, config: ExpertsConfig, conductor: Conductor | None = None
+) -> ExpertMemoryStatus:
+    """One process's expert memory. Args: conductor: None for a memory that hears no gates."""
+    store, counters = backend.store, backend.store.counters
+    needs_gates = config.eviction not in WITHOUT_GATES
     return ExpertMemoryStatus(
+        eviction="lru" if conductor is None and needs_gates else config.eviction,
+        prediction="none" if conductor is None else config.prediction,
+        tiers=tiers_report(store),
         budget_bytes=store.budget_bytes,
         resident_bytes=store.num_resident * store.slot_bytes,
         model_expert_bytes=store.model_bytes,
-        num_experts=len(store.layout.experts),
+        num_experts=store.grid.size,
         num_resident=store.num_resident,
-        hits=store.counters.hits,
-        misses=store.counters.misses,
+        hits=int(counters.hits.sum()),
+        misses=counters.num_misses,
+        misses_by_tier={tier: int(counts.sum()) for tier, counts in counters.misses.items()},
+        late=int(counters.late.sum()),
+        prefetch_used=int(counters.prefetch_used.sum()),
+        prefetch_wasted=int(counters.prefetch_wasted.sum()),
+        prefetch_dropped=int(counters.prefetch_dropped.sum()),
+        prefetch_bytes={**counters.prefetch_bytes},
         bytes_read=store.bytes_read,
-        stall_s=store.counters.stall_s,
+        stall_s=float(counters.stall_s.sum()),
+        search_share=0.0 if conductor is None else conductor.search_share,
+        calibration=calibration(counters),
         read_mode=store.read_mode,
         kernel=backend.compute.plan.label,
+    )
+
+
+def calibration(counters: MemoryCounters) -> tuple[CalibrationBin, ...]:
+    """Mean forecast and share that came true of every bin, 0 where it had none; nothing without forecasts."""
+    if not counters.num_forecasts.any():
+        return ()
+    counts = np.maximum(counters.num_forecasts, 1)
+    means, shares = counters.predicted / counts, counters.came_true / counts
+    return tuple(
+        CalibrationBin(predicted=mean, observed=share, count=count)
+        for mean, share, count in zip(means.tolist(), shares.tolist(), counters.num_forecasts.tolist(), strict=True)
     )
 
 

@@ -100,13 +100,13 @@ def _run_ours(parts: EngineParts, prompts: list[list[int]], num_tokens: int) -> 
     first = 0
     while first < len(prompts):
         first += len(engine.step())
-    used_before, steps_before = store.counters.hits + store.counters.misses, engine.counters.steps
+    used_before, steps_before = store.counters.num_hits + store.counters.num_misses, engine.counters.steps
     tokens, began = 0, time.perf_counter()
     while engine.has_work:
         tokens += len(engine.step())
     elapsed_s = time.perf_counter() - began
     steps = engine.counters.steps - steps_before
-    experts = store.counters.hits + store.counters.misses - used_before
+    experts = store.counters.num_hits + store.counters.num_misses - used_before
     dense = sum(p.numel() * p.element_size() for p in engine.runner.model.parameters() if not p.is_meta)
     return tokens / elapsed_s, experts * store.slot_bytes / steps + dense
 

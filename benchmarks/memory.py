@@ -82,7 +82,7 @@ def _run(path: Path, num_requests: int) -> tuple[list[tuple[int, int, int, int]]
         for output in engine.step():
             if output.finish_reason is not None:
                 cached = sum(_cached_bytes(file) for file in files)
-                samples.append((_resident_bytes(), _read_bytes() - at_start, store.counters.misses, cached))
+                samples.append((_resident_bytes(), _read_bytes() - at_start, store.counters.num_misses, cached))
                 if len(samples) % 20 == 0:
                     progress(f"{len(samples)} of {num_requests} requests")
     return samples, store.num_slots * store.slot_bytes, store.slot_bytes

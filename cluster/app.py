@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
+from cluster.config import MoesaicConfig, from_tree, is_zero, load_config, to_tree
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.model_info import load_model_info
 from cluster.types import StartupPhase
@@ -40,6 +41,7 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
     """
     from actors.deployments import ingress_application, worker_application
     from actors.expert_host_actor import start_expert_hosts
+    from actors.expert_shelf import start_shelves, stop_shelves
     from actors.gateway import Gateways
     from cluster.frontend.grpc_gateway import GrpcGateway
     from cluster.frontend.http_ingress import HttpIngress
@@ -54,7 +56,12 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
         gateways.start(GrpcGateway, tree)
     else:
         gateways.stop()
-    worker = worker_application(config, _store_url(config), max_open=max_open)
+    redis_url = _store_url(config)
+    if is_zero(config.experts.remote_tier):
+        stop_shelves(config.ray.namespace)
+    else:
+        start_shelves(config, tree, load_model_info(config.model.path).fingerprint, redis_url)
+    worker = worker_application(config, redis_url, max_open=max_open)
     return ingress_application(HttpIngress, tree, worker, max_open=max_open)
 
 
@@ -68,6 +75,8 @@ def local_service(config: MoesaicConfig) -> GenerationService:
     info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
     worker = AttentionWorker(config, info, MemoryStore())
     worker.start()
+    if config.experts.learned_state is not None:
+        atexit.register(worker.stop)  # saves it
     while worker.phase is not StartupPhase.READY:
         if worker.error is not None:
             raise worker.error

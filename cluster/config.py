@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster.errors import ConfigError
@@ -40,6 +49,11 @@ def parse_cache_size(text: str | int, *, total_bytes: int) -> int:
     """Bytes from a size, or from a percentage of `total_bytes`."""
     match = _PERCENT.match(str(text))
     return int(total_bytes * float(match.group(1)) / 100) if match else parse_size(text)
+
+
+def is_zero(setting: str) -> bool:
+    """Whether a size or percentage is none at all."""
+    return parse_cache_size(setting, total_bytes=10**6) == 0
 
 
 class _Section(BaseModel):
@@ -88,6 +102,27 @@ class ExpertsConfig(_Section):
         default=AUTO,
         description="a worker's budget: bytes, percent of the routed-expert bytes, or auto (all; with hosts none)",
     )
+    eviction: Literal["lru", "lfu", "mrs", "eam", "fmoe", "moesaic"] = Field(
+        default="moesaic", description="what leaves a full memory first"
+    )
+    prediction: Literal["none", "next-gate", "whole-layer", "eam", "fmoe", "moesaic"] = Field(
+        default="moesaic", description="what is fetched ahead of need"
+    )
+    host_tier: str = Field(
+        default="0", description="slower memory between disk and the budget of cache: bytes or percent; 0: none"
+    )
+    remote_tier: str = Field(
+        default="0", description="experts that each other node keeps in Ray's object store: bytes or percent; 0: none"
+    )
+    link_gb_per_s: float = Field(
+        default=0.0, ge=0, description="declared rate of the link from host_tier, emulated; 0: as fast as memory copies"
+    )
+    learned_state: str | None = Field(
+        default=None, description="file to start from and to save to what eviction and prediction have learned"
+    )
+    load_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="an expert that takes longer to load fails the requests that need it"
+    )
     hosts: int = Field(default=0, ge=0, le=1024, description="expert hosts: processes that own and compute experts")
     host_cache: str = Field(default=AUTO, description="a host's budget, as cache; auto: the experts that it owns")
     host_threads: int = Field(
@@ -105,10 +140,10 @@ class ExpertsConfig(_Section):
         default="auto", description="never: buffered reads that drop the page cache"
     )
 
-    @field_validator("cache", "host_cache", mode="before")
+    @field_validator("cache", "host_cache", "host_tier", "remote_tier", mode="before")
     @classmethod
-    def _is_cache_size(cls, value: object) -> str:
-        if value != AUTO:
+    def _is_cache_size(cls, value: object, info: ValidationInfo) -> str:
+        if value != AUTO or info.field_name not in ("cache", "host_cache"):
             parse_cache_size(str(value), total_bytes=1)
         return str(value)
 

@@ -70,7 +70,12 @@ class DeadlineExceeded(MoesaicError):
 
 
 class ExpertReadError(MoesaicError):
-    """Expert weights could not be read while serving; the message names the file."""
+    """Expert weights could not be read while serving; the message names the file.
+
+    expert: (layer, expert), where it is known; only requests that need it fail.
+    """
+
+    expert: tuple[int, int] | None = None
 
 
 class ConfigError(MoesaicError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.types import (
     ExpertHostStatus,
@@ -50,9 +50,26 @@ class AttentionWorkerClient(Protocol):
         """Residency and activation of experts per layer, of each worker and then of each host."""
         ...
 
+    async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
+        """Change every worker's fast expert memory while it serves; what each says of itself then.
+
+        Raises:
+            ConfigError: `setting` is no size or percentage, or holds fewer experts than one token needs.
+            Unavailable: no worker has such a memory, or none answers.
+        """
+        ...
+
+
+class LearnedShare(NamedTuple):
+    """What one worker learned: its id, how much went into it (steps), and the state as actors/experts writes it."""
+
+    owner: str
+    weight: int
+    blob: bytes
+
 
 class StateStore(Protocol):
-    """Aggregated activation statistics, shared by all processes of a cluster.
+    """Aggregated activation statistics and learned state, shared by all processes of a cluster.
 
     Never on the token path. Implementations raise `ConnectionError` when they cannot be reached.
     """
@@ -77,4 +94,18 @@ class StateStore(Protocol):
 
     def activations(self, fingerprint: str) -> dict[Phase, dict[int, dict[int, int]]]:
         """Total activation counts by phase, layer and expert; what was never chosen may be missing."""
+        ...
+
+    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+        """Leave a worker's share of a kind of state for others; replaces its last one.
+
+        Kept are the shares of the last few workers that published, for about a day (cluster/stats/learned_shares.py).
+
+        Raises:
+            ValueError: the share is too large; says the bound.
+        """
+        ...
+
+    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+        """Shares of a kind of state of the model `fingerprint`, the last published first."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
@@ -26,6 +26,15 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+
+
+class Tier(StrEnum):
+    """Memories an expert can be in, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    REMOTE = "remote"
+    DISK = "disk"
 
 
 class Phase(StrEnum):
@@ -127,9 +136,38 @@ class TokenChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertMemoryStatus:
-    """One process's expert memory, in bytes and counts since start."""
+class TierStatus:
+    """One tier of an expert memory; None: no budget. Moved: out of it, since start. Emulated: at a declared rate."""
 
+    tier: Tier
+    budget_bytes: int | None
+    resident_bytes: int
+    num_resident: int
+    bytes_moved: int
+    emulated: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationBin:
+    """Forecasts of one range of probability: their mean, the share that came true, how many there were."""
+
+    predicted: float
+    observed: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertMemoryStatus:
+    """One process's expert memory, in bytes and counts since start. Budget and resident: the fast tier's.
+
+    Misses had to come from the tier of `misses_by_tier`; `late` of them were on their way by prefetch. Prefetched
+    experts were used, wasted (evicted unused) or dropped (given up half-way). `search_share`: time of the thread that
+    predicts over that of steps. `calibration`: bin i of n has forecasts from i / n to (i + 1) / n; empty without any.
+    """
+
+    eviction: str
+    prediction: str
+    tiers: tuple[TierStatus, ...]
     budget_bytes: int
     resident_bytes: int
     model_expert_bytes: int
@@ -137,8 +175,16 @@ class ExpertMemoryStatus:
     num_resident: int
     hits: int
     misses: int
+    misses_by_tier: Mapping[Tier, int]
+    late: int
+    prefetch_used: int
+    prefetch_wasted: int
+    prefetch_dropped: int
+    prefetch_bytes: Mapping[Tier, int]
     bytes_read: int
     stall_s: float
+    search_share: float
+    calibration: tuple[CalibrationBin, ...]
     read_mode: str
     kernel: str
 
@@ -187,7 +233,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerExperts:
-    """Experts of one layer: where they are and how often the gate chose them."""
+    """Experts of one layer: where they are (`resident`: fast tier), how often chosen; as in ExpertMemoryStatus."""
 
     layer: int
     num_experts: int
@@ -195,6 +241,13 @@ class LayerExperts:
     activations: Mapping[Phase, tuple[int, ...]]
     hits: int
     misses: int
+    host_resident: tuple[int, ...] = ()
+    misses_by_tier: Mapping[Tier, int] = field(default_factory=dict[Tier, int])
+    late: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted: int = 0
+    prefetch_dropped: int = 0
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class CountingRunner:
     def __init__(self, choose: Callable[[Sequence[int]], int] = lambda tokens: (tokens[-1] + 1) % VOCABULARY) -> None:
         self.choose = choose
         self.steps: list[list[tuple[str, int]]] = []
+        self.forgotten: list[RequestId] = []
 
     def execute(self, rows: Sequence[ScheduledRows]) -> Tensor:
         self.steps.append([(r.sequence.request.request_id, r.num_rows) for r in rows])
@@ -48,6 +49,9 @@ class CountingRunner:
             logits[row] = torch.arange(VOCABULARY, 0, -1) / VOCABULARY
             logits[row, self.choose(sequence.tokens[:end])] = 10.0
         return logits
+
+    def forget(self, request_id: RequestId) -> None:
+        self.forgotten.append(request_id)
 
 
 def make_engine(

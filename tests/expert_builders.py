@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +18,17 @@ from actors.experts.activations import Activation
 from actors.experts.formats.base import TORCH_DTYPES
 from actors.experts.formats.dense import DenseFormat
 from actors.experts.formats.expert import ExpertForm, ExpertWeights
-from actors.experts.policies.lru import LruPolicy
+from actors.experts.memory.arena import RamArena
+from actors.experts.memory.disk import DiskLink
+from actors.experts.memory.links import Link
+from actors.experts.memory.slots import SlotForm, held_expert_bytes
+from actors.experts.memory.store import ExpertStore, LinkFactory
+from actors.experts.policies.base import Scorer
+from actors.experts.policies.lru import LruScorer
 from actors.experts.reader import ExpertReader
-from actors.experts.store import ExpertStore, held_expert_bytes
 from actors.model.expert_layout import ConversionRules, ExpertLayout, derive_layout
 from actors.model.safetensors_index import read_index
+from cluster.errors import ExpertReadError
 from cluster.types import ExpertId
 
 HIDDEN, INTERMEDIATE = 40, 24
@@ -150,19 +158,64 @@ def open_store(
     min_experts: int = 1,
     io_threads: int = 2,
     direct_io: bool = True,
+    wrap: Callable[[Link], Link] = lambda link: link,
+    scorer: Scorer | None = None,
+    first: LinkFactory | None = None,
+    **kwargs: Any,
 ) -> ExpertStore:
-    """A store with room for exactly `slots` experts."""
+    """A store with room for exactly `slots` experts.
+
+    Args:
+        wrap: what to put around the link from the disk. first: a link that is preferred to it.
+    """
     held = held_dtype or TORCH_DTYPES[file.layout.stored_dtype]
     slot = held_expert_bytes(file.layout, held) // len(file.experts)
+    form = SlotForm(file.layout, held)
+
+    def disk(arena: RamArena) -> Link:
+        return wrap(DiskLink(ExpertReader([file.file], direct_io=direct_io), form, arena))
+
     return ExpertStore(
-        file.layout,
-        ExpertReader([file.file], direct_io=direct_io),
-        LruPolicy(),
+        form,
+        scorer or LruScorer(form.grid.size),
+        [
+            *([first] if first else []),
+            lambda arena: wrap(DiskLink(ExpertReader([file.file], direct_io=direct_io), form, arena)),
+        ],
         budget_bytes=slots * slot,
-        held_dtype=held,
         min_experts=min_experts,
         io_threads=io_threads,
+        **kwargs,
     )
+
+
+class HeldLink:
+    """Moves nothing until its gate is open, and fails for the experts in `broken`."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.tier = link, link.tier
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken: set[int] = set()
+        self.loads: list[int] = []
+        self.order: list[tuple[int, int]] = []
+
+    def has(self, index: int) -> bool:
+        return self.link.has(index)
+
+    def num_chunks(self, index: int) -> int:
+        return self.link.num_chunks(index)
+
+    def copy_chunk(self, index: int, chunk: int, slot: int) -> int:
+        if chunk == 0:
+            self.loads.append(index)
+        assert self.gate.wait(10)
+        if index in self.broken:
+            raise ExpertReadError(f"expert {index} is broken")
+        return self.link.copy_chunk(index, chunk, slot)
+
+    def close(self) -> None:
+        self.link.close()
 
 
 def dense_moe(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.types import (
+    CalibrationBin,
     ClusterActivations,
     ExpertHostStatus,
     ExpertMemoryStatus,
@@ -20,9 +21,43 @@ from cluster.types import (
     Phase,
     RequestId,
     StartupPhase,
+    Tier,
+    TierStatus,
     TokenChunk,
     TokenLogprob,
     WorkerStatus,
+)
+
+MEMORY = ExpertMemoryStatus(
+    eviction="moesaic",
+    prediction="fmoe",
+    tiers=(
+        TierStatus(tier=Tier.DEVICE, budget_bytes=10, resident_bytes=5, num_resident=1, bytes_moved=0),
+        TierStatus(tier=Tier.HOST, budget_bytes=15, resident_bytes=10, num_resident=2, bytes_moved=25, emulated=True),
+        TierStatus(tier=Tier.DISK, budget_bytes=None, resident_bytes=0, num_resident=0, bytes_moved=5),
+    ),
+    budget_bytes=10,
+    resident_bytes=5,
+    model_expert_bytes=20,
+    num_experts=4,
+    num_resident=1,
+    hits=7,
+    misses=5,
+    misses_by_tier={Tier.HOST: 3, Tier.REMOTE: 0, Tier.DISK: 2},
+    late=1,
+    prefetch_used=6,
+    prefetch_wasted=8,
+    prefetch_dropped=9,
+    prefetch_bytes={Tier.HOST: 11, Tier.REMOTE: 0, Tier.DISK: 12},
+    bytes_read=5,
+    stall_s=0.5,
+    search_share=0.25,
+    calibration=(
+        CalibrationBin(predicted=0.125, observed=0.25, count=16),
+        CalibrationBin(predicted=0.75, observed=0.5, count=4),
+    ),
+    read_mode="direct",
+    kernel="fake",
 )
 
 
@@ -56,6 +91,7 @@ class FakeAttentionWorker:
         self.status_error: Exception | None = None
         self.requests: list[GenerationRequest] = []
         self.aborted: list[RequestId] = []
+        self.cache_settings: list[str] = []
         self.closed: list[RequestId] = []
         self.num_emitted = 0
 
@@ -111,27 +147,29 @@ class FakeAttentionWorker:
             generated_tokens=0,
             prompt_tokens=0,
             cached_prompt_tokens=0,
-            expert_memory=ExpertMemoryStatus(
-                budget_bytes=10,
-                resident_bytes=5,
-                model_expert_bytes=20,
-                num_experts=4,
-                num_resident=1,
-                hits=3,
-                misses=1,
-                bytes_read=5,
-                stall_s=0.5,
-                read_mode="direct",
-                kernel="fake",
-            ),
+            expert_memory=MEMORY,
         )
 
     async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
         return ()
 
+    async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
+        self.cache_settings.append(setting)
+        return (self._status(),)
+
     async def experts_reports(self) -> tuple[ExpertsReport, ...]:
         own = {Phase.PREFILL: (2, 3), Phase.DECODE: (0, 0)}
-        layer = LayerExperts(layer=0, num_experts=2, resident=(1,), activations=own, hits=3, misses=1)
+        layer = LayerExperts(
+            layer=0,
+            num_experts=2,
+            resident=(1,),
+            activations=own,
+            hits=3,
+            misses=1,
+            host_resident=(0, 1),
+            misses_by_tier={Tier.HOST: 1, Tier.REMOTE: 0, Tier.DISK: 0},
+            stall_s=0.25,
+        )
         total = LayerActivations(layer=0, activations={Phase.PREFILL: (2, 6), Phase.DECODE: (0, 0)})
         cluster = ClusterActivations(layers=(total,), degraded=None)
         return (ExpertsReport(owner_id="w0", layers=(layer,), cluster=cluster),)

@@ -7,7 +7,7 @@ step by step in this process. No Ray.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from live_server import poll
 from actors.engine.build import EngineParts, HostAccess, build_engine
 from actors.engine.engine import Engine, StepOutput
 from actors.expert_host import ExpertHost
+from actors.experts.memory.remote import Shelves
 from cluster.config import load_config
 from cluster.loadgen.prompts import BUNDLED_PROMPTS
 from cluster.model_info import load_model_info
@@ -148,11 +149,15 @@ def engine_parts(
     max_model_len: int = 384,
     hosts: Sequence[ExpertHost] = (),
     carrier: str = "auto",
+    experts: Mapping[str, Any] | None = None,
+    shelves: Shelves | None = None,
     **attention: Any,
 ) -> Iterator[EngineParts]:
     """An engine as the worker builds it.
 
     Args:
+        experts: further fields of that section: policies, tiers.
+        shelves: other nodes' memory.
         kv_blocks: usable blocks of KV; default: plenty.
         hosts: ready expert hosts (`expert_hosts`); the cache is then the worker's own.
     """
@@ -161,11 +166,11 @@ def engine_parts(
         attention["kv_cache"] = str((kv_blocks + 1) * kv_block_bytes(info.config, dtype=dtype))
     overrides = {
         "model": {"path": str(path), "dtype": dtype, "max_model_len": max_model_len},
-        "experts": {"cache": cache, "hosts": len(hosts), "carrier": carrier},
+        "experts": {"cache": cache, "hosts": len(hosts), "carrier": carrier, **(experts or {})},
         "attention": attention,
     }
     access = HostAccess(worker_id="test", locate=lambda i: hosts[i].endpoint()) if hosts else None
-    parts = build_engine(load_config(None, overrides), info, threads=1, hosts=access)
+    parts = build_engine(load_config(None, overrides), info, threads=1, hosts=access, shelves=shelves)
     try:
         yield parts
     finally:

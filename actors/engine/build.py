@@ -16,14 +16,17 @@ from actors.engine.batcher import Batcher
 from actors.engine.engine import Engine
 from actors.engine.kv_blocks import KvBlocks
 from actors.engine.model_runner import ModelRunner
+from actors.engine.signal_tap import SignalTap
 from actors.experts.backend import ExpertBackend
 from actors.experts.build import BackendBuilder
+from actors.experts.conductor import Conductor
 from actors.experts.dispatch import Dispatcher, LocalDispatcher
 from actors.experts.host_links import HostLinks, Locate
 from actors.experts.local_memory import LocalMemory
+from actors.experts.memory.remote import Shelves, remote_source
+from actors.experts.memory.store import ExpertStore
 from actors.experts.recorder import ActivationRecorder
 from actors.experts.remote_dispatch import HostDispatcher
-from actors.experts.store import ExpertStore
 from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
 from actors.model.fast_modules import speed_up
@@ -38,12 +41,16 @@ _HOSTS_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """The engine and the parts that status and statistics look at. `backend` None: no experts in this process."""
+    """The engine and the parts that status and statistics look at.
+
+    backend None: no experts in this process. conductor None: its memory hears no gates.
+    """
 
     engine: Engine
     dispatcher: Dispatcher
     recorder: ActivationRecorder
     backend: ExpertBackend | None
+    conductor: Conductor | None
     links: HostLinks | None
     kernel: str
     dtype: torch.dtype
@@ -69,9 +76,13 @@ def build_engine(
     *,
     threads: int,
     hosts: HostAccess | None = None,
+    shelves: Shelves | None = None,
     on_phase: Callable[[StartupPhase], None] = lambda _: None,
 ) -> EngineParts:
     """Load the model and make it ready to step.
+
+    Args:
+        shelves: where other nodes keep experts, if they do.
 
     Raises:
         ConfigError: a budget too small; names the field and the minimum.
@@ -90,12 +101,18 @@ def build_engine(
     native_rows = speed_up(loaded.model, native) if native else 0
     check.verify(native, native_rows)
     recorder = ActivationRecorder(loaded.layout.layers, loaded.layout.num_experts, native)
-    backend = _local_backend(config, builder)
+    backend: ExpertBackend | None
     links: HostLinks | None = None
+    conductor: Conductor | None = None
     if hosts is None or not config.experts.hosts:
-        assert backend is not None
-        dispatcher: Dispatcher = LocalDispatcher(backend, recorder)
+        budget = builder.budget(config.experts.cache, kv_bytes=parse_size(config.attention.kv_cache))
+        timeout_s, sources = config.experts.load_timeout_s, ()
+        if shelves is not None:
+            sources = (remote_source(shelves, fingerprint=info.fingerprint, load_timeout_s=timeout_s),)
+        backend, conductor = builder.build_conducted(budget, sources)
+        dispatcher: Dispatcher = LocalDispatcher(backend, recorder, conductor)
     else:
+        backend = _local_backend(config, builder)
         on_phase(StartupPhase.CONNECTING)
         links = _connect_hosts(config, info, loaded, hosts)
         dispatcher = HostDispatcher(
@@ -109,6 +126,8 @@ def build_engine(
     runner = ModelRunner(
         loaded, dispatcher, native, num_blocks=num_blocks, block_size=block_size, native_rows=native_rows
     )
+    if conductor is not None:
+        runner.signals = SignalTap(loaded.model, conductor)
     batcher = Batcher(
         KvBlocks(num_blocks, block_size),
         max_batch_tokens=config.attention.max_batch_tokens,
@@ -116,7 +135,9 @@ def build_engine(
         max_queue=config.attention.max_queue,
     )
     engine = Engine(runner, batcher, max_model_len=info.max_model_len, eos_token_ids=info.eos_token_ids)
-    return EngineParts(engine, dispatcher, recorder, backend, links, builder.compute.plan.label, loaded.dtype)
+    return EngineParts(
+        engine, dispatcher, recorder, backend, conductor, links, builder.compute.plan.label, loaded.dtype
+    )
 
 
 def build_host_backend(
@@ -134,12 +155,11 @@ def build_host_backend(
 
 
 def _local_backend(config: MoesaicConfig, builder: BackendBuilder) -> ExpertBackend | None:
-    """Experts in the worker's own memory: all by default without hosts, none with hosts."""
-    setting = config.experts.cache
-    if config.experts.hosts and setting == AUTO:
+    """Experts in a worker's own memory beside hosts: none unless they are asked for."""
+    if config.experts.cache == AUTO:
         return None
-    budget = builder.budget(setting, kv_bytes=parse_size(config.attention.kv_cache))
-    return None if config.experts.hosts and budget == 0 else builder.build(budget)
+    budget = builder.budget(config.experts.cache, kv_bytes=parse_size(config.attention.kv_cache))
+    return builder.build(budget) if budget else None
 
 
 def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, hosts: HostAccess) -> HostLinks:

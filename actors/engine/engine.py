@@ -13,7 +13,8 @@ from actors.engine.batcher import Batcher, ScheduledRows
 from actors.engine.logits import score_tokens
 from actors.engine.sampling import sample
 from actors.engine.sequence import Sequence, SequenceState
-from cluster.errors import InvalidRequest
+from actors.engine.step import StepFailed
+from cluster.errors import InvalidRequest, MoesaicError
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenLogprob
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step added to one sequence."""
+    """What one step added to one sequence; with an `error` it added nothing, and the sequence is over."""
 
     request_id: RequestId
     token_id: int
@@ -32,6 +33,7 @@ class StepOutput:
     finish_reason: FinishReason | None
     num_cached: int
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: MoesaicError | None = None
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.batcher.finish(sequence)
+            self.runner.forget(request_id)
 
     def abort_all(self) -> list[RequestId]:
         """Stop everything; the ids stopped."""
@@ -95,7 +98,12 @@ class Engine:
         planned = self.batcher.plan()
         if not planned:
             return []
-        logits_RV = self.runner.execute(planned)
+        try:
+            logits_RV = self.runner.execute(planned)
+        except StepFailed as failure:  # nothing of the step counts: the others compute the same rows again
+            for request_id in failure.request_ids:
+                self.abort(request_id)
+            return [StepOutput(i, -1, None, None, 0, error=failure.error) for i in failure.request_ids]
         self.counters.steps += 1
         sampling = [rows for rows in planned if rows.samples]
         if len(logits_RV) > len(sampling):
@@ -118,8 +126,7 @@ class Engine:
             sequence.append(token)
             reason = self._finish_reason(sequence, token)
             if reason is not None:
-                self.batcher.finish(sequence)
-                del self._sequences[sequence.request.request_id]
+                self.abort(sequence.request.request_id)
             if sequence.num_generated == 1:
                 self.counters.cached_prompt_tokens += sequence.num_cached or 0
             self.counters.generated_tokens += 1

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from functools import partial
+from itertools import accumulate
 
 import greenlet
 import torch
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from actors.engine.batcher import ScheduledRows
 from actors.engine.paged_kv import paged_kv
-from actors.engine.step import StepInputs, pack_rows
+from actors.engine.signal_tap import SignalTap
+from actors.engine.step import StepFailed, StepInputs, pack_rows, packed_order
 from actors.experts.dispatch import Dispatcher, ExpertWork
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
 from actors.model.seams import PackedCache, bind
+from cluster.errors import ExpertReadError
+from cluster.types import RequestId
 
 _ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 
@@ -52,6 +56,7 @@ class ModelRunner:
             paged_kv(layer, num_slots=num_blocks * block_size, dtype=loaded.dtype, native=native)
             for layer in loaded.attention
         ]
+        self.signals: SignalTap | None = None
         self._cache = PackedCache(self)
         self._current: StepInputs | None = None
         bind(self.model, self)
@@ -60,12 +65,37 @@ class ModelRunner:
         """Compute the rows; logits [R, N] of the rows that need them, in order."""
         return self.execute_interleaved([rows])[0]
 
+    def forget(self, request_id: RequestId) -> None:
+        """A request is over: whatever is kept of it is freed."""
+        if self.signals is not None:
+            self.signals.forget(request_id)
+
     def execute_interleaved(self, micro_batches: Seq[Seq[ScheduledRows]]) -> list[Tensor]:
         """Compute several micro-batches, resuming each in turn at every MoE layer; logits of each.
 
         While the experts of one work elsewhere, the next one's attention is computed (ping-pong, MegaScale-Infer).
         """
         forwards = [(pack_rows(rows, self._buckets), greenlet.greenlet(self._forward)) for rows in micro_batches]
+        signals = self.signals if len(forwards) == 1 else None  # signals are of one step at a time
+        if signals is not None:
+            signals.begin(micro_batches[0], forwards[0][0])
+        asked: list[ExpertWork | None] = [None] * len(forwards)
+        try:
+            return self._drive(forwards, signals, asked)
+        except ExpertReadError as error:
+            needs = [_who_needs(error, rows, work) for rows, work in zip(micro_batches, asked, strict=True)]
+            raise StepFailed(error, [request_id for ids in needs for request_id in ids]) from error
+        finally:
+            if signals is not None:
+                signals.end()
+
+    def _drive(
+        self,
+        forwards: list[tuple[StepInputs, greenlet.greenlet]],
+        signals: SignalTap | None,
+        asked: list[ExpertWork | None],
+    ) -> list[Tensor]:
+        """Args: asked: filled with the layer that each forward waits for."""
         results: list[Tensor | None] = [None] * len(forwards)
         fetch: list[Callable[[], object]] = [partial(_itself, step) for step, _ in forwards]
         active = list(range(len(forwards)))
@@ -75,12 +105,15 @@ class ModelRunner:
                 answer = fetch[i]()
                 self._current = step
                 with _step_context(onednn=len(step.token_ids[0]) > self._native_rows):
-                    asked = forward.switch(answer)
+                    passed = forward.switch(answer)
                 if forward.dead:
-                    results[i] = asked
+                    results[i] = passed
                     active.remove(i)
-                else:
-                    fetch[i] = self._dispatcher.start(asked, step.num_rows, step.num_decode)
+                    continue
+                asked[i] = passed
+                if signals is not None:
+                    signals.gate(passed, step.num_rows)
+                fetch[i] = self._dispatcher.start(passed, step.num_rows, step.num_decode)
         return [logits for logits in results if logits is not None]
 
     def attend(self, layer: int, query: Tensor, scale: float) -> Tensor:
@@ -108,6 +141,23 @@ class ModelRunner:
     def _step(self) -> StepInputs:
         assert self._current is not None, "attention outside a step"
         return self._current
+
+
+def _who_needs(error: ExpertReadError, rows: Seq[ScheduledRows], work: ExpertWork | None) -> list[RequestId]:
+    """The requests of a micro-batch whose rows chose the expert at the layer where it stopped; all if unknown."""
+    ordered = packed_order(rows)
+    if error.expert is None or work is None:
+        return [item.sequence.request.request_id for item in ordered]
+    layer, expert = error.expert
+    if work.layer != layer:
+        return []
+    chose = (work.topk_ids_TK == expert).any(dim=1).tolist()
+    starts = accumulate((item.num_rows for item in ordered), initial=0)
+    return [
+        item.sequence.request.request_id
+        for item, start in zip(ordered, starts, strict=False)
+        if any(chose[start : start + item.num_rows])
+    ]
 
 
 def _itself(step: StepInputs) -> StepInputs:

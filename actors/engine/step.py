@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 
 from actors.engine.batcher import ScheduledRows
+from cluster.errors import ExpertReadError
+from cluster.types import RequestId
+
+
+class StepFailed(Exception):
+    """A step broke off for want of an expert; `request_ids` need it, the other sequences of the step may try again."""
+
+    def __init__(self, error: ExpertReadError, request_ids: Seq[RequestId]) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.request_ids = tuple(request_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +57,14 @@ class StepInputs:
     decode_ends: Tensor
 
 
+def packed_order(rows: Seq[ScheduledRows]) -> list[ScheduledRows]:
+    """The order in which a step packs its rows: single rows first, of them those that decode; else as scheduled."""
+    return sorted(rows, key=lambda r: (r.num_rows > 1, not r.decodes))
+
+
 def pack_rows(rows: Seq[ScheduledRows], buckets: Seq[int] = ()) -> StepInputs:
     """Args: buckets: the numbers of rows to pad to, ascending; more rows than the last stay as they are."""
-    ordered = sorted(rows, key=lambda r: (r.num_rows > 1, not r.decodes))
+    ordered = packed_order(rows)
     tokens: list[int] = []
     positions: list[int] = []
     write: list[np.ndarray] = []

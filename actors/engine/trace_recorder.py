@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from actors.engine.batcher import ScheduledRows
+from actors.engine.step import packed_order
 from actors.experts.gate_tap import GateRows, GateTap
 from actors.experts.trace import GateTrace, TracedModel, TracedRequest
 from cluster.types import GenerationRequest, RequestId, SamplingParams
@@ -49,7 +50,7 @@ class TracingRunner:
         logits = self._runner.execute(rows)
         gates = self._tap.take(sum(item.num_rows for item in rows))
         start = 0
-        for item in sorted(rows, key=lambda item: item.num_rows > 1):  # as pack_rows lays them out
+        for item in packed_order(rows):
             sequence, stop = item.sequence, start + item.num_rows
             recording = self.recordings.setdefault(sequence.request.request_id, _Recording())
             first, last = sequence.computed, sequence.computed + item.num_rows
@@ -60,6 +61,9 @@ class TracingRunner:
             recording.gates.append(GateRows(gates.probs[of_item], gates.chosen[of_item], gates.ahead[of_item]))
             start = stop
         return logits
+
+    def forget(self, request_id: RequestId) -> None:
+        """Recordings outlive their requests."""
 
 
 def record_trace(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.data_plane.frames import FrameError
 from actors.experts.compute import ExpertCompute
-from actors.experts.store import ExpertStore
+from actors.experts.memory.store import ExpertStore
 
 
 class ExpertBackend:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from actors.experts.backend import ExpertBackend
 from actors.experts.budget import expert_budget
 from actors.experts.compute import ExpertCompute
+from actors.experts.conductor import Conductor
 from actors.experts.formats.base import TORCH_DTYPES
-from actors.experts.policies.lru import LruPolicy
+from actors.experts.memory.arena import RamArena
+from actors.experts.memory.disk import DiskLink
+from actors.experts.memory.emulated import RamLink
+from actors.experts.memory.links import Link
+from actors.experts.memory.slots import SlotForm, held_expert_bytes
+from actors.experts.memory.store import ExpertStore
+from actors.experts.policies.base import Scorer
+from actors.experts.policies.build import WITHOUT_GATES, PolicyContext, build_policies
+from actors.experts.policies.published import PublishedScores
+from actors.experts.predict.meter import CostMeter
 from actors.experts.reader import ExpertReader
-from actors.experts.store import ExpertStore, held_expert_bytes
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
-from cluster.config import AUTO, ExpertsConfig
+from cluster.config import AUTO, ExpertsConfig, parse_cache_size
+
+FormedLink = Callable[[SlotForm, RamArena], Link]
+_FIRST_GUESS_S = 1e-3  # of a load's and a layer's time, until they are measured
 
 
 class BackendBuilder:
@@ -37,29 +52,83 @@ class BackendBuilder:
             return expert_budget(AUTO, total_bytes=-int(-self.total_bytes * share // 1), kv_bytes=kv_bytes)
         return expert_budget(setting, total_bytes=self.total_bytes, kv_bytes=kv_bytes)
 
-    def build(self, budget_bytes: int) -> ExpertBackend:
-        """A backend with a memory of `budget_bytes`.
+    def build(self, budget_bytes: int, *, has_host_tier: bool = True) -> ExpertBackend:
+        """A backend whose memory hears no gates: where the policy needs them, it evicts what was used longest ago.
 
         Raises:
-            ConfigError: it does not hold one token's experts; names the minimum.
+            ConfigError: the budget does not hold one token's experts; names the minimum.
         """
-        layout = self._loaded.layout
-        reader = ExpertReader(
-            {part.file for expert in layout.experts.values() for part in expert.parts},
-            direct_io=self._config.direct_io == "auto",
-        )
-        store = ExpertStore(
-            layout,
-            reader,
-            LruPolicy(),
-            budget_bytes=budget_bytes,
-            held_dtype=self._held,
-            min_experts=self._loaded.top_k,
-            io_threads=self._config.io_threads,
-        )
+        form = self._form()
+        name = self._config.eviction if self._config.eviction in WITHOUT_GATES else "lru"
+        policies = build_policies(name, self._context(form, budget_bytes, CostMeter(load_s=0, layer_s=0)))
+        host_bytes = self._host_bytes(form) if has_host_tier else 0
+        store = self._store(form, policies.scorer, budget_bytes=budget_bytes, host_bytes=host_bytes)
         return ExpertBackend(store, self.compute)
+
+    def build_conducted(
+        self, budget_bytes: int, sources: tuple[FormedLink, ...] = ()
+    ) -> tuple[ExpertBackend, Conductor | None]:
+        """A backend with the configured policies; who runs the model tells the conductor, if any, what its gates say.
+
+        Args: sources: links to prefer to the disk.
+
+        Raises:
+            ConfigError: as in `build`.
+        """
+        form, config = self._form(), self._config
+        meter = CostMeter(load_s=_FIRST_GUESS_S, layer_s=_FIRST_GUESS_S)
+        context = self._context(form, budget_bytes, meter)
+        policies = build_policies(f"{config.eviction}+{config.prediction}", context)
+        store = partial(
+            self._store, form, budget_bytes=budget_bytes, host_bytes=self._host_bytes(form), sources=sources
+        )
+        if not policies.listeners and policies.predictor is None:
+            return ExpertBackend(store(policies.scorer), self.compute), None
+        published = PublishedScores(policies.scorer, form.grid.size)
+        backend = ExpertBackend(store(published), self.compute)
+        return backend, Conductor(backend.store, policies, published, meter)
 
     def build_smallest(self) -> ExpertBackend:
         """Room for one token's experts of a layer."""
         per_expert = -(-self.total_bytes // len(self._loaded.layout.experts))
-        return self.build(per_expert * self._loaded.top_k)
+        return self.build(per_expert * self._loaded.top_k, has_host_tier=False)
+
+    def _host_bytes(self, form: SlotForm) -> int:
+        return min(parse_cache_size(self._config.host_tier, total_bytes=self.total_bytes), form.model_bytes)
+
+    def _form(self) -> SlotForm:
+        return SlotForm(self._loaded.layout, self._held, top_k=self._loaded.top_k)
+
+    def _context(self, form: SlotForm, budget_bytes: int, meter: CostMeter) -> PolicyContext:
+        return PolicyContext(
+            grid=form.grid,
+            num_slots=min(budget_bytes // form.slot_bytes, form.grid.size),
+            embedding_dim=self._loaded.layout.hidden,
+            costs=meter.costs,
+        )
+
+    def _store(
+        self,
+        form: SlotForm,
+        scorer: Scorer,
+        *,
+        budget_bytes: int,
+        host_bytes: int,
+        sources: tuple[FormedLink, ...] = (),
+    ) -> ExpertStore:
+        layout, config = self._loaded.layout, self._config
+        reader = ExpertReader(
+            {part.file for expert in layout.experts.values() for part in expert.parts},
+            direct_io=config.direct_io == "auto",
+        )
+        return ExpertStore(
+            form,
+            scorer,
+            (*(partial(make, form) for make in sources), partial(DiskLink, reader, form)),
+            budget_bytes=budget_bytes,
+            min_experts=self._loaded.top_k,
+            io_threads=config.io_threads,
+            host_bytes=host_bytes,
+            host_link=partial(RamLink, gb_per_s=config.link_gb_per_s),
+            load_timeout_s=config.load_timeout_s,
+        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actors.experts.backend import ExpertBackend
+from actors.experts.conductor import Conductor
 from actors.experts.recorder import ActivationRecorder
 
 
@@ -51,9 +52,12 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """Runs every expert from this process's expert memory; the base and the specification."""
 
-    def __init__(self, backend: ExpertBackend, recorder: ActivationRecorder) -> None:
+    def __init__(
+        self, backend: ExpertBackend, recorder: ActivationRecorder, conductor: Conductor | None = None
+    ) -> None:
         self.recorder = recorder
         self._backend = backend
+        self._conductor = conductor
 
     def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
         """Compute at once; see Dispatcher."""
@@ -65,6 +69,8 @@ class LocalDispatcher:
 
     def close(self) -> None:
         """Stop reading and give the memory back."""
+        if self._conductor is not None:
+            self._conductor.close()
         self._backend.store.close()
 
 

@@ -1,4 +1,4 @@
-"""Probabilities of all experts of all layers from features: logistic regression, learned example by example.
+"""Probabilities of all experts of all layers from features: logistic regressions, learned example by example.
 
 Knows arrays; knows nothing of sequences or signals. One example corrects a fixed share of its error through each group
 of features (normalised least mean squares), so features need no scale and rates no schedule.
@@ -8,11 +8,14 @@ Shapes: S examples, L MoE layers, E experts of a layer, X features common to all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from actors.experts.signals import Grid
+
+_EDGE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,42 +28,116 @@ class LearningRates:
 
 
 class LinearHead:
-    """One output per expert of the grid."""
+    """One output per expert of the grid, each with weights of its own."""
 
     def __init__(self, grid: Grid, num_common: int, num_own: int, rates: LearningRates) -> None:
         self._rates = rates
-        prior = grid.top_k / grid.num_experts
         self._shape = (grid.num_layers, grid.num_experts)
-        self._bias = np.full(self._shape, np.log(prior / (1 - prior)) if prior < 1 else 0.0, np.float32)
+        self._bias = np.full(self._shape, log_odds(grid.top_k / grid.num_experts), np.float32)
         self._of_common = np.zeros((num_common, grid.size), np.float32)
         self._change = np.empty_like(self._of_common)  # kept: fresh memory costs more than the product
         self._of_own = np.zeros((grid.num_layers, num_own, grid.num_experts), np.float32)
+        self._own_change = np.empty_like(self._of_own)
 
-    def predict(self, common: np.ndarray, own: np.ndarray) -> np.ndarray:
+    @property
+    def num_weights(self) -> int:
+        """What a step of learning has to go through."""
+        return self._of_common.size + self._of_own.size
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was learned; live."""
+        return {"bias": self._bias, "of_common": self._of_common, "of_own": self._of_own}
+
+    def logits(self, common: np.ndarray, own: np.ndarray) -> np.ndarray:
         """[S, L, E] from common [S, X] and own [S, L, G]."""
+        logits = self.common_logits(common)
+        logits += (own.swapaxes(0, 1) @ self._of_own).swapaxes(0, 1)
+        return logits
+
+    def common_logits(self, common: np.ndarray) -> np.ndarray:
+        """[S, L, E] without what the layers' own features say."""
         logits = (common @ self._of_common).reshape(-1, *self._shape)
         logits += self._bias
-        logits += (own.swapaxes(0, 1) @ self._of_own).swapaxes(0, 1)
-        return sigmoid(logits)
+        return logits
 
-    def predict_row(self, row: int, common: np.ndarray, own: np.ndarray) -> np.ndarray:
-        """[S, E] of one layer, from common [S, X] and its own [S, G]."""
-        columns = slice(row * self._shape[1], (row + 1) * self._shape[1])
-        return sigmoid(self._bias[row] + common @ self._of_common[:, columns] + own @ self._of_own[row])
+    def own_logits(self, row: int, own: np.ndarray) -> np.ndarray:
+        """[S, E] that a layer's own features [S, G] add."""
+        return own @ self._of_own[row]
 
-    def learn(self, common: np.ndarray, own: np.ndarray, errors: np.ndarray) -> None:
-        """Correct what was predicted of common [S, X] and own [S, L, G] by target - prediction [S, L, E]."""
-        rates = self._rates
-        self._bias += rates.bias * errors.sum(axis=0)
-        np.matmul((rates.common * _per_energy(common)).T, errors.reshape(len(errors), -1), out=self._change)
-        self._of_common += self._change
-        self._of_own += (rates.own * _per_energy(own)).transpose(1, 2, 0) @ errors.swapaxes(0, 1)
+    def learn(self, common: np.ndarray, own: np.ndarray, errors: np.ndarray, rows: slice) -> None:
+        """Correct what was predicted of common [S, X] and own [S, L, G] by target - prediction [S, L, E].
+
+        Args: rows: the layers that learn.
+        """
+        rates, errors = self._rates, errors[:, rows]
+        num_common, width = len(self._of_common), errors[0].size
+        self._bias[rows] += rates.bias * errors.sum(axis=0)
+        add_products(
+            self._of_common.reshape(num_common, *self._shape)[:, rows],
+            rates.common * per_energy(common),
+            errors.reshape(len(errors), -1),
+            self._change.reshape(-1)[: num_common * width].reshape(num_common, width),
+        )
+        own = rates.own * per_energy(own[:, rows].swapaxes(0, 1))
+        add_products(self._of_own[rows], own, errors.swapaxes(0, 1), self._own_change[: len(own)])
+
+
+class Blend:
+    """Weighs a few predictions of the same thing, given as log odds: weights are shared by the experts of a layer.
+
+    With so few weights it follows within tens of steps what the predictions have become worth: those that stop coming
+    true lose theirs, and the blend stays calibrated. The first of F parts is the constant 1.
+    """
+
+    def __init__(self, shape: tuple[int, ...], weights: Sequence[float], *, rate: float) -> None:
+        """Args: shape: of independent blends, [L, ...]. weights: [F], to begin with."""
+        self._weights = np.tile(np.array(weights, np.float32), (*shape, 1))
+        self._rate = rate
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was learned; live."""
+        return {"weights": self._weights}
+
+    def logits(self, parts: np.ndarray, rows: int | slice = slice(None)) -> np.ndarray:
+        """[S, ..., E] from parts [S, ..., F, E]; the axes between are those of `shape`, or of one of its rows."""
+        return (self._weights[rows][..., None, :] @ parts)[..., 0, :]
+
+    def learn(self, parts: np.ndarray, errors: np.ndarray, rows: slice = slice(None)) -> None:
+        """Correct what was predicted of the parts, of these rows, by target - prediction [S, ..., E]."""
+        scaled = self._rate * errors / np.square(parts).sum(axis=-2)
+        self._weights[rows] += (parts @ scaled[..., None])[..., 0].sum(axis=0)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Elementwise logistic function; does not overflow."""
-    return 0.5 + 0.5 * np.tanh(0.5 * logits)
+    result = 0.5 * logits
+    np.tanh(result, out=result)
+    result *= 0.5
+    result += 0.5
+    return result
 
 
-def _per_energy(features: np.ndarray) -> np.ndarray:
+def log_odds(probability: np.ndarray | float) -> np.ndarray:
+    """The inverse of sigmoid, finite also of 0 and 1."""
+    clipped = np.clip(probability, _EDGE, 1 - _EDGE)
+    return np.log(clipped / (1 - clipped))
+
+
+def per_energy(features: np.ndarray) -> np.ndarray:
+    """[..., F] over one plus their squared norm: the step of normalised least mean squares."""
     return features / (1.0 + np.square(features).sum(axis=-1, keepdims=True))
+
+
+def add_products(weights: np.ndarray, features: np.ndarray, errors: np.ndarray, scratch: np.ndarray) -> None:
+    """weights [..., F, E] += the sum over examples S of features [..., S, F] times errors [..., S, E].
+
+    `scratch` has as many elements, in the shape of the product.
+    An example alone gets an empty one beside it: numpy takes a fast path only for two and more (measured: 30 times).
+    """
+    if features.shape[-2] == 1:
+        features = np.concatenate([features, np.zeros_like(features)], axis=-2)
+        errors = np.concatenate([errors, np.zeros_like(errors)], axis=-2)
+    np.matmul(features.swapaxes(-1, -2), errors, out=scratch)
+    weights += scratch.reshape(weights.shape)

@@ -35,7 +35,6 @@ class LocalMemory:
         """(num_experts,) bool: which experts are here now; None if there is no room at all."""
         if self.backend is None:
             return None
-        self.backend.store.take_in_ahead()
         return self.backend.store.resident(layer)
 
     def partial_sums(self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class MapSearch(Silent):
         grid = store.grid
         self.plan = np.zeros((0, grid.num_layers, grid.num_experts), dtype=np.float32)
         self.searched = np.zeros((grid.num_layers, grid.num_experts), dtype=np.float32)
-        self._store = store
+        self.store = store
         self._learn = learn
         self._step: _Step | None = None
 
@@ -54,7 +54,7 @@ class MapSearch(Silent):
         return self._step is None
 
     def on_step(self, step: StepSignal) -> None:
-        store, num_sequences = self._store, len(step.sequences)
+        store, num_sequences = self.store, len(step.sequences)
         shape = (num_sequences, store.grid.num_layers, store.grid.num_experts)
         self.plan = np.zeros(shape, dtype=np.float32)
         match = store.begin_match(num_sequences) if store.size else None
@@ -69,25 +69,25 @@ class MapSearch(Silent):
         self._step.trajectory[:, gate.row] = gate.probs
         if self._step.match is None:
             return
-        cosine = self._store.observe(self._step.match, gate.probs)
-        target = gate.row + self._store.distance
-        if target < self._store.grid.num_layers:
+        cosine = self.store.observe(self._step.match, gate.probs)
+        target = gate.row + self.store.distance
+        if target < self.store.grid.num_layers:
             self._plan_row(target, cosine)
-        if gate.row == self._store.grid.num_layers - 1 and self._step.semantic is not None:
-            self._step.redundancy = self._store.redundancy(self._step.semantic, cosine)
+        if gate.row == self.store.grid.num_layers - 1 and self._step.semantic is not None:
+            self._step.redundancy = self.store.redundancy(self._step.semantic, cosine)
 
     def on_step_end(self) -> None:
         if self._step is not None and self._learn:
-            self._store.insert(self._step.embeddings, self._step.trajectory, self._step.redundancy)
+            self.store.insert(self._step.embeddings, self._step.trajectory, self._step.redundancy)
         self._step = None
         self.plan = self.plan[:0]
 
     def _plan_row(self, row: int, cosine: np.ndarray) -> None:
         """Args: cosine: [S, C]."""
         best = cosine.argmax(axis=1)
-        probs = self._store.rows(best, row)
+        probs = self.store.rows(best, row)
         scores = cosine[np.arange(len(best)), best]
-        self.plan[:, row] = np.where(select_experts(probs, scores, self._store.grid.top_k), probs, 0)
+        self.plan[:, row] = np.where(select_experts(probs, scores, self.store.grid.top_k), probs, 0)
         self.searched[row] = probs.sum(axis=0)
 
 

@@ -9,17 +9,15 @@ Shapes: C entries, L MoE layers, E experts of a layer, D model dim, S queries.
 
 from __future__ import annotations
 
-import os
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from actors.experts.learned_state import NUM_LEARNED
 from actors.experts.signals import Grid
 from cluster.errors import ConfigError
 
-STORE_VERSION = 1
 DEFAULT_CAPACITY = 1000
 _TINY = 1e-12
 
@@ -43,6 +41,7 @@ class MapStore:
         """Args: distance: d, layers between what is observed and what is predicted; weighs redundancy."""
         self.grid, self.dim, self.capacity, self.distance = grid, dim, capacity, distance
         self.size = 0
+        self._num_inserted = 0
         self._maps = np.zeros((grid.num_layers, capacity, grid.num_experts), dtype=np.float32)  # a layer is one block
         self._embeddings = np.zeros((capacity, dim), dtype=np.float32)
         self._unit_embeddings = np.zeros((capacity, dim), dtype=np.float32)
@@ -53,17 +52,17 @@ class MapStore:
         return _unit(embeddings) @ self._unit_embeddings[: self.size].T
 
     def begin_match(self, num_queries: int) -> TrajectoryMatch:
-        """A match that has observed nothing yet. Valid until the next insert."""
+        """A match that has observed nothing yet; entries inserted later are not matched."""
         return TrajectoryMatch(np.zeros((num_queries, self.size), dtype=np.float32), np.zeros(num_queries))
 
     def observe(self, match: TrajectoryMatch, probs: np.ndarray) -> np.ndarray:
         """Take in the next layer's probabilities [S, E]; cosine [S, size] of the layers observed so far."""
-        row = match.num_observed
-        match.dots += probs @ self._maps[row, : self.size].T
+        row, known = match.num_observed, match.dots.shape[1]
+        match.dots += probs @ self._maps[row, :known].T
         match.squares += np.einsum("se,se->s", probs, probs)
         match.num_observed = row + 1
         norms = np.maximum(np.sqrt(match.squares), _TINY)[:, None].astype(np.float32)
-        return match.dots * (self._inverse_norms[row, : self.size] / norms)
+        return match.dots * (self._inverse_norms[row, :known] / norms)
 
     def rows(self, entries: np.ndarray, row: int) -> np.ndarray:
         """Probabilities of some entries at a layer [S, E]."""
@@ -90,45 +89,39 @@ class MapStore:
                 of_entry[list(taken)] = -np.inf
                 slot = int(of_entry.argmax())
             self.size = max(self.size, slot + 1)
+            self._num_inserted += 1
             taken.add(slot)
             self._put(slot, embedding, gate_map)
 
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Write the entries, whole or not at all. Args: fingerprint: of the model the maps are of."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    version=STORE_VERSION,
-                    fingerprint=fingerprint,
-                    maps=self._maps[:, : self.size].swapaxes(0, 1).astype(np.float16),
-                    embeddings=self._embeddings[: self.size].astype(np.float16),
-                )
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """A copy of the entries: maps [size, L, E], embeddings [size, D], and how many were ever inserted."""
+        return {
+            NUM_LEARNED: np.array(self._num_inserted),
+            "maps": self._maps[:, : self.size].swapaxes(0, 1).copy(),
+            "embeddings": self._embeddings[: self.size].copy(),
+        }
 
-    def load(self, path: Path, fingerprint: str) -> None:
-        """Insert the entries of a file; of more than fit, the usual replacement decides.
+    def load_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Insert such entries; of more than fit, the usual replacement decides.
 
         Raises:
-            ConfigError: not a store file, of another version, or of another model (names both fingerprints).
+            ConfigError: fields are missing, or do not fit the model.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                version, stored = int(file["version"]), str(file["fingerprint"])
-                maps, embeddings = file["maps"].astype(np.float32), file["embeddings"].astype(np.float32)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise ConfigError(f"{path}: not an expert map store ({error})") from error
-        if version != STORE_VERSION:
-            raise ConfigError(f"{path}: expert map store of version {version}, this program reads {STORE_VERSION}")
-        if stored != fingerprint:
-            raise ConfigError(f"{path}: expert map store of the model {stored}, the model here is {fingerprint}")
-        if maps.shape[1:] != (self.grid.num_layers, self.grid.num_experts) or embeddings.shape != (len(maps), self.dim):
-            raise ConfigError(f"{path}: maps {maps.shape} and embeddings {embeddings.shape} do not fit the model")
-        for start in range(len(maps)):  # one by one: entries of a file may replace each other
-            self.insert(embeddings[start : start + 1], maps[start : start + 1])
+        missing = [name for name in ("maps", "embeddings", NUM_LEARNED) if name not in arrays]
+        if missing:
+            raise ConfigError(f"expert maps without {', '.join(missing)}: only {', '.join(arrays)}")
+        maps, embeddings = arrays["maps"], arrays["embeddings"]
+        expected = (self.grid.num_layers, self.grid.num_experts)
+        if maps.shape[1:] != expected or embeddings.shape != (len(maps), self.dim):
+            raise ConfigError(
+                f"expert maps {maps.shape} with embeddings {embeddings.shape}; the model here needs "
+                f"(n, {expected[0]}, {expected[1]}) and (n, {self.dim})"
+            )
+        known = self._num_inserted
+        for start in range(len(maps)):  # one by one: they may replace each other
+            one = slice(start, start + 1)
+            self.insert(embeddings[one].astype(np.float32), maps[one].astype(np.float32))
+        self._num_inserted = known + max(int(arrays[NUM_LEARNED]), 0)
 
     def redundancy(self, semantic: np.ndarray, trajectory: np.ndarray) -> np.ndarray:
         """RDY from the two cosines, that of whole maps."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +34,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """How one expert is read: aligned segments, and where each matrix begins in the slot."""
+    """How one expert is read: aligned segments, the same in chunks, and where each matrix begins in the slot."""
 
     segments: tuple[Segment, ...]
+    chunks: tuple[Segment, ...]
     part_offsets: tuple[int, ...]
     slot_bytes: int
 
@@ -58,7 +59,15 @@ def plan_read(parts: Iterable[TensorRef]) -> ReadPlan:
         else:
             segments.append(Segment(ref.file, start, stop - start, _slot_end(segments), end))
         offsets[i] = segments[-1].slot_offset + ref.offset - segments[-1].file_offset
-    return ReadPlan(tuple(segments), tuple(offsets), _slot_end(segments))
+    return ReadPlan(tuple(segments), tuple(_chunks(segments)), tuple(offsets), _slot_end(segments))
+
+
+def _chunks(segments: list[Segment]) -> Iterator[Segment]:
+    size = max(_MIN_CHUNK_BYTES, _align_up(-(-_slot_end(segments) // _CHUNKS_PER_EXPERT)))
+    for whole in segments:
+        for start in range(0, whole.num_bytes, size):
+            num_bytes = min(size, whole.num_bytes - start)
+            yield Segment(whole.file, whole.file_offset + start, num_bytes, whole.slot_offset + start, whole.data_end)
 
 
 class ExpertReader:
@@ -84,21 +93,17 @@ class ExpertReader:
         """Bytes asked from the operating system since start."""
         return self._bytes_read
 
-    def read(self, plan: ReadPlan, slot: memoryview) -> None:
-        """Fill `slot` (page-aligned, at least plan.slot_bytes) with one expert.
+    def read(self, segment: Segment, slot: memoryview) -> int:
+        """Fill a segment's part of `slot` (page-aligned, as large as the plan says); bytes read.
 
         Raises:
             ExpertReadError: the file is gone, shorter than at start, or the disk failed; names the file.
         """
-        chunk = max(_MIN_CHUNK_BYTES, _align_up(-(-plan.slot_bytes // _CHUNKS_PER_EXPERT)))
-        total = 0
-        for segment in plan.segments:
-            for start in range(0, segment.num_bytes, chunk):
-                size = min(chunk, segment.num_bytes - start)
-                view = slot[segment.slot_offset + start : segment.slot_offset + start + size]
-                total += self._read_range(segment.file, segment.file_offset + start, view, segment.data_end)
+        view = slot[segment.slot_offset : segment.slot_offset + segment.num_bytes]
+        num_bytes = self._read_range(segment.file, segment.file_offset, view, segment.data_end)
         with self._lock:
-            self._bytes_read += total
+            self._bytes_read += num_bytes
+        return num_bytes
 
     def close(self) -> None:
         """Close all files."""

@@ -126,6 +126,21 @@ class GateTrace:
         }
         return replace(self, requests=tuple(self.requests[i] for i in indices), row_starts=starts, **per_row)
 
+    def shuffled(self, seed: int) -> GateTrace:
+        """The null case: what gates said is dealt anew to the rows, for every layer and phase by itself.
+
+        How often an expert is used stays; nothing depends on time, on embeddings or on other layers any more.
+        """
+        rng = np.random.default_rng(seed)
+        probs, chosen, ahead = self.probs.copy(), self.chosen.copy(), self.ahead.copy()
+        for rows in (np.flatnonzero(self.is_decode), np.flatnonzero(~self.is_decode)):
+            for layer in range(len(self.model.layers)):
+                dealt = rng.permutation(rows)
+                probs[rows, layer], chosen[rows, layer] = self.probs[dealt, layer], self.chosen[dealt, layer]
+                if layer < ahead.shape[1]:
+                    ahead[rows, layer] = self.ahead[rng.permutation(rows), layer]
+        return replace(self, probs=probs, chosen=chosen, ahead=ahead)
+
     def save(self, path: Path) -> None:
         """Write one uncompressed .npz at exactly `path`, whole or not at all."""
         header = {

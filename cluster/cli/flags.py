@@ -21,6 +21,27 @@ KvCache = Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for th
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; 0: all cores but one.")]
+Eviction = Annotated[
+    str | None,
+    typer.Option(metavar="POLICY", help="What leaves a full memory first: lru, lfu, mrs, eam, fmoe, moesaic."),
+]
+Prediction = Annotated[
+    str | None,
+    typer.Option(
+        metavar="POLICY",
+        help="What is fetched ahead: none, next-gate, whole-layer, eam, fmoe, moesaic; default moesaic.",
+    ),
+]
+HostTier = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE|PERCENT", help="Slower memory between disk and --expert-cache; default none."),
+]
+LinkRate = Annotated[
+    float | None, typer.Option("--link-gb-per-s", help="Emulate a link of this rate from --host-tier; default: none.")
+]
+LearnedState = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Start from what was learned there, and save it there at the end.")
+]
 Url = Annotated[str | None, typer.Option(help="Use the server at this URL instead of this process.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="MOESAIC_API_KEY", help="Bearer token of the server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -36,12 +57,25 @@ def engine_overrides(
     max_model_len: int | None,
     dtype: str | None,
     threads: int | None,
+    eviction: str | None = None,
+    prediction: str | None = None,
+    host_tier: str | None = None,
+    link_gb_per_s: float | None = None,
+    learned_state: Path | None = None,
 ) -> Overrides:
     """Flags of the engine, as `load_config` takes them; those not given stay out."""
     return given_only(
         {
             "model": {"path": model, "max_model_len": max_model_len, "dtype": dtype},
-            "experts": {"cache": expert_cache},
+            "experts": {
+                "cache": expert_cache,
+                "eviction": eviction,
+                "prediction": prediction,
+                "host_tier": host_tier,
+                "link_gb_per_s": link_gb_per_s,
+                # Other processes have other working directories.
+                "learned_state": None if learned_state is None else str(learned_state.absolute()),
+            },
             "attention": {"kv_cache": kv_cache, "threads": threads},
         }
     )

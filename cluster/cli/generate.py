@@ -44,6 +44,11 @@ def generate(
     as_json: flags.AsJson = False,
     config: flags.ConfigFile = None,
     expert_cache: flags.ExpertCache = None,
+    eviction: flags.Eviction = None,
+    prediction: flags.Prediction = None,
+    host_tier: flags.HostTier = None,
+    link_gb_per_s: flags.LinkRate = None,
+    learned_state: flags.LearnedState = None,
     kv_cache: flags.KvCache = None,
     max_model_len: flags.MaxModelLen = None,
     dtype: flags.Dtype = None,
@@ -60,6 +65,11 @@ def generate(
         max_model_len=max_model_len,
         dtype=dtype,
         threads=threads,
+        eviction=eviction,
+        prediction=prediction,
+        host_tier=host_tier,
+        link_gb_per_s=link_gb_per_s,
+        learned_state=learned_state,
     )
     settings = flags.read_config(config, overrides) if url is None else None
     source = open_source(url, model=model, api_key=api_key, config=settings)

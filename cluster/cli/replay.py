@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from cluster.replay.result import ReplayCell
     from cluster.replay.sweep import Sweep
 
-_DEFAULT_POLICIES = "lru,lfu,static,mrs,eam,fmoe,belady,lru+next-gate,eam+eam,fmoe+fmoe,belady+oracle"
+_DEFAULT_POLICIES = (
+    "lru,lru-per-layer,lfu,mrs,eam,fmoe,moesaic,belady,"
+    "lru-per-layer+next-gate,eam+eam,fmoe+fmoe,moesaic+moesaic,belady+oracle"
+)
 _COLUMNS = {
     "policy": "policy",
     "cache": "cache",
@@ -38,7 +41,8 @@ _Value = TypeVar("_Value", int, float)
 def replay(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What to replay, from `moesaic trace record`.")],
     past: Annotated[
-        Path | None, typer.Option(help="Another trace, that static, eam and fmoe learn from; default: they start cold.")
+        Path | None,
+        typer.Option(help="Another trace, to learn from; without one policies start cold, static not at all."),
     ] = None,
     cache: Annotated[str, typer.Option(help="Shares of all experts that fit.")] = "12.5%,25%,50%",
     policies: Annotated[str, typer.Option(help="EVICTION or EVICTION+PREDICTION, by comma.")] = _DEFAULT_POLICIES,
@@ -47,6 +51,9 @@ def replay(
     expert_bytes: Annotated[str | None, typer.Option(help="Size of an expert (3MiB); default: as traced.")] = None,
     layer_ms: Annotated[float, typer.Option(min=0, help="Compute of a layer without experts.")] = 0.1,
     expert_ms: Annotated[float, typer.Option(min=0, help="Compute of one expert.")] = 0.1,
+    row_ms: Annotated[float, typer.Option(min=0, help="Compute of one token of an expert, where that is more.")] = 0.01,
+    predict_ms: Annotated[float, typer.Option(min=0, help="A forecast is there so long after its gate.")] = 0.0,
+    predict_on_path: Annotated[bool, typer.Option(help="Compute waits for forecasts.")] = False,
     as_json: flags.AsJson = False,
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw.")] = None,
 ) -> None:
@@ -69,6 +76,9 @@ def replay(
         expert_bytes=size,
         base_s=layer_ms / 1e3,
         expert_s=expert_ms / 1e3,
+        row_s=row_ms / 1e3,
+        predict_s=predict_ms / 1e3,
+        predict_on_path=predict_on_path,
     )
     learned = None
     if past is not None:
@@ -78,7 +88,8 @@ def replay(
                 f"--past {past}: of the model {earlier.model.fingerprint}, {trace} is of {recorded.model.fingerprint}"
             )
         learned = learn_past(earlier, sweep)
-    cells = with_bounds(_with_progress(sweep, replay_cells(recorded, learned, sweep)))
+    found = _with_progress(sweep, replay_cells(recorded, learned, sweep))
+    cells = with_bounds(sorted(found, key=lambda cell: (cell.concurrency, cell.cache, cell.link_gb_per_s)))
     if plot is not None:
         from cluster.replay.plot import draw
 

@@ -6,6 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,11 @@ def serve(
     grpc: Annotated[bool | None, typer.Option("--grpc/--no-grpc", help="Answer gRPC too; default yes.")] = None,
     config: flags.ConfigFile = None,
     expert_cache: flags.ExpertCache = None,
+    eviction: flags.Eviction = None,
+    prediction: flags.Prediction = None,
+    host_tier: flags.HostTier = None,
+    link_gb_per_s: flags.LinkRate = None,
+    learned_state: flags.LearnedState = None,
     kv_cache: flags.KvCache = None,
     max_model_len: flags.MaxModelLen = None,
     dtype: flags.Dtype = None,
@@ -48,6 +54,11 @@ def serve(
         max_model_len=max_model_len,
         dtype=dtype,
         threads=threads,
+        eviction=eviction,
+        prediction=prediction,
+        host_tier=host_tier,
+        link_gb_per_s=link_gb_per_s,
+        learned_state=learned_state,
     )
     overrides.setdefault("model", {})["served_name"] = served_name
     overrides.setdefault("attention", {}).update(max_queue=max_queue, workers=attention_workers)
@@ -63,7 +74,8 @@ def serve(
             raise ConfigError(f"port {settings.grpc.port} is wanted by HTTP and by gRPC; change --port or --grpc-port")
         grpc_host = settings.grpc.host or settings.frontend.host
         check_port_is_free(grpc_host, settings.grpc.port, host_option="grpc.host", port_option="--grpc-port")
-    check_files(settings.model.path)
+    # In a cluster the file is on the workers' nodes; they look for themselves.
+    check_files(settings.model.path, None if settings.ray.address else settings.experts.learned_state)
     report(f"starting {settings.model.path}")
     from cluster.app import run_server  # brings in Ray
 
@@ -80,19 +92,23 @@ def elapsed_reporter(clock: Callable[[], float]) -> Callable[[str], None]:
     return report
 
 
-def check_files(model: str) -> None:
-    """Find damaged or missing files of MODEL before anything is started; reads headers, no weights.
+def check_files(model: str, learned_state: str | None) -> None:
+    """Find damaged or missing files before anything is started; reads headers, no weights.
 
     Raises:
         CheckpointError: names the file and the tensor.
+        ConfigError: the file of learned state is damaged or of another model, or none can be saved there.
     """
+    from actors.experts.learned_state import check_learned
     from actors.model.safetensors_index import read_index
     from cluster.frontend.tokenizer import Tokenizer
-    from cluster.model_info import resolve_model
+    from cluster.model_info import load_model_info, resolve_model
 
     directory = resolve_model(model)
     read_index(directory)
     Tokenizer.load(directory)
+    if learned_state is not None:
+        check_learned(Path(learned_state), load_model_info(model).fingerprint)
 
 
 def check_port_is_free(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> None:

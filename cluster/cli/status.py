@@ -10,7 +10,7 @@ import typer
 
 from cluster.cli import flags
 from cluster.stats.activation_counts import load_balance
-from cluster.types import Phase
+from cluster.types import Phase, Tier
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -63,7 +63,11 @@ def render_state(url: str, state: dict[str, Any]) -> RenderableType:
 
     workers = cast("list[dict[str, Any]]", state.get("workers", []))
     parts: list[RenderableType] = [Text(f"{url}{' (draining)' if state.get('draining') else ''}", style="bold")]
-    parts.append(_worker_table(workers) if workers else Text("no workers yet"))
+    columns = {str(worker.get("worker_id")): _worker_rows(worker) for worker in workers}
+    parts.append(_process_table(columns) if workers else Text("no workers yet"))
+    hosts = cast("list[dict[str, Any]]", state.get("hosts", []))
+    if hosts:
+        parts.append(_process_table({str(host.get("host_id")): _host_rows(host) for host in hosts}))
     for worker in workers:
         for reason in cast("list[str]", worker.get("degraded") or []):
             parts.append(Text(f"degraded ({worker.get('worker_id')}): {reason}", style="yellow"))
@@ -123,41 +127,75 @@ def _activation_parts(state: dict[str, Any]) -> list[RenderableType]:
     return parts
 
 
-def _worker_table(workers: list[dict[str, Any]]) -> RenderableType:
+def _process_table(columns: dict[str, dict[str, str]]) -> RenderableType:
+    """One column for each process; what one of them does not say is -."""
     from rich.table import Table
 
-    table = Table()
-    table.add_column("")
-    for worker in workers:
-        table.add_column(str(worker.get("worker_id")))
-    rows = [_worker_rows(worker) for worker in workers]
-    for name in rows[0]:
-        table.add_row(name, *(row[name] for row in rows))
+    table = Table("", *columns)
+    for name in {name: None for rows in columns.values() for name in rows}:
+        table.add_row(name, *(rows.get(name, "-") for rows in columns.values()))
     return table
 
 
+def _host_rows(host: dict[str, Any]) -> dict[str, str]:
+    rows = {
+        "phase": str(host.get("phase")),
+        "owned experts": f"{host.get('owned')} (epoch {host.get('epoch')})",
+        "frames / rows": f"{host.get('num_frames')} / {host.get('num_rows')}",
+    }
+    return rows | memory_rows(host.get("expert_memory"))
+
+
 def _worker_rows(worker: dict[str, Any]) -> dict[str, str]:
-    memory = cast("dict[str, Any]", worker.get("expert_memory") or {})
     rows = {
         "phase": str(worker.get("phase")),
         "model": f"{worker.get('model')} ({worker.get('dtype')}, {worker.get('max_model_len')} tokens)",
         "running / waiting": f"{worker.get('num_running')} / {worker.get('num_waiting')}",
         "KV blocks": f"{worker.get('kv_blocks_used')} of {worker.get('kv_blocks_total')}",
         "tokens": f"{worker.get('prompt_tokens')} prompt, {worker.get('generated_tokens')} generated",
-        "expert memory": "-",
-        "hits / misses": "-",
-        "reads": "-",
-        "kernel": "-",
     }
-    if memory:
-        rows["expert memory"] = (
+    return rows | memory_rows(worker.get("expert_memory"))
+
+
+def memory_rows(memory: dict[str, Any] | None) -> dict[str, str]:
+    """An expert memory: its tiers, where experts were found, what was fetched ahead, how forecasts came true."""
+    if memory is None:
+        return {"expert memory": "-"}
+    rows = {
+        "expert memory": (
             f"{_mib(memory['resident_bytes'])} of {_mib(memory['budget_bytes'])} "
             f"({memory['num_resident']} of {memory['num_experts']} experts, {_mib(memory['model_expert_bytes'])})"
-        )
-        rows["hits / misses"] = f"{memory['hits']} / {memory['misses']}"
-        rows["reads"] = f"{_mib(memory['bytes_read'])}, {memory['read_mode']}, stalled {memory['stall_s']:.1f} s"
-        rows["kernel"] = str(memory["kernel"])
+        ),
+        "eviction / prediction": f"{memory['eviction']} / {memory['prediction']}",
+        "hits / misses": f"{memory['hits']} / {memory['misses']}",
+    }
+    found = {Tier.DEVICE: memory["hits"], **memory["misses_by_tier"]}
+    for tier in cast("list[dict[str, Any]]", memory["tiers"]):
+        rows[f"{tier['tier']} tier"] = _tier_line(tier, found.get(tier["tier"], 0), memory["hits"] + memory["misses"])
+    rows["prefetch"] = (
+        f"{memory['prefetch_used']} used, {memory['late']} late, {memory['prefetch_wasted']} wasted, "
+        f"{memory['prefetch_dropped']} dropped; {_mib(sum(memory['prefetch_bytes'].values()))}; "
+        f"search {memory['search_share']:.1%} of step time"
+    )
+    rows["forecast: came true"] = _calibration_line(memory["calibration"])
+    rows["reads"] = f"{_mib(memory['bytes_read'])}, {memory['read_mode']}, stalled {memory['stall_s']:.1f} s"
+    rows["kernel"] = str(memory["kernel"])
     return rows
+
+
+def _tier_line(tier: dict[str, Any], found: int, lookups: int) -> str:
+    facts = [f"{found / lookups:.0%} found here" if lookups else "not used"]
+    if tier["budget_bytes"] is not None:
+        facts.insert(0, f"{_mib(tier['resident_bytes'])} of {_mib(tier['budget_bytes'])}")
+    if tier["bytes_moved"]:
+        facts.append(f"moved {_mib(tier['bytes_moved'])}")
+    return ", ".join(facts) + (" (emulated link)" if tier["emulated"] else "")
+
+
+def _calibration_line(bins: list[dict[str, Any]]) -> str:
+    """Mean forecast and the share that came true, for every range of probability that had any."""
+    pairs = [f"{b['predicted']:.0%}: {b['observed']:.0%}" for b in bins if b["count"]]
+    return ", ".join(pairs) if pairs else "no forecasts"
 
 
 def _mib(num_bytes: float) -> str:

@@ -48,6 +48,7 @@ def create_app(
     app.add_api_route("/ready", operator.ready, methods=["GET"])
     app.add_api_route("/metrics", operator.metrics_text, methods=["GET"])
     app.add_api_route("/experts", operator.experts, methods=["GET"])
+    app.add_api_route("/experts/cache", operator.set_expert_cache, methods=["POST"])
     app.add_api_route("/status", operator.status, methods=["GET"])
     app.add_api_route("/version", operator.version, methods=["GET"])
     install_error_responses(app)
@@ -56,6 +57,6 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.api_key is not None:
         app.add_middleware(ApiKey, key=config.api_key.get_secret_value(), guarded=_GUARDED_PATHS)
-    routes = [*_GENERATION_PATHS, *_TEXT_PATHS, "/v1/models", "/experts", "/status"]
+    routes = [*_GENERATION_PATHS, *_TEXT_PATHS, "/v1/models", "/experts", "/experts/cache", "/status"]
     app.add_middleware(RequestContext, metrics=metrics, routes=routes)
     return app

@@ -173,6 +173,12 @@ class AbortRequest(StrictModel):
     request_ids: list[str] = Field(min_length=1, max_length=1024)
 
 
+class ExpertCacheBody(StrictModel):
+    """Body of /experts/cache: bytes, or percent of the routed-expert bytes."""
+
+    cache: str = Field(min_length=1, max_length=64)
+
+
 Body = TypeVar("Body", bound=StrictModel)
 
 

@@ -8,10 +8,12 @@ from importlib import metadata
 from typing import TypeVar
 
 import orjson
+from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.errors import MoesaicError, Unavailable
+from cluster.errors import ConfigError, InvalidRequest, MoesaicError, Unavailable
 from cluster.frontend.open_requests import OpenRequests
+from cluster.frontend.openai_schema import ExpertCacheBody, parse_body
 from cluster.observability.metrics import FrontendMetrics
 from cluster.observability.worker_metrics import worker_metrics_text
 from cluster.protocols import AttentionWorkerClient
@@ -80,6 +82,15 @@ class OperatorRoutes:
             if owner_id in reports:
                 page[kind].append({"id": owner_id, "memory": memory, "layers": reports[owner_id].layers})
         return _json({**page, "cluster": cluster_activations(tuple(reports.values()))})
+
+    async def set_expert_cache(self, request: Request) -> Response:
+        """POST /experts/cache {"cache": "25%"}: every worker's fast expert memory, from now on until it restarts."""
+        body = parse_body(ExpertCacheBody, await request.body())
+        try:
+            workers = await self._worker_answer(self._worker.set_expert_cache(body.cache))
+        except ConfigError as error:  # here it is the client's mistake
+            raise InvalidRequest(error.message, param="cache") from error
+        return _json({"workers": [{"id": w.worker_id, "memory": w.expert_memory} for w in workers]})
 
     async def status(self) -> Response:
         """GET /status: what the workers say of themselves."""

@@ -2,7 +2,7 @@
 
 Obeys the rules of the live memory: demand goes before prefetch and waits for at most one chunk, a load always finds a
 slot, what is needed now is not evicted, fetches that are no longer wanted are dropped. Experts are flat indices of the
-grid; policies see ExpertId.
+grid.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.experts.policies.base import EvictionPolicy
+from actors.experts.policies.base import Scorer
+from actors.experts.policies.eviction_order import EvictionOrder
 from actors.experts.predict.base import Forecast
 from actors.experts.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link
-from cluster.types import ExpertId
 
 
 @dataclass(slots=True)
@@ -34,52 +34,76 @@ class MemoryCounters:
     wasted: int = 0
 
 
+class WantedExperts:
+    """A forecast by priority, ranked once for all memories that follow it. priority: [L * E]."""
+
+    def __init__(self, forecast: Forecast) -> None:
+        self.priority = forecast.priority.reshape(-1)
+        self._ranked: list[int] | None = None
+
+    def ranked(self) -> list[int]:
+        """Experts of a priority above 0, the first to be fetched first."""
+        ranked = self._ranked
+        if ranked is None:
+            wanted = (self.priority > 0).nonzero()[0]
+            ranked = self._ranked = [int(i) for i in wanted[(-self.priority[wanted]).argsort(kind="stable")]]
+        return ranked
+
+
 class ReplayMemory:
     """Which experts are resident, and what is on its way."""
 
-    def __init__(self, grid: Grid, policy: EvictionPolicy, link: Link, num_slots: int) -> None:
+    def __init__(self, grid: Grid, scorer: Scorer, link: Link, num_slots: int) -> None:
         self.counters = MemoryCounters()
         self.link = link
-        self._policy = policy
-        self._ids = [grid.expert(index) for index in range(grid.size)]
-        self._index = {expert: index for index, expert in enumerate(self._ids)}
+        self.order = EvictionOrder(scorer, grid.size)
         self._resident = bytearray(grid.size)
-        self._resident_view = np.frombuffer(self._resident, dtype=np.uint8)
         self._unproven = bytearray(grid.size)  # fetched ahead and not used since
         self._free = num_slots
         self._chunks: dict[int, int] = {}  # of fetches ahead that are not complete
         self._landing: tuple[int, float] | None = None  # the fetch whose last chunk is on the link, and its end
-        self._queue: list[int] = []  # wanted ahead, best last
-        self._priority: np.ndarray | None = None
-        self._needed: set[ExpertId] = set()
+        self._wanted: WantedExperts | None = None
+        self._next = 0  # of the ranked experts, the first that was not looked at
+        self._needed = np.zeros(grid.size, dtype=np.bool_)
 
     @property
     def num_resident(self) -> int:
         """Complete experts, without what is on its way."""
         return sum(self._resident)
 
-    def is_resident(self, index: int) -> bool:
-        """Whether an expert can be computed now."""
-        return bool(self._resident[index])
+    def begin_layer(self, needed: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """These experts are needed now, instead of those before, and the resident ones are used at once.
 
-    def is_coming(self, index: int) -> bool:
-        """Whether a fetch ahead of an expert has begun and is not complete."""
-        return index in self._chunks
+        Returns places in `needed`: of the resident, of those that are coming, of those that are neither.
+        """
+        here = [k for k, index in enumerate(needed) if self._resident[index]]
+        coming = [k for k, index in enumerate(needed) if index in self._chunks]
+        self._needed[:] = False
+        self._needed[list(needed)] = True
+        for k in here:
+            self.use(needed[k])
+        if len(here) == len(needed):
+            return here, coming, []
+        missing = [k for k, index in enumerate(needed) if not self._resident[index] and index not in self._chunks]
+        if len(missing) > self._free:
+            for victim in self.order.victims(len(missing) - self._free, self._needed):
+                self._evict(victim)
+        return here, coming, missing
+
+    def begin_step(self) -> None:
+        """Nothing is needed until the first gate has spoken."""
+        self._needed[:] = False
 
     def use(self, index: int) -> None:
         """A resident expert is computed."""
         if self._unproven[index]:
             self._unproven[index] = 0
             self.counters.used += 1
-        self._policy.on_use(self._ids[index])
-
-    def pin(self, needed: Sequence[int]) -> None:
-        """These are needed now, instead of those before."""
-        self._needed = {self._ids[index] for index in needed}
+        self.order.touch((index,))
 
     def unpin(self, index: int) -> None:
         """This one was computed; its slot may go to another of the same layer."""
-        self._needed.discard(self._ids[index])
+        self._needed[index] = False
 
     def load(self, index: int, now_s: float) -> float | None:
         """Fetch an expert that is waited for; when it is there. None: no slot, everything is needed."""
@@ -96,23 +120,18 @@ class ReplayMemory:
         self._insert(index)
         return arrives_s
 
-    def want(self, forecast: Forecast | None, now_s: float) -> None:
+    def want(self, wanted: WantedExperts | None, now_s: float) -> None:
         """Replace what is fetched ahead; what was begun and is no longer wanted is given up."""
         self.link.busy_until_s = max(self.link.busy_until_s, now_s)
-        if forecast is None:
-            self._queue, self._priority = [], None
-        else:
-            priority = forecast.priority.reshape(-1)
-            wanted = np.flatnonzero((priority > 0) & (self._resident_view == 0))
-            order = np.argsort(-priority[wanted], kind="stable")[::-1]
-            self._queue, self._priority = wanted[order].tolist(), priority
+        self._wanted, self._next = wanted, 0
         for index in list(self._chunks):
-            if (self._priority is None or self._priority[index] <= 0) and not self._lands(index):
+            if (wanted is None or wanted.priority[index] <= 0) and not self._lands(index):
                 self._drop(index)
 
     def run_until(self, now_s: float) -> None:
         """Let time pass: chunks of fetches ahead begin while the link is free before `now_s`."""
-        self._land(now_s)
+        if self._landing is not None:
+            self._land(now_s)
         while self._landing is None and self.link.busy_until_s < now_s:
             index = next(iter(self._chunks), None)
             if index is None:
@@ -144,25 +163,26 @@ class ReplayMemory:
         return self._landing is not None and self._landing[0] == index
 
     def _begin_next(self) -> int | None:
-        """Give the best of the queue a slot; None when nothing is wanted, or nothing wanted less can leave."""
-        while self._queue:
-            index = self._queue.pop()
+        """Give the best of the wanted a slot; None when nothing is wanted, or nothing wanted less can leave."""
+        if self._wanted is None:
+            return None
+        ranked = self._wanted.ranked()
+        while self._next < len(ranked):
+            index = ranked[self._next]
+            self._next += 1
             if self._resident[index] or index in self._chunks:
                 continue
-            if not self._free and not self._evict_for(index):
-                self._queue.clear()
+            if not self._free and not self._evict_for(index, self._wanted.priority):
+                self._wanted = None
                 return None
             self._free -= 1
             self._chunks[index] = 0
             return index
         return None
 
-    def _evict_for(self, index: int) -> bool:
+    def _evict_for(self, index: int, priority: np.ndarray) -> bool:
         """Evict for a fetch ahead: nothing that is needed now, nothing that the same forecast wants as much."""
-        assert self._priority is not None
-        wanted = (self._resident_view != 0) & (self._priority >= self._priority[index])
-        kept = self._needed | {self._ids[int(i)] for i in wanted.nonzero()[0]}
-        victim = self._policy.choose_victim(kept)
+        victim = self.order.victim(self._needed | (priority >= priority[index]))
         if victim is None:
             return False
         self._evict(victim)
@@ -171,7 +191,7 @@ class ReplayMemory:
     def _take_slot(self) -> bool:
         """A slot for a demand: a free one, a victim's, or that of a fetch ahead."""
         if not self._free:
-            victim = self._policy.choose_victim(self._needed)
+            victim = self.order.victim(self._needed)
             if victim is not None:
                 self._evict(victim)
             elif self._chunks:
@@ -189,13 +209,12 @@ class ReplayMemory:
 
     def _insert(self, index: int) -> None:
         self._resident[index] = 1
-        self._policy.on_insert(self._ids[index])
+        self.order.on_insert(index)
 
-    def _evict(self, expert: ExpertId) -> None:
-        index = self._index[expert]
+    def _evict(self, index: int) -> None:
         self._resident[index] = 0
         if self._unproven[index]:
             self._unproven[index] = 0
             self.counters.wasted += 1
         self._free += 1
-        self._policy.on_evict(expert)
+        self.order.on_evict(index)

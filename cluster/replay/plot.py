@@ -11,7 +11,7 @@ from cluster.replay.result import ReplayCell
 
 
 def draw(cells: Sequence[ReplayCell], target: Path) -> None:
-    """Write one figure.
+    """Write one figure, of the fewest sequences, at the middle link and cache.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -32,7 +32,8 @@ def draw(cells: Sequence[ReplayCell], target: Path) -> None:
     axes[1].set(
         xlabel="link, GB/s", ylabel="mean TPOT, ms", title=f"cache {100 * cache:g}%", xscale="log", yscale="log"
     )
-    axes[1].legend(fontsize=8)
+    for side in axes:
+        side.legend(fontsize=7)
     figure.suptitle(f"replay in virtual time, {concurrency} sequence(s)")
     figure.tight_layout()
     figure.savefig(target, dpi=110)
@@ -44,6 +45,12 @@ def _lines(
     x: Callable[[ReplayCell], float],
     y: Callable[[ReplayCell], float],
 ) -> None:
-    for policy in dict.fromkeys(cell.policy for cell in cells):
-        points = sorted((x(cell), y(cell)) for cell in cells if cell.policy == policy)
+    lines = {
+        policy: sorted((x(cell), y(cell)) for cell in cells if cell.policy == policy)
+        for policy in dict.fromkeys(cell.policy for cell in cells)
+    }
+    longest = max(len(points) for points in lines.values())
+    for policy, points in lines.items():
+        if len(points) < min(longest, 2):
+            continue
         axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=policy)

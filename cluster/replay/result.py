@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from cluster.replay.link import CHUNKS_PER_EXPERT
-from cluster.replay.simulator import ReplayOutcome
+from cluster.replay.outcome import ReplayOutcome
 
 BOUND_CACHE = "belady"
 BOUND_PREFETCH = "belady+oracle"
@@ -19,7 +19,8 @@ class ReplayCell:
     """One policy on one machine. Rates are shares of the distinct experts that decode steps use, layer by layer.
 
     hit_rate: resident or on their way at the gate. timely_hit_rate: resident. Loads and bytes: of decode steps, per
-    decoded token, prefetch included. prefetch_wasted: share of the complete fetches ahead that were evicted unused.
+    decoded token, prefetch included. num_loads: complete ones, of all steps. prefetch_wasted: share of the complete
+    fetches ahead that were evicted unused.
     gap_to_belady: of timely hit rate; slowdown_to_oracle: of mean TPOT, over belady+oracle; None where not run.
     """
 
@@ -32,6 +33,7 @@ class ReplayCell:
     prefill_hit_rate: float
     loads_per_token: float
     bytes_per_token: float
+    num_loads: int
     prefetch_late: int
     prefetch_wasted: float
     stall_ms_per_token: float
@@ -67,6 +69,7 @@ def summarise(
         prefill_hit_rate=(prefill.timely + prefill.late) / max(prefill.uses, 1),
         loads_per_token=loads,
         bytes_per_token=loads * expert_bytes,
+        num_loads=(outcome.demand_chunks + outcome.prefetch_chunks - outcome.dropped_chunks) // CHUNKS_PER_EXPERT,
         prefetch_late=decode.late + prefill.late,
         prefetch_wasted=outcome.prefetch_wasted / max(fetched, 1),
         stall_ms_per_token=1e3 * decode.stall_s / num_decoded,

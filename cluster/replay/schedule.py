@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.experts.signals import GateSignal, Grid, StepSignal
+from actors.experts.signals import GateSignal, Grid, SignalListener, StepSignal
 from actors.experts.trace import GateTrace, RequestRows
 
 
@@ -35,6 +35,29 @@ class ReplayStep:
     def is_decode(self) -> bool:
         """Whether no prompt is taken in."""
         return self.num_tokens == len(self.signal.sequences)
+
+    @property
+    def decodes(self) -> list[bool]:
+        """Of each sequence, whether it decodes."""
+        return self.signal.is_decode.tolist()
+
+    def begin(self, listeners: Sequence[SignalListener]) -> None:
+        """Tell that the step begins."""
+        for listener in listeners:
+            listener.on_step(self.signal)
+
+    def pass_gate(self, listeners: Sequence[SignalListener], row: int) -> None:
+        """Tell what a gate said."""
+        for listener in listeners:
+            listener.on_gate(self.gates[row])
+
+    def end(self, listeners: Sequence[SignalListener]) -> None:
+        """Tell that the step is over, and which sequences are."""
+        for listener in listeners:
+            listener.on_step_end()
+        for sequence in self.ended:
+            for listener in listeners:
+                listener.on_sequence_end(sequence)
 
 
 def grid_of(trace: GateTrace) -> Grid:

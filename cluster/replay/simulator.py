@@ -1,70 +1,26 @@
 """Replays steps in virtual time: gates, demand loads, prefetch, compute and what waits for what.
 
 A layer: attention and gate take `base_s`, then its resident experts compute while the missing ones load; then those
-that were in flight, then those that were not begun. An expert takes `expert_s`, or `row_s` a token if that is more.
+that were in flight, then those that were not begun.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from actors.experts.policies.base import PolicySet
 from actors.experts.predict.base import BEFORE_FIRST
+from actors.experts.predict.meter import CostMeter
 from actors.experts.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
-from cluster.replay.memory import ReplayMemory
-from cluster.replay.meter import CostMeter
+from cluster.replay.machine import Machine
+from cluster.replay.memory import ReplayMemory, WantedExperts
+from cluster.replay.outcome import ReplayCounts, ReplayOutcome, StepLedger
 from cluster.replay.schedule import ReplayStep
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """The machine that is simulated. The defaults are the demo model widened 32 times on one core (measured)."""
-
-    num_slots: int
-    expert_bytes: int
-    link_bytes_per_s: float
-    base_s: float = 1e-4
-    expert_s: float = 1e-4
-    row_s: float = 1e-5
-
-
-@dataclass(slots=True)
-class ReplayCounts:
-    """Counts of decode steps (or of those with prompts), in distinct experts of a layer and step.
-
-    timely: resident when the gate chose them. late: on their way. missed: neither. stall_s: compute waited for them.
-    """
-
-    uses: int = 0
-    timely: int = 0
-    late: int = 0
-    missed: int = 0
-    stall_s: float = 0.0
-
-
-@dataclass(slots=True)
-class ReplayOutcome:
-    """What a replay gave. token_s: time of the step of every decoded token. ttft_s: from joining to the first token."""
-
-    decode: ReplayCounts = field(default_factory=ReplayCounts)
-    prefill: ReplayCounts = field(default_factory=ReplayCounts)
-    num_tokens: int = 0
-    total_s: float = 0.0
-    token_s: list[float] = field(default_factory=list[float])
-    ttft_s: list[float] = field(default_factory=list[float])
-    demand_chunks: int = 0
-    prefetch_chunks: int = 0
-    decode_chunks: int = 0
-    dropped_chunks: int = 0
-    prefetch_used: int = 0
-    prefetch_wasted: int = 0
-    num_resident: int = 0
-
-
 class Simulator:
-    """One memory, one link, one stream of steps."""
+    """One machine: a memory, a link, a clock."""
 
     def __init__(
         self,
@@ -75,44 +31,79 @@ class Simulator:
         meter: CostMeter | None = None,
     ) -> None:
         """Args: meter: told of every layer."""
+        self.outcome = ReplayOutcome()
         self._meter = meter
-        self._grid = grid
-        self._policies = policies
+        self.policies = policies
         self._machine = machine
         link = Link(
             bytes_per_s=machine.link_bytes_per_s,
             chunk_bytes=machine.expert_bytes / CHUNKS_PER_EXPERT,
             on_transfer=on_transfer,
         )
-        self.memory = ReplayMemory(grid, policies.eviction, link, machine.num_slots)
+        self.memory = ReplayMemory(grid, policies.scorer, link, machine.num_slots)
+        self._ledger = StepLedger(self.outcome)
+        self._forecast_s = machine.predict_s if policies.predictor is not None else 0.0
         self._now_s = 0.0
+        self._began_s = 0.0
+        self._chunks_before = 0
 
     def run(self, steps: Sequence[ReplayStep]) -> ReplayOutcome:
         """Replay; a simulator runs once."""
-        outcome = ReplayOutcome()
-        waiting: dict[int, float] = {}
-        for step in steps:
-            began_s, chunks_before = self._now_s, self._chunks_sent()
-            self._run_step(step, outcome.decode if step.is_decode else outcome.prefill)
-            took_s = self._now_s - began_s
-            for sequence, decodes in zip(step.signal.sequences, step.signal.is_decode, strict=True):
-                if decodes:
-                    outcome.token_s.append(took_s)
-                    if sequence in waiting:
-                        outcome.ttft_s.append(waiting.pop(sequence))
-                else:
-                    waiting[sequence] = waiting.get(sequence, 0.0) + took_s
-            outcome.num_tokens += step.num_tokens
-            if step.is_decode:
-                outcome.decode_chunks += self._chunks_sent() - chunks_before
-            for sequence in step.ended:
-                if sequence in waiting:
-                    outcome.ttft_s.append(waiting.pop(sequence))
-                for listener in self._policies.listeners:
-                    listener.on_sequence_end(sequence)
+        return run_together([self], steps)[0]
+
+    def begin_step(self, wanted: WantedExperts | None) -> None:
+        """A step begins; `wanted` is what is to be fetched ahead of it."""
+        self._began_s, self._chunks_before = self._now_s, self._chunks_sent()
+        if self.policies.predictor is not None:
+            self.memory.begin_step()
+            self.memory.want(wanted, self._now_s)
+
+    def run_to_gate(self) -> None:
+        """Attention and gate of the next layer."""
+        self._now_s += self._machine.base_s
+        self.memory.run_until(self._now_s)
+        if self._machine.predict_on_path:
+            self._now_s += self._forecast_s
+            self.memory.run_until(self._now_s)
+
+    def run_layer(self, step: ReplayStep, needed: Sequence[int], rows: Sequence[int]) -> float:
+        """Load and compute the experts that the gate chose; when the last is done.
+
+        Args: needed: flat indices. rows: tokens of each.
+        """
+        memory, machine = self.memory, self._machine
+        compute_s = machine.compute_s(rows)
+        demanded = memory.counters.demand_chunks
+        counts = self.outcome.decode if step.is_decode else self.outcome.prefill
+        end_s = self._compute(needed, compute_s, counts)
+        if self._meter is not None:
+            self._meter.note_layer(
+                compute_s=machine.base_s + sum(compute_s),
+                demand_s=(memory.counters.demand_chunks - demanded) * memory.link.chunk_s,
+                took_s=machine.base_s + end_s - self._now_s,
+            )
+        return end_s
+
+    def end_layer(self, wanted: WantedExperts | None, end_s: float) -> None:
+        """Fetch ahead while the layer computes, until `end_s`."""
+        memory = self.memory
+        if self.policies.predictor is not None:
+            ready_s = self._now_s
+            if not self._machine.predict_on_path and self._forecast_s:
+                ready_s = min(self._now_s + self._forecast_s, end_s)  # later ones would be of the next gate
+                memory.run_until(ready_s)
+            memory.want(wanted, ready_s)
+            memory.run_until(end_s)
+        self._now_s = end_s
+
+    def end_step(self, step: ReplayStep) -> None:
+        """All layers are done."""
+        self._ledger.add(step, self._now_s - self._began_s, self._chunks_sent() - self._chunks_before)
+
+    def finish(self) -> ReplayOutcome:
+        """The replay is over."""
         self.memory.finish()
-        counters = self.memory.counters
-        outcome.total_s = self._now_s
+        counters, outcome = self.memory.counters, self.outcome
         outcome.demand_chunks, outcome.prefetch_chunks = counters.demand_chunks, counters.prefetch_chunks
         outcome.dropped_chunks = counters.dropped_chunks
         outcome.prefetch_used, outcome.prefetch_wasted = counters.used, counters.wasted
@@ -122,63 +113,66 @@ class Simulator:
     def _chunks_sent(self) -> int:
         return self.memory.counters.demand_chunks + self.memory.counters.prefetch_chunks
 
-    def _run_step(self, step: ReplayStep, counts: ReplayCounts) -> None:
-        listeners, predictor = self._policies.listeners, self._policies.predictor
-        memory = self.memory
-        for listener in listeners:
-            listener.on_step(step.signal)
-        if predictor is not None:
-            memory.pin(())
-            memory.want(predictor.predict(BEFORE_FIRST), self._now_s)
-        for row, gate in enumerate(step.gates):
-            self._now_s += self._machine.base_s
-            memory.run_until(self._now_s)
-            for listener in listeners:
-                listener.on_gate(gate)
-            first = row * self._grid.num_experts
-            needed = [first + expert for expert in step.needed[row]]
-            compute = [max(self._machine.expert_s, n * self._machine.row_s) for n in step.rows[row]]
-            demanded = memory.counters.demand_chunks
-            end_s = self._run_layer(dict(zip(needed, compute, strict=True)), counts)
-            if self._meter is not None:
-                self._meter.note_layer(
-                    compute_s=self._machine.base_s + sum(compute),
-                    demand_s=(memory.counters.demand_chunks - demanded) * memory.link.chunk_s,
-                    took_s=self._machine.base_s + end_s - self._now_s,
-                )
-            if predictor is not None:
-                memory.pin(needed)
-                memory.want(predictor.predict(row), self._now_s)
-                memory.run_until(end_s)
-            self._now_s = end_s
-        for listener in listeners:
-            listener.on_step_end()
-
-    def _run_layer(self, compute_s: dict[int, float], counts: ReplayCounts) -> float:
-        """Use and load the needed experts; when the last is computed."""
+    def _compute(self, needed: Sequence[int], compute_s: Sequence[float], counts: ReplayCounts) -> float:
         memory, now_s = self.memory, self._now_s
-        resident = [index for index in compute_s if memory.is_resident(index)]
-        coming = [index for index in compute_s if memory.is_coming(index)]
-        missing = [index for index in compute_s if not memory.is_resident(index) and not memory.is_coming(index)]
-        counts.uses += len(compute_s)
+        resident, coming, missing = memory.begin_layer(needed)
+        counts.uses += len(needed)
         counts.timely += len(resident)
         counts.late += len(coming)
         counts.missed += len(missing)
-        memory.pin(list(compute_s))
-        end_s = now_s
-        for index in resident:
-            memory.use(index)
-            end_s += compute_s[index]
-        computed = resident
-        for index in coming + missing:
-            arrives_s = memory.load(index, now_s)
+        end_s = now_s + sum([compute_s[k] for k in resident])
+        computed, fits = resident, True
+        for k in coming + missing:
+            arrives_s = memory.load(needed[k], now_s) if fits else None
             if arrives_s is None:  # more is needed than fits: what was computed gives way
+                fits = False
                 for done in computed:
-                    memory.unpin(done)
-                arrives_s = memory.load(index, end_s)
+                    memory.unpin(needed[done])
+                arrives_s = memory.load(needed[k], end_s)
                 assert arrives_s is not None, "a memory holds at least one expert"
-            memory.use(index)
-            counts.stall_s += max(0.0, arrives_s - end_s)
-            end_s = max(end_s, arrives_s) + compute_s[index]
-            computed = [*computed, index]
+            memory.use(needed[k])
+            if arrives_s > end_s:
+                counts.stall_s += arrives_s - end_s
+                end_s = arrives_s
+            end_s += compute_s[k]
+            computed = [*computed, k]
         return end_s
+
+
+def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -> list[ReplayOutcome]:
+    """One pass over a trace. What machines share of their policies is told once and asked once: what listeners,
+    scorers and predictors hear does not depend on the machine."""
+    sets = [simulator.policies for simulator in simulators]
+    listeners = list({id(part): part for policies in sets for part in policies.listeners}.values())
+    scorers = list({id(policies.scorer): policies.scorer for policies in sets}.values())
+    for step in steps:
+        step.begin(listeners)
+        for simulator, wanted in zip(simulators, _wanted(sets, BEFORE_FIRST), strict=True):
+            simulator.begin_step(wanted)
+        for row, gate in enumerate(step.gates):
+            for simulator in simulators:
+                simulator.run_to_gate()
+            step.pass_gate(listeners, row)
+            first = row * gate.probs.shape[1]
+            needed = [first + expert for expert in step.needed[row]]
+            for scorer in scorers:
+                for index in needed:
+                    scorer.on_use(index)
+            ends_s = [simulator.run_layer(step, needed, step.rows[row]) for simulator in simulators]
+            for simulator, wanted, end_s in zip(simulators, _wanted(sets, row), ends_s, strict=True):
+                simulator.end_layer(wanted, end_s)
+        for simulator in simulators:
+            simulator.end_step(step)
+        step.end(listeners)
+    return [simulator.finish() for simulator in simulators]
+
+
+def _wanted(sets: Sequence[PolicySet], row: int) -> list[WantedExperts | None]:
+    """What each of the predictors wants after a gate."""
+    known: dict[int, WantedExperts | None] = {}
+    for policies in sets:
+        predictor = policies.predictor
+        if id(predictor) not in known:
+            forecast = None if predictor is None else predictor.predict(row)
+            known[id(predictor)] = None if forecast is None else WantedExperts(forecast)
+    return [known[id(policies.predictor)] for policies in sets]

@@ -1,37 +1,43 @@
 """Replays many policies on many machines over one trace.
 
 Learned state (expert maps, activation matrices, frequencies) comes from another trace only, the past; without one the
-policies start with nothing.
+policies start with nothing. Policies are built once for all machines that they cannot tell apart.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from actors.experts.future import Future, UsesToCome
-from actors.experts.map_store import DEFAULT_CAPACITY, MapStore
+from actors.experts.map_store import MapStore
 from actors.experts.next_use import NextUse
 from actors.experts.policies.base import PolicySet
-from actors.experts.policies.build import PolicyContext, PolicySettings, build_policies
+from actors.experts.policies.build import PRICED, PolicyContext, PolicySettings, build_policies
+from actors.experts.predict.meter import CostMeter
 from actors.experts.request_activations import ActivationTracker
 from actors.experts.signals import Grid, SignalListener
 from actors.experts.trace import GateTrace
 from cluster.errors import InvalidRequest
-from cluster.replay.meter import CostMeter
+from cluster.replay.demand import replay_demand
+from cluster.replay.machine import Machine
+from cluster.replay.outcome import ReplayOutcome
 from cluster.replay.result import ReplayCell, summarise
 from cluster.replay.schedule import ReplayStep, build_steps, grid_of, mixed_order
-from cluster.replay.simulator import Machine, Simulator
+from cluster.replay.simulator import Simulator, run_together
 
 PolicyBuilder = Callable[[str, PolicyContext], PolicySet]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What to replay. caches: shares of all experts. links: GB/s. expert_bytes: None: as traced."""
+    """What to replay. caches: shares of all experts. links: GB/s. expert_bytes: None: as traced.
+
+    base_s to predict_on_path: of Machine.
+    """
 
     policies: Sequence[str]
     caches: Sequence[float]
@@ -40,12 +46,27 @@ class Sweep:
     expert_bytes: int | None = None
     base_s: float = 1e-4
     expert_s: float = 1e-4
-    map_capacity: int = DEFAULT_CAPACITY
+    row_s: float = 1e-5
+    predict_s: float = 0.0
+    predict_on_path: bool = False
     settings: PolicySettings = field(default_factory=PolicySettings)
 
     @property
     def num_cells(self) -> int:
         return len(self.policies) * len(self.caches) * len(self.links) * len(self.concurrencies)
+
+    def machine(self, *, num_slots: int, expert_bytes: int, link: float) -> Machine:
+        """Args: link: GB/s."""
+        return Machine(
+            num_slots=num_slots,
+            expert_bytes=expert_bytes,
+            link_bytes_per_s=link * 1e9,
+            base_s=self.base_s,
+            expert_s=self.expert_s,
+            row_s=self.row_s,
+            predict_s=self.predict_s,
+            predict_on_path=self.predict_on_path,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +74,26 @@ class Past:
     """What policies learned from an earlier trace: copied for every replay."""
 
     frequency: np.ndarray
-    map_store: MapStore
-    activations: ActivationTracker
+    map_store: MapStore | None
+    activations: ActivationTracker | None
     next_use: NextUse | None
 
 
 def learn_past(trace: GateTrace, sweep: Sweep) -> Past:
-    """Show an earlier trace to the learning policies, request by request."""
-    grid = grid_of(trace)
-    store = MapStore(grid, dim=trace.embeddings.shape[1], capacity=sweep.map_capacity)
-    tracker = ActivationTracker(grid, capacity=sweep.settings.eam_capacity, memory=sweep.settings.eam_memory)
-    steps = build_steps(trace, concurrency=1, order=mixed_order(len(trace.requests)))
-    next_use = None
-    if any("moesaic" in policy for policy in sweep.policies):
-        next_use = NextUse(grid, embedding_dim=trace.embeddings.shape[1])
+    """Show an earlier trace to the policies of a sweep that learn, request by request."""
+    grid, dim, settings = grid_of(trace), trace.embeddings.shape[1], sweep.settings
+    parts = {part for policy in sweep.policies for part in policy.split("+")}
+    store = settings.new_map_store(grid, dim) if "fmoe" in parts else None
+    tracker = settings.new_tracker(grid) if "eam" in parts else None
+    next_use = NextUse(grid, embedding_dim=dim) if "moesaic" in parts else None
     frequency = np.zeros((grid.num_layers, grid.num_experts))
-    for step in steps:
-        show(step, (tracker,))
+    for step in build_steps(trace, concurrency=1, order=mixed_order(len(trace.requests))):
+        if tracker is not None:
+            show(step, (tracker,))
         if next_use is not None:
-            show(step, (next_use,), asked=lambda: next_use.values())
-        store.insert(step.signal.embeddings, np.stack([gate.probs for gate in step.gates], axis=1))
+            show(step, (next_use,), asked=next_use.values)
+        if store is not None:
+            store.insert(step.signal.embeddings, np.stack([gate.probs for gate in step.gates], axis=1))
         if step.is_decode:
             frequency += np.stack([gate.counts.sum(axis=0) for gate in step.gates])
     return Past(frequency, store, tracker, next_use)
@@ -80,73 +101,110 @@ def learn_past(trace: GateTrace, sweep: Sweep) -> Past:
 
 def show(step: ReplayStep, listeners: Sequence[SignalListener], asked: Callable[[], object] = lambda: None) -> None:
     """Tell listeners all of a step, without a memory. Args: asked: called once the last gate was told."""
-    for listener in listeners:
-        listener.on_step(step.signal)
-        for gate in step.gates:
-            listener.on_gate(gate)
-        asked()
-        listener.on_step_end()
-        for sequence in step.ended:
-            listener.on_sequence_end(sequence)
+    step.begin(listeners)
+    for row in range(len(step.gates)):
+        step.pass_gate(listeners, row)
+    asked()
+    step.end(listeners)
 
 
 def replay_cells(
     trace: GateTrace, past: Past | None, sweep: Sweep, *, build: PolicyBuilder = build_policies
 ) -> Iterator[ReplayCell]:
-    """Replay every combination, one after the other.
+    """Replay every combination: per concurrency policy by policy, each over all caches and links.
 
     Raises:
         ConfigError: an unknown policy, or one that needs a past trace.
         InvalidRequest: a cache that holds no token's experts.
     """
-    grid, dim = grid_of(trace), trace.embeddings.shape[1]
-    expert_bytes = sweep.expert_bytes or trace.model.expert_bytes
+    grid = grid_of(trace)
+    for cache in sweep.caches:
+        _slots(grid, cache)
     for concurrency in sweep.concurrencies:
         steps = build_steps(trace, concurrency=concurrency, order=mixed_order(len(trace.requests)))
         known = UsesToCome(grid, [needed for step in steps for needed in step.needed])
-        for cache in sweep.caches:
-            num_slots = _slots(grid, cache)
-            for policy in sweep.policies:
-                for link in sweep.links:
-                    machine = Machine(
-                        num_slots=num_slots,
-                        expert_bytes=expert_bytes,
-                        link_bytes_per_s=link * 1e9,
-                        base_s=sweep.base_s,
-                        expert_s=sweep.expert_s,
-                    )
-                    meter = CostMeter(
-                        load_s=expert_bytes / machine.link_bytes_per_s,
-                        layer_s=sweep.base_s + grid.top_k * sweep.expert_s,
-                    )
-                    context = _context(grid, dim, num_slots, past, Future(known), sweep.settings, meter)
-                    outcome = Simulator(grid, build(policy, context), machine, meter=meter).run(steps)
-                    yield summarise(
-                        outcome,
-                        policy=policy,
-                        cache=cache,
-                        link_gb_per_s=link,
-                        concurrency=concurrency,
-                        expert_bytes=expert_bytes,
-                    )
+        replays = _Replays(trace, past, sweep, steps, known, build)
+        for policy in sweep.policies:
+            if policy.partition("+")[2] in ("", "none"):
+                results = replays.alone(policy)
+            else:
+                results = (result for cache in sweep.caches for result in replays.ahead(policy, cache))
+            for cache, link, outcome in results:
+                yield summarise(
+                    outcome,
+                    policy=policy,
+                    cache=cache,
+                    link_gb_per_s=link,
+                    concurrency=concurrency,
+                    expert_bytes=replays.expert_bytes,
+                )
 
 
-def _context(
-    grid: Grid, dim: int, num_slots: int, past: Past | None, future: Future, settings: PolicySettings, meter: CostMeter
-) -> PolicyContext:
-    own = copy.deepcopy(past)
-    return PolicyContext(
-        grid=grid,
-        num_slots=num_slots,
-        embedding_dim=dim,
-        frequency=None if own is None else own.frequency,
-        map_store=None if own is None else own.map_store,
-        past=None if own is None else own.activations,
-        learned=None if own is None else own.next_use,
-        costs=meter.costs,
-        future=future,
-        settings=settings,
-    )
+_Result = tuple[float, float, ReplayOutcome]
+
+
+class _Replays:
+    """Replays of one stream of steps; each gives cache, link and outcome."""
+
+    def __init__(
+        self,
+        trace: GateTrace,
+        past: Past | None,
+        sweep: Sweep,
+        steps: Sequence[ReplayStep],
+        known: UsesToCome,
+        build: PolicyBuilder,
+    ) -> None:
+        self.expert_bytes = sweep.expert_bytes or trace.model.expert_bytes
+        self._grid, self._dim = grid_of(trace), trace.embeddings.shape[1]
+        self._past, self._sweep, self._steps, self._known, self._build = past, sweep, steps, known, build
+
+    def alone(self, policy: str) -> Iterator[_Result]:
+        """Without prediction: all caches in one pass, all links from it."""
+        sweep = self._sweep
+        slots = [_slots(self._grid, cache) for cache in sweep.caches]
+        policies = self._build(policy, self._context(max(slots), None))
+        for cache, num_slots, run in zip(
+            sweep.caches, slots, replay_demand(self._grid, policies, slots, self._steps), strict=True
+        ):
+            for link in sweep.links:
+                yield cache, link, run.timed(self._machine(num_slots, link))
+
+    def ahead(self, policy: str, cache: float) -> Iterator[_Result]:
+        """With prediction: all links in one pass; predictors that ask for the costs of a link have each their own."""
+        num_slots, sweep = _slots(self._grid, cache), self._sweep
+        machines = [self._machine(num_slots, link) for link in sweep.links]
+        layer_s = sweep.base_s + self._grid.top_k * sweep.expert_s
+        meters = [CostMeter(load_s=machine.load_s, layer_s=layer_s) for machine in machines]
+        context = self._context(num_slots, meters[0])
+        sets = [self._build(policy, context)] * len(machines)
+        if policy.partition("+")[2] in PRICED:
+            context = replace(context, learned=context.next_use)
+            sets = [self._build(policy, replace(context, costs=meter.costs)) for meter in meters]
+        simulators = [
+            Simulator(self._grid, policies, machine, meter=meter)
+            for policies, machine, meter in zip(sets, machines, meters, strict=True)
+        ]
+        for link, outcome in zip(sweep.links, run_together(simulators, self._steps), strict=True):
+            yield cache, link, outcome
+
+    def _machine(self, num_slots: int, link: float) -> Machine:
+        return self._sweep.machine(num_slots=num_slots, expert_bytes=self.expert_bytes, link=link)
+
+    def _context(self, num_slots: int, meter: CostMeter | None) -> PolicyContext:
+        own = copy.deepcopy(self._past)
+        return PolicyContext(
+            grid=self._grid,
+            num_slots=num_slots,
+            embedding_dim=self._dim,
+            frequency=None if own is None else own.frequency,
+            map_store=None if own is None else own.map_store,
+            past=None if own is None else own.activations,
+            learned=None if own is None else own.next_use,
+            costs=None if meter is None else meter.costs,
+            future=Future(self._known),
+            settings=self._sweep.settings,
+        )
 
 
 def _slots(grid: Grid, cache: float) -> int:

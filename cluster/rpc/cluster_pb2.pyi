@@ -19,6 +19,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Tier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIER_UNSPECIFIED: _Tier.ValueType  # 0
+    """Unknown."""
+    TIER_DEVICE: _Tier.ValueType  # 1
+    """Memory that experts are computed from."""
+    TIER_HOST: _Tier.ValueType  # 2
+    """Slower memory of the same process."""
+    TIER_REMOTE: _Tier.ValueType  # 3
+    """Memory of another node."""
+    TIER_DISK: _Tier.ValueType  # 4
+    """The checkpoint."""
+
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+    """A memory that experts can be in, fastest first."""
+
+TIER_UNSPECIFIED: Tier.ValueType  # 0
+"""Unknown."""
+TIER_DEVICE: Tier.ValueType  # 1
+"""Memory that experts are computed from."""
+TIER_HOST: Tier.ValueType  # 2
+"""Slower memory of the same process."""
+TIER_REMOTE: Tier.ValueType  # 3
+"""Memory of another node."""
+TIER_DISK: Tier.ValueType  # 4
+"""The checkpoint."""
+Global___Tier: _TypeAlias = Tier  # noqa: Y015
+
 class _StartupPhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -400,7 +432,7 @@ Global___ExpertHostStatus: _TypeAlias = ExpertHostStatus  # noqa: Y015
 
 @_typing.final
 class ExpertMemoryStatus(_message.Message):
-    """Fast tier of one process's expert memory; counters are since start."""
+    """One process's expert memory; counters are since start. Budget and resident: the fast tier's."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -415,6 +447,17 @@ class ExpertMemoryStatus(_message.Message):
     STALL_S_FIELD_NUMBER: _builtins.int
     READ_MODE_FIELD_NUMBER: _builtins.int
     KERNEL_FIELD_NUMBER: _builtins.int
+    EVICTION_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    MISSES_BY_TIER_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    PREFETCH_USED_FIELD_NUMBER: _builtins.int
+    PREFETCH_WASTED_FIELD_NUMBER: _builtins.int
+    PREFETCH_DROPPED_FIELD_NUMBER: _builtins.int
+    PREFETCH_BYTES_FIELD_NUMBER: _builtins.int
+    SEARCH_SHARE_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """Bytes it may use."""
     resident_bytes: _builtins.int
@@ -426,17 +469,47 @@ class ExpertMemoryStatus(_message.Message):
     num_resident: _builtins.int
     """Experts in the fast tier."""
     hits: _builtins.int
-    """Activations that found their expert resident."""
+    """Experts that were resident when a step asked for them, counted once per layer and step."""
     misses: _builtins.int
-    """Activations that did not."""
+    """Experts that were not."""
     bytes_read: _builtins.int
     """Bytes read from the checkpoint."""
     stall_s: _builtins.float
-    """Time that computing waited for experts, seconds."""
+    """Time that steps waited for experts, seconds."""
     read_mode: _builtins.str
-    """How the checkpoint is read: "direct" or "buffered"."""
+    """How the checkpoint is read: "O_DIRECT" or "buffered"."""
     kernel: _builtins.str
     """What computes experts, in words."""
+    eviction: _builtins.str
+    """Which expert leaves a full memory first: the name of a policy."""
+    prediction: _builtins.str
+    """What is fetched ahead of need: the name of a policy."""
+    late: _builtins.int
+    """Misses whose expert was already on its way by prefetch."""
+    prefetch_used: _builtins.int
+    """Experts fetched ahead of need and then used."""
+    prefetch_wasted: _builtins.int
+    """Experts fetched ahead of need and evicted unused."""
+    prefetch_dropped: _builtins.int
+    """Fetches ahead of need that were given up before they were complete."""
+    search_share: _builtins.float
+    """Time of the thread that predicts over the time of steps."""
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStatus]:
+        """The memories, fastest first."""
+
+    @_builtins.property
+    def misses_by_tier(self) -> Global___TierCounts:
+        """Misses, by the tier that the expert had to come from."""
+
+    @_builtins.property
+    def prefetch_bytes(self) -> Global___TierCounts:
+        """Bytes moved ahead of need, by the tier that they came from."""
+
+    @_builtins.property
+    def calibration(self) -> _containers.RepeatedCompositeFieldContainer[Global___CalibrationBin]:
+        """How well forecasts of an expert's use come true: bin i of n has forecasts from i / n to (i + 1) / n."""
+
     def __init__(
         self,
         *,
@@ -451,14 +524,129 @@ class ExpertMemoryStatus(_message.Message):
         stall_s: _builtins.float = ...,
         read_mode: _builtins.str = ...,
         kernel: _builtins.str = ...,
+        eviction: _builtins.str = ...,
+        prediction: _builtins.str = ...,
+        tiers: _abc.Iterable[Global___TierStatus] | None = ...,
+        misses_by_tier: Global___TierCounts | None = ...,
+        late: _builtins.int = ...,
+        prefetch_used: _builtins.int = ...,
+        prefetch_wasted: _builtins.int = ...,
+        prefetch_dropped: _builtins.int = ...,
+        prefetch_bytes: Global___TierCounts | None = ...,
+        search_share: _builtins.float = ...,
+        calibration: _abc.Iterable[Global___CalibrationBin] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["misses_by_tier", b"misses_by_tier", "prefetch_bytes", b"prefetch_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "bytes_read", b"bytes_read", "hits", b"hits", "kernel", b"kernel", "misses", b"misses", "model_expert_bytes", b"model_expert_bytes", "num_experts", b"num_experts", "num_resident", b"num_resident", "read_mode", b"read_mode", "resident_bytes", b"resident_bytes", "stall_s", b"stall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "bytes_read", b"bytes_read", "calibration", b"calibration", "eviction", b"eviction", "hits", b"hits", "kernel", b"kernel", "late", b"late", "misses", b"misses", "misses_by_tier", b"misses_by_tier", "model_expert_bytes", b"model_expert_bytes", "num_experts", b"num_experts", "num_resident", b"num_resident", "prediction", b"prediction", "prefetch_bytes", b"prefetch_bytes", "prefetch_dropped", b"prefetch_dropped", "prefetch_used", b"prefetch_used", "prefetch_wasted", b"prefetch_wasted", "read_mode", b"read_mode", "resident_bytes", b"resident_bytes", "search_share", b"search_share", "stall_s", b"stall_s", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExpertMemoryStatus: _TypeAlias = ExpertMemoryStatus  # noqa: Y015
+
+@_typing.final
+class TierStatus(_message.Message):
+    """One tier of an expert memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_RESIDENT_FIELD_NUMBER: _builtins.int
+    BYTES_MOVED_FIELD_NUMBER: _builtins.int
+    EMULATED_FIELD_NUMBER: _builtins.int
+    tier: Global___Tier.ValueType
+    """Which."""
+    budget_bytes: _builtins.int
+    """Bytes it may hold; absent where there is no bound."""
+    resident_bytes: _builtins.int
+    """Bytes of experts in it."""
+    num_resident: _builtins.int
+    """Experts in it."""
+    bytes_moved: _builtins.int
+    """Bytes moved out of it into faster tiers, since start."""
+    emulated: _builtins.bool
+    """Whether its link has a declared rate."""
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier.ValueType = ...,
+        budget_bytes: _builtins.int | None = ...,
+        resident_bytes: _builtins.int = ...,
+        num_resident: _builtins.int = ...,
+        bytes_moved: _builtins.int = ...,
+        emulated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_bytes", b"_budget_bytes", "budget_bytes", b"budget_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_bytes", b"_budget_bytes", "budget_bytes", b"budget_bytes", "bytes_moved", b"bytes_moved", "emulated", b"emulated", "num_resident", b"num_resident", "resident_bytes", b"resident_bytes", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget_bytes: _TypeAlias = _typing.Literal["budget_bytes"]  # noqa: Y015
+    _WhichOneofArgType__budget_bytes: _TypeAlias = _typing.Literal["_budget_bytes", b"_budget_bytes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_bytes) -> _WhichOneofReturnType__budget_bytes | None: ...
+
+Global___TierStatus: _TypeAlias = TierStatus  # noqa: Y015
+
+@_typing.final
+class TierCounts(_message.Message):
+    """A number for each tier that experts are moved from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    REMOTE_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    host: _builtins.int
+    """From slower memory of the same process."""
+    remote: _builtins.int
+    """From another node."""
+    disk: _builtins.int
+    """From the checkpoint."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.int = ...,
+        remote: _builtins.int = ...,
+        disk: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "host", b"host", "remote", b"remote"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierCounts: _TypeAlias = TierCounts  # noqa: Y015
+
+@_typing.final
+class CalibrationBin(_message.Message):
+    """Forecasts of one range of probability."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    predicted: _builtins.float
+    """Their mean."""
+    observed: _builtins.float
+    """Share of them that came true."""
+    count: _builtins.int
+    """How many there were."""
+    def __init__(
+        self,
+        *,
+        predicted: _builtins.float = ...,
+        observed: _builtins.float = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "observed", b"observed", "predicted", b"predicted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrationBin: _TypeAlias = CalibrationBin  # noqa: Y015
 
 @_typing.final
 class ExpertsReport(_message.Message):
@@ -500,21 +688,46 @@ class LayerExperts(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
     NUM_EXPERTS_FIELD_NUMBER: _builtins.int
+    HOST_RESIDENT_FIELD_NUMBER: _builtins.int
+    MISSES_BY_TIER_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    PREFETCH_USED_FIELD_NUMBER: _builtins.int
+    PREFETCH_WASTED_FIELD_NUMBER: _builtins.int
+    PREFETCH_DROPPED_FIELD_NUMBER: _builtins.int
+    STALL_S_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Decoder layer, from 0."""
     hits: _builtins.int
-    """Activations that found their expert resident, since start."""
+    """Experts that were resident when a step asked for them, since start."""
     misses: _builtins.int
-    """Activations that did not, since start."""
+    """Experts that were not, since start."""
     num_experts: _builtins.int
     """Experts of the layer, wherever they are."""
+    late: _builtins.int
+    """Misses whose expert was already on its way by prefetch."""
+    prefetch_used: _builtins.int
+    """Experts fetched ahead of need and then used."""
+    prefetch_wasted: _builtins.int
+    """Experts fetched ahead of need and evicted unused."""
+    prefetch_dropped: _builtins.int
+    """Fetches ahead of need that were given up before they were complete."""
+    stall_s: _builtins.float
+    """Time that steps waited for experts, seconds."""
     @_builtins.property
     def resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indices of resident experts."""
+        """Indices of experts in the fast tier."""
 
     @_builtins.property
     def activations(self) -> Global___ActivationCounts:
         """What this process counted since start; empty for hosts."""
+
+    @_builtins.property
+    def host_resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indices of experts in slower memory of the same process."""
+
+    @_builtins.property
+    def misses_by_tier(self) -> Global___TierCounts:
+        """Misses, by the tier that the expert had to come from."""
 
     def __init__(
         self,
@@ -525,10 +738,17 @@ class LayerExperts(_message.Message):
         hits: _builtins.int = ...,
         misses: _builtins.int = ...,
         num_experts: _builtins.int = ...,
+        host_resident: _abc.Iterable[_builtins.int] | None = ...,
+        misses_by_tier: Global___TierCounts | None = ...,
+        late: _builtins.int = ...,
+        prefetch_used: _builtins.int = ...,
+        prefetch_wasted: _builtins.int = ...,
+        prefetch_dropped: _builtins.int = ...,
+        stall_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "misses_by_tier", b"misses_by_tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "hits", b"hits", "layer", b"layer", "misses", b"misses", "num_experts", b"num_experts", "resident", b"resident"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "hits", b"hits", "host_resident", b"host_resident", "late", b"late", "layer", b"layer", "misses", b"misses", "misses_by_tier", b"misses_by_tier", "num_experts", b"num_experts", "prefetch_dropped", b"prefetch_dropped", "prefetch_used", b"prefetch_used", "prefetch_wasted", b"prefetch_wasted", "resident", b"resident", "stall_s", b"stall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

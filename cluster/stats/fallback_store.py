@@ -1,7 +1,8 @@
 """Keeps counting while the shared store is away.
 
 Counts go to the primary store. While it cannot be reached they gather in memory (one number per
-expert, so bounded) and go out when it answers again. Knows the `StateStore` protocol and a clock;
+expert, so bounded) and go out when it answers again. Learned state is large and will be newer by
+then: nothing is kept of it. Knows the `StateStore` protocol and a clock;
 knows neither Redis nor threads of its own: recovery is noticed by the next call.
 """
 
@@ -11,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from cluster.protocols import StateStore
+from cluster.protocols import LearnedShare, StateStore
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
 
 
 class FallbackStore:
-    """A `StateStore` that does not fail: only `ping` raises. Safe to use from several threads.
+    """A `StateStore` that counts without fail: `ping` and what concerns learned state may raise `ConnectionError`.
+
+    Safe to use from several threads.
 
     After a failure the primary is tried again at most once per `probe_interval_s`, so that a dead
     server costs its timeout once per interval and not once per call.
@@ -86,6 +89,20 @@ class FallbackStore:
             counts = copy_counts(self._known.get(fingerprint, {}))
             add_counts(counts, self._pending.get(fingerprint, {}))
         return counts
+
+    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+        """Through to the primary; a share under way holds nobody up."""
+        self._through(lambda: self._primary.publish_learned(fingerprint, name, owner, blob, weight))
+
+    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+        """The primary's."""
+        shares: list[LearnedShare] = []
+        self._through(lambda: shares.extend(self._primary.read_learned(fingerprint, name)))
+        return shares
+
+    def _through(self, call: Callable[[], None]) -> None:
+        if not self._may_call() or not self._try(call):
+            raise ConnectionError(self._reason)
 
     def _may_call(self) -> bool:
         return self._reason is None or self._clock() >= self._next_probe_s

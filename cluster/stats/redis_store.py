@@ -1,8 +1,10 @@
 """Statistics in Redis (or Valkey), shared by all processes of a cluster. The only file that imports redis.
 
-Keys, for each model fingerprint F and phase P (prefill, decode):
-    moesaic:v2:F:activations:P   hash, field "layer:expert" -> count, changed by HINCRBY only
-    moesaic:v2:F:epoch           string, a random id, set once; it is gone when the server lost its data
+Keys, for each model fingerprint F, phase P (prefill, decode) and kind of learned state K:
+    moesaic:v2:F:activations:P      hash, field "layer:expert" -> count, changed by HINCRBY only
+    moesaic:v2:F:epoch              string, a random id, set once; it is gone when the server lost its data
+    moesaic:v2:F:learned:K          hash, worker id -> weight (8 bytes) and share, as many as learned_shares.py allows
+    moesaic:v2:F:learned:K:times    sorted set, worker id by time of publication
 (v1 had no phases; its keys are left alone.)
 
 Additions and reads are one script call each, with all counts in one packed argument or answer: for the 30,000
@@ -24,12 +26,15 @@ from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, cast
 
 from cluster.errors import ConfigError
+from cluster.protocols import LearnedShare
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts, subtract_counts
+from cluster.stats.learned_shares import MAX_SHARES, SHARE_TTL_S, check_size
 from cluster.types import Phase
 
 if TYPE_CHECKING:
     import redis
 
+_WEIGHT = struct.Struct("<Q")
 _ENTRY = struct.Struct("<HHQ")  # layer, expert, count; the scripts have the same as Lua's "<I2I2I8"
 
 _ADD = """
@@ -56,6 +61,24 @@ end
 return packed
 """
 
+# KEYS: shares, times. ARGV: owner, value, most shares, seconds that they live.
+_PUBLISH = """
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1e6
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('ZADD', KEYS[2], string.format('%.6f', now), ARGV[1])
+local oldest = string.format('%.6f', now - ARGV[4])
+for _, owner in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', oldest)) do
+  redis.call('HDEL', KEYS[1], owner)
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', oldest)
+for _, owner in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1 - ARGV[3])) do
+  redis.call('HDEL', KEYS[1], owner)
+end
+redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -1 - ARGV[3])
+for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[4] * 1000) end
+"""
+
 
 class RedisStore:
     """A `StateStore` behind `url`. Connects on first use and again by itself after a failure.
@@ -71,6 +94,7 @@ class RedisStore:
         self._address = f"redis://{host}:{kwargs.get('port', 6379)}" if host else f"unix://{kwargs.get('path')}"
         self._add = self._client.register_script(_ADD)
         self._read = self._client.register_script(_READ)
+        self._publish = self._client.register_script(_PUBLISH)
         self._lock = threading.Lock()
         self._epochs: dict[str, str] = {}
         self._sent: dict[str, Counts] = {}
@@ -105,6 +129,25 @@ class RedisStore:
         with self._translated_errors():
             packed = cast("list[bytes]", self._read(keys=[_activations_key(fingerprint, phase) for phase in Phase]))
         return {phase: rows for phase, entries in zip(Phase, packed, strict=True) if (rows := _unpacked(entries))}
+
+    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+        """Keep a worker's share; whole or (on `ConnectionError`, as far as is known) not."""
+        check_size(name, blob)
+        keys = _learned_keys(fingerprint, name)
+        with self._translated_errors():
+            self._publish(keys=keys, args=[owner, _WEIGHT.pack(weight) + blob, MAX_SHARES, int(SHARE_TTL_S)])
+
+    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+        """Shares of all workers, the last published first."""
+        shares, times = _learned_keys(fingerprint, name)
+        with self._translated_errors(), self._client.pipeline(transaction=True) as both:
+            both.zrevrange(times, 0, -1)
+            both.hgetall(shares)
+            owners, values = cast("tuple[list[bytes], dict[bytes, bytes]]", both.execute())
+        found = [(owner, values[owner]) for owner in owners if owner in values]
+        return [
+            LearnedShare(owner.decode(), _WEIGHT.unpack_from(value)[0], value[_WEIGHT.size :]) for owner, value in found
+        ]
 
     def _settle(self, fingerprint: str) -> None:
         """Send what a restarted server lacks of ours; if that fails it stays owed."""
@@ -161,6 +204,10 @@ def _unpacked(entries: bytes) -> dict[int, dict[int, int]]:
     for layer, expert, count in _ENTRY.iter_unpack(entries):
         rows.setdefault(layer, {})[expert] = count
     return rows
+
+
+def _learned_keys(fingerprint: str, name: str) -> list[str]:
+    return [_key(fingerprint, f"learned:{name}"), _key(fingerprint, f"learned:{name}:times")]
 
 
 def _activations_key(fingerprint: str, phase: Phase) -> str:

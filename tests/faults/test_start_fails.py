@@ -5,9 +5,13 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 from damaged_checkpoints import truncated, with_shape
 from live_server import LiveServer, launched
+
+from actors.experts.learned_state import save_learned
+from cluster.model_info import load_model_info
 
 pytestmark = pytest.mark.ray
 
@@ -43,3 +47,13 @@ def test_tensor_of_wrong_shape_is_found_by_the_worker(tmp_path: Path) -> None:
     with launched(str(with_shape(tmp_path / "m", tensor, [256, 64]))) as server:
         server.assert_ends(2, LATE_S)
         assert tensor in _last_line(server)
+
+
+def test_learned_state_of_another_model_is_found_at_once(tmp_path: Path) -> None:
+    path, fingerprint = tmp_path / "learned.npz", load_model_info("moesaic-demo").fingerprint
+    save_learned(path, "0123456789abcdef", {"maps": {"maps": np.zeros((1, 2, 3))}})
+    with launched("--learned-state", str(path)) as server:
+        server.assert_ends(2, EARLY_S)
+        line = _last_line(server)
+        assert str(path) in line and "0123456789abcdef" in line and fingerprint in line
+        assert "starting" not in server.log

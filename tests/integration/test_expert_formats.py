@@ -17,7 +17,7 @@ from torch import Tensor
 
 from actors.experts.compute import KernelPlan
 from actors.experts.formats.base import TORCH_DTYPES
-from actors.experts.store import held_expert_bytes
+from actors.experts.memory.slots import held_expert_bytes
 from actors.model.checkpoint import load_model
 from cluster.errors import CheckpointError
 from cluster.model_info import load_model_info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -64,6 +65,30 @@ def test_experts_count_hits_and_activations(server: LiveServer) -> None:
         assert set(layer["resident"]) <= set(range(32))
 
 
+def test_expert_memory_tells_tiers_and_adds_up(server: LiveServer) -> None:
+    body = {"model": "moesaic-demo", "prompt": "Once upon a time", "max_tokens": 8}
+    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+    (worker,) = server.get("/experts")["workers"]
+    memory, layers = worker["memory"], worker["layers"]
+
+    assert (memory["eviction"], memory["prediction"]) == ("moesaic", "moesaic")
+    tiers = {tier["tier"]: tier for tier in memory["tiers"]}
+    assert list(tiers) == ["device", "disk"]
+    assert tiers["device"]["budget_bytes"] == memory["budget_bytes"]
+    assert tiers["disk"]["budget_bytes"] is None
+    assert tiers["disk"]["bytes_moved"] == memory["bytes_read"] > 0
+    assert sum(memory["misses_by_tier"].values()) == memory["misses"] > 0
+    for name in ("hits", "misses", "late", "prefetch_used", "prefetch_wasted", "prefetch_dropped"):
+        assert sum(layer[name] for layer in layers) == memory[name], name
+    assert sum(len(layer["resident"]) for layer in layers) == memory["num_resident"]
+
+    text = httpx.get(f"{server.url}/metrics", timeout=20).text
+    label = f'process="worker-{worker["id"]}"'
+    assert f'moesaic_expert_cache_misses_total{{{label},tier="disk"}} {float(memory["misses"])}' in text
+    assert f"moesaic_expert_search_ratio{{{label}}}" in text
+
+
 def test_cluster_wide_counts_become_the_only_workers(server: LiveServer) -> None:
     """Through the shared store, in batches, and each by its phase."""
 
@@ -101,3 +126,29 @@ def test_generate_command_uses_the_server(server: LiveServer) -> None:
 
     assert answer["text"]
     assert answer["finish_reason"] in ("length", "stop")
+
+
+def test_the_cache_shrinks_and_grows_while_requests_run(server: LiveServer) -> None:
+    before = server.get("/experts")["workers"][0]["memory"]["budget_bytes"]
+
+    def ask(i: int) -> str:
+        answer = httpx.post(
+            f"{server.url}/v1/completions", json={"prompt": f"{i} is a number", "max_tokens": 24}, timeout=120
+        )
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["finish_reason"]
+
+    with ThreadPoolExecutor(4) as pool:
+        reasons = [pool.submit(ask, i) for i in range(4)]
+        small = httpx.post(f"{server.url}/experts/cache", json={"cache": "5%"}, timeout=30)
+        assert {reason.result() for reason in reasons} <= {"length", "stop"}
+
+    assert small.status_code == 200, small.text
+    memory = server.get("/experts")["workers"][0]["memory"]
+    assert memory["num_resident"] <= 384 * 5 // 100
+    assert memory["resident_bytes"] <= memory["budget_bytes"] == small.json()["workers"][0]["memory"]["budget_bytes"]
+    for wrong in ("1%", "lots"):
+        refused = httpx.post(f"{server.url}/experts/cache", json={"cache": wrong}, timeout=30)
+        assert refused.status_code == 400, refused.text
+    again = httpx.post(f"{server.url}/experts/cache", json={"cache": str(before)}, timeout=30)
+    assert again.json()["workers"][0]["memory"]["budget_bytes"] == before

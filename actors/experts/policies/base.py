@@ -1,40 +1,20 @@
-"""The interface of an eviction policy. Knows experts and their order of use; knows no memory.
+"""What a policy is: a value for every expert, kept up to date by what is heard. Knows experts; knows no memory.
 
-Most policies are a `Scorer` - a value for every expert - inside one `LowestScorePolicy`. What a policy or its scorer
-knows of gates it hears as a `SignalListener`; a policy that needs no signals (lru) costs none.
+Which of the residents goes first is the same for all policies: see eviction_order.py. What a scorer knows of gates it
+hears as a `SignalListener`; a scorer that needs no signals (lru, lfu) costs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from actors.experts.learned_state import Learned
 from actors.experts.predict.base import Predictor
 from actors.experts.signals import SignalListener
-from cluster.types import ExpertId
-
-
-class EvictionPolicy(Protocol):
-    """Told of every use, insertion and eviction, it names the next victim."""
-
-    def on_use(self, expert: ExpertId) -> None:
-        """A resident expert is used."""
-        ...
-
-    def on_insert(self, expert: ExpertId) -> None:
-        """An expert became resident."""
-        ...
-
-    def on_evict(self, expert: ExpertId) -> None:
-        """An expert left."""
-        ...
-
-    def choose_victim(self, pinned: Collection[ExpertId]) -> ExpertId | None:
-        """The resident expert to evict next, never one in `pinned`; None if there is none."""
-        ...
 
 
 class Scorer(Protocol):
@@ -51,8 +31,12 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PolicySet:
-    """Eviction and prediction of one memory, and who must hear the signals for them, in this order."""
+    """Values and prediction of one memory, and who must hear the signals for them, in this order.
 
-    eviction: EvictionPolicy
+    learned: what is worth keeping beyond this process, by name (see learned_state.py).
+    """
+
+    scorer: Scorer
     predictor: Predictor | None
     listeners: tuple[SignalListener, ...]
+    learned: Mapping[str, Learned] = field(default_factory=dict[str, Learned])

@@ -20,9 +20,15 @@ class EamScorer(Silent):
     def __init__(self, grid: Grid, tracker: ActivationTracker) -> None:
         self._tracker = tracker
         self._of_layer = 1 - np.arange(grid.num_layers)[:, None] / grid.num_layers
+        self._predicted: np.ndarray | None = None
+        self._scores = np.zeros(grid.size)
 
     def on_use(self, index: int) -> None:
         """Uses are known from the gates."""
 
     def scores(self) -> np.ndarray:
-        return ((self._tracker.predicted + _EPSILON) * self._of_layer).reshape(-1)
+        predicted = self._tracker.predicted
+        if predicted is not self._predicted:
+            self._predicted = predicted
+            self._scores = ((predicted + _EPSILON) * self._of_layer).reshape(-1)
+        return self._scores

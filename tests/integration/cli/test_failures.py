@@ -12,6 +12,9 @@ import pytest
 from live_server import free_port
 from typer.testing import Result
 
+from actors.experts.learned_state import save_learned
+from cluster.model_info import load_model_info
+
 Run = Callable[..., Result]
 
 
@@ -30,6 +33,10 @@ def _assert_one_line(result: Result, code: int, *parts: str) -> None:
         (["serve", "--expert-cache", "12XB"], ["cache", "12XB", "512MiB"]),
         (["serve", "--kv-cache", "lots"], ["kv_cache", "lots"]),
         (["serve", "--dtype", "int3"], ["dtype", "int3"]),
+        (["serve", "--eviction", "belady"], ["experts.eviction", "belady", "lru"]),
+        (["serve", "--prediction", "oracle"], ["experts.prediction", "oracle", "next-gate"]),
+        (["serve", "--host-tier", "auto"], ["host_tier", "auto"]),
+        (["serve", "--link-gb-per-s", "-1"], ["link_gb_per_s", "-1"]),
         (["serve", "--max-model-len", "999999"], ["max_model_len", "999999", "2048"]),
         (["serve", "--port", "99999"], ["port", "99999"]),
         (["serve", "--config", "/nosuch.yaml"], ["/nosuch.yaml"]),
@@ -94,3 +101,22 @@ def test_help_imports_nothing_heavy() -> None:
     root = Path(__file__).parents[3]
     run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_learned_state_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
+    """Found before anything is started."""
+
+    def serve(path: Path) -> Result:
+        ports = ["--port", str(free_port()), "--grpc-port", str(free_port())]
+        return run("serve", *ports, "--learned-state", str(path))
+
+    other, damaged = tmp_path / "other.npz", tmp_path / "damaged.npz"
+    save_learned(other, "0123456789abcdef", {})
+    fingerprint = load_model_info("moesaic-demo").fingerprint
+    _assert_one_line(serve(other), 2, str(other), "0123456789abcdef", fingerprint, "experts.learned_state")
+    save_learned(damaged, fingerprint, {})
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    _assert_one_line(serve(damaged), 2, str(damaged), "damaged", "delete it")
+    _assert_one_line(serve(tmp_path), 2, "cannot be read (Is a directory)")
+    missing = tmp_path / "none" / "learned.npz"
+    _assert_one_line(serve(missing), 2, str(missing), "no directory that can be written", "make it")

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import Result
 
 from actors.convert.widen import WidenReport
-from cluster.cli.status import residency_line
+from cluster.cli.status import memory_rows, residency_line
 
 Run = Callable[..., Result]
 
@@ -30,6 +30,24 @@ def test_status_table(run: Run, server: Any) -> None:
     assert cells["decode", "activations"][::2] == ["8", "0"]
     assert "8.00 (layer 0)" in result.stdout and "1.00 (layer 0)" in result.stdout
     assert all(headers["Authorization"] == "Bearer k" for headers in server.headers)
+
+
+def test_status_shows_tiers_prefetch_and_forecasts(run: Run, server: Any) -> None:
+    rows = memory_rows(server.pages["/status"]["workers"][0]["expert_memory"])
+    assert rows["eviction / prediction"] == "moesaic / fmoe"
+    assert rows["device tier"] == "0.5 MiB of 1.0 MiB, 90% found here"
+    assert rows["host tier"] == "2.0 MiB of 4.0 MiB, 7% found here, moved 3.0 MiB (emulated link)"
+    assert rows["disk tier"] == "3% found here"
+    assert rows["prefetch"] == "21 used, 2 late, 4 wasted, 1 dropped; 1.5 MiB; search 3.4% of step time"
+    assert rows["forecast: came true"] == "12%: 9%, 80%: 75%"
+
+    memory = server.pages["/status"]["workers"][0]["expert_memory"]
+    loading = {**server.pages["/status"]["workers"][0], "worker_id": "w1", "expert_memory": None}
+    host = {"host_id": "h7", "phase": "ready", "owned": 64, "epoch": 3, "num_frames": 5, "num_rows": 50}
+    server.pages["/status"] |= {"workers": [loading], "hosts": [{**host, "expert_memory": memory}]}
+    table = run("status", "--url", server.url).stdout
+    for part in ("h7", "64 (epoch 3)", "found here", "21 used", "12%: 9%"):
+        assert part in table, "a host's; the worker has none yet"
 
 
 def test_status_says_when_cluster_wide_counts_are_old(run: Run, server: Any) -> None:

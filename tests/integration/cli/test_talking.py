@@ -104,20 +104,23 @@ def _install_engine(monkeypatch: pytest.MonkeyPatch, service: _FakeService) -> l
 def test_generate_in_this_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     service = _FakeService()
     configs = _install_engine(monkeypatch, service)
-    result = run("generate", "moesaic-demo", "--prompt", "p", "--seed", "4", "--expert-cache", "25%", "--json")
+    flags = ["--seed", "4", "--expert-cache", "25%", "--eviction", "lru", "--prediction", "none"]
+    result = run("generate", "moesaic-demo", "--prompt", "p", *flags, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["text"] == "uno due"
     assert json.loads(result.stdout)["finish_reason"] == "stop"
-    assert configs[0].experts.cache == "25%"
+    experts = configs[0].experts
+    assert (experts.cache, experts.eviction, experts.prediction) == ("25%", "lru", "none")
     prompt, options = service.seen[0]
     assert (prompt, options.seed, options.max_tokens, options.temperature) == ("p", 4, 128, 1.0)
 
 
 def test_interrupted_answer_stays_in_the_chat(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     service = _FakeService(interrupt_after=1)
-    _install_engine(monkeypatch, service)
-    result = run("chat", stdin="hi\nhello\n")
+    configs = _install_engine(monkeypatch, service)
+    result = run("chat", "--host-tier", "50%", stdin="hi\nhello\n")
     assert result.exit_code == 0, result.output
+    assert configs[0].experts.host_tier == "50%"
     assert "(stopped)" in result.stdout
     assert [prompt for prompt, _ in service.seen] == [(2,), (2, 3, 5)]
     assert service.closed == 2

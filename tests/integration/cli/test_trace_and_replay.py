@@ -43,6 +43,19 @@ def test_replay_prints_every_combination(trace: Path, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_machine_can_be_described(trace: Path) -> None:
+    def tpot_ms(*machine: str) -> float:
+        flags = ["--cache", "50%", "--link", "0.1", "--policies", "lru+next-gate", "--json", *machine]
+        return json.loads(RUNNER.invoke(app, ["replay", str(trace), *flags]).stdout)["cells"][0]["tpot_ms_mean"]
+
+    usual = tpot_ms()
+
+    assert tpot_ms("--layer-ms", "1.1") > usual + 5.9
+    assert tpot_ms("--expert-ms", "0", "--row-ms", "0") < usual
+    assert tpot_ms("--predict-ms", "1", "--predict-on-path") > usual + 5.9
+    assert tpot_ms("--predict-ms", "0.01") >= usual
+
+
 def test_replay_without_json_is_a_table(trace: Path) -> None:
     result = RUNNER.invoke(app, ["replay", str(trace), "--cache", "50%", "--link", "1", "--policies", "lru,mrs"])
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
 from actors.experts.dispatch import ExpertWork, LocalDispatcher
+from actors.experts.memory.store import ExpertStore
 from actors.experts.recorder import ActivationRecorder
-from actors.experts.store import ExpertStore
 from actors.kernels.native import load_native
 
 NUM_EXPERTS, TOP_K = 8, 3
@@ -103,7 +103,7 @@ def test_padding_rows_reach_no_expert_and_no_counter(experts: ExpertFile, comput
     recorder.settle()
     assert recorder.counts[0].tolist() == [[0, 1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
     assert recorder.counts[1].tolist() == [[0] * NUM_EXPERTS] * 2
-    assert store.counters.misses == 3
+    assert store.counters.num_misses == 3
     store.close()
 
 

@@ -9,14 +9,15 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from expert_builders import HIDDEN, ExpertFile, dense_form, dense_moe, open_store, write_experts
+from expert_builders import HIDDEN, ExpertFile, HeldLink, dense_form, dense_moe, open_store, write_experts
 from hypothesis import given, settings
 
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
 from actors.experts.local_memory import LocalMemory
+from actors.experts.memory.links import Link
+from actors.experts.memory.store import ExpertStore
 from actors.experts.recorder import ActivationRecorder
-from actors.experts.store import ExpertStore
 from cluster.errors import ExpertReadError
 from cluster.types import ExpertId
 
@@ -41,40 +42,35 @@ def make_store(experts: ExpertFile) -> Iterator[Callable[[int], ExpertStore]]:
         store.close()
 
 
-class HeldReads:
-    """Loads of `store` wait until `release`, and fail for the experts in `broken`."""
+def _held_store(file: ExpertFile, slots: int) -> tuple[ExpertStore, HeldLink]:
+    made: list[HeldLink] = []
 
-    def __init__(self, store: ExpertStore) -> None:
-        self.broken: set[ExpertId] = set()
-        self.gate = threading.Event()
-        self.gate.set()
-        self.loads: list[ExpertId] = []
-        load = store._load
+    def wrap(link: Link) -> Link:
+        made.append(HeldLink(link))
+        return made[0]
 
-        def held(expert: ExpertId, slot: int) -> None:
-            self.loads.append(expert)
-            assert self.gate.wait(10)
-            if expert in self.broken:
-                raise ExpertReadError(f"expert {expert} is broken")
-            load(expert, slot)
+    return open_store(file, slots=slots, wrap=wrap), made[0]
 
-        store._load = held  # type: ignore[method-assign]
 
-    def release_later(self) -> None:
-        """While the test's thread waits for the load."""
-        threading.Timer(0.05, self.gate.set).start()
+def _index(expert: ExpertId) -> int:
+    return expert.layer * NUM_EXPERTS + expert.expert
+
+
+def _release_later(link: HeldLink) -> None:
+    """While the test's thread waits for the load."""
+    threading.Timer(0.05, link.gate.set).start()
 
 
 def _check(store: ExpertStore) -> None:
-    """Every slot is free, or one expert's; every resident expert is where it says."""
-    ahead = [slot for _, slot in store._ahead.values()]
-    assert sorted([*store._free, *store._slots.values(), *ahead]) == list(range(store.num_slots))
-    assert set(store._slots) == set(store._weights)
-    assert not set(store._slots) & set(store._ahead), "two slots for one expert"
-    assert store._pinned == set()
-    for layer in LAYERS:
-        resident = {expert for expert in range(NUM_EXPERTS) if store.resident(layer)[expert]}
-        assert resident == {expert.expert for expert in store._slots if expert.layer == layer}
+    """Every slot is free, away, or one expert's; every resident expert has one; nothing is held."""
+    assert store.wait_idle(10)
+    residents = store._device.residents
+    taken = [slot for slot in residents._slots if slot >= 0]
+    assert sorted([*residents._free, *residents._retired, *taken]) == list(range(store.grid.size))
+    assert len(residents._free) + len(taken) == store.num_slots
+    assert [slot >= 0 for slot in residents._slots] == residents.resident.tolist()
+    assert not residents.held.any()
+    assert not residents.loading.any()
 
 
 def _wanted(store: ExpertStore, file: ExpertFile, layer: int, experts: list[int]) -> list[int]:
@@ -103,21 +99,20 @@ def _wanted(store: ExpertStore, file: ExpertFile, layer: int, experts: list[int]
 def test_any_order_of_wanting_and_loading_ahead_keeps_every_slot_accounted_for(
     experts: ExpertFile, slots: int, steps: list[tuple[str, int, list[int], bool]]
 ) -> None:
-    store = open_store(experts, slots=slots)
-    reads = HeldReads(store)
+    store, reads = _held_store(experts, slots)
     for action, layer, chosen, flag in steps:
         expert = ExpertId(layer, chosen[0])
         if action == "break":
-            reads.broken.add(expert)
+            reads.broken.add(_index(expert))
         elif action == "mend":
             reads.broken.clear()
         elif action == "ahead":
-            known = expert in store._weights or bool(store._ahead)
+            known = store.resident(layer)[chosen[0]]
             began = store.load_ahead(expert, replaces=lambda _victim, answer=flag: answer)
             assert not (began and known)
         elif action == "take":
-            store.take_in_ahead(wait_for_it=flag)
-        elif {ExpertId(layer, e) for e in chosen if ExpertId(layer, e) not in store._weights} & reads.broken:
+            assert store.wait_idle(10)
+        elif {_index(ExpertId(layer, e)) for e in chosen if not store.resident(layer)[e]} & reads.broken:
             with pytest.raises(ExpertReadError):
                 _wanted(store, experts, layer, chosen)
         else:
@@ -130,53 +125,50 @@ def test_any_order_of_wanting_and_loading_ahead_keeps_every_slot_accounted_for(
 
 
 def test_expert_that_is_on_its_way_is_waited_for_and_read_once(
-    experts: ExpertFile, make_store: Callable[[int], ExpertStore]
+    experts: ExpertFile,
 ) -> None:
-    store = make_store(4)
-    reads = HeldReads(store)
+    store, reads = _held_store(experts, 4)
     reads.gate.clear()
     assert store.load_ahead(ExpertId(0, 3), replaces=lambda _: False)
-    store.take_in_ahead()
     assert not store.resident(0).any(), "taken in only when it is there"
-    reads.release_later()
+    _release_later(reads)
 
     assert sorted(_wanted(store, experts, 0, [1, 3])) == [1, 3]
 
-    assert reads.loads.count(ExpertId(0, 3)) == 1
+    assert reads.loads.count(_index(ExpertId(0, 3))) == 1
+    assert store.counters.late.tolist() == [1, 0]
     _check(store)
+    store.close()
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_wanted_expert_gets_the_last_slot_from_one_loaded_ahead(
-    experts: ExpertFile, make_store: Callable[[int], ExpertStore], breaks: bool
-) -> None:
-    store = make_store(1)
-    reads = HeldReads(store)
+def test_wanted_expert_gets_the_last_slot_from_one_loaded_ahead(experts: ExpertFile, breaks: bool) -> None:
+    store, reads = _held_store(experts, 1)
     reads.gate.clear()
     assert store.load_ahead(ExpertId(1, 0), replaces=lambda _: False)
     if breaks:
-        reads.broken.add(ExpertId(1, 0))
-    reads.release_later()
+        reads.broken.add(_index(ExpertId(1, 0)))
+    _release_later(reads)
 
     assert _wanted(store, experts, 0, [5]) == [5]
     _check(store)
+    store.close()
 
 
 def test_load_ahead_that_failed_is_forgotten_and_tried_again_on_demand(
-    experts: ExpertFile, make_store: Callable[[int], ExpertStore]
+    experts: ExpertFile,
 ) -> None:
-    store = make_store(3)
-    reads = HeldReads(store)
-    reads.broken.add(ExpertId(0, 2))
+    store, reads = _held_store(experts, 3)
+    reads.broken.add(_index(ExpertId(0, 2)))
     assert store.load_ahead(ExpertId(0, 2), replaces=lambda _: False)
-    store.take_in_ahead(wait_for_it=True)
-    assert not store.resident(0).any()
     _check(store)
+    assert not store.resident(0).any()
 
     with pytest.raises(ExpertReadError):
         _wanted(store, experts, 0, [2])
     reads.broken.clear()
     assert _wanted(store, experts, 0, [2]) == [2]
+    store.close()
 
 
 def test_only_one_at_a_time_and_only_for_something_worth_less(
@@ -196,16 +188,15 @@ def test_only_one_at_a_time_and_only_for_something_worth_less(
     assert store.resident(0).tolist() == [True, True, False, False, False, False]
     assert store.load_ahead(ExpertId(0, 2), replaces=lambda _: True)
     assert not store.load_ahead(ExpertId(0, 3), replaces=lambda _: True), "one is on its way"
-    store.take_in_ahead(wait_for_it=True)
+    assert store.wait_idle(10)
     assert store.resident(0).tolist() == [False, True, True, False, False, False]
 
 
 def test_close_waits_for_a_load_ahead(experts: ExpertFile) -> None:
-    store = open_store(experts, slots=2)
-    reads = HeldReads(store)
+    store, reads = _held_store(experts, 2)
     reads.gate.clear()
     store.load_ahead(ExpertId(0, 0), replaces=lambda _: False)
-    reads.release_later()
+    _release_later(reads)
 
     store.close()
 
@@ -289,7 +280,7 @@ def test_free_room_takes_the_most_used_of_what_went_away(make_memory: Callable[[
         memory.use(0, expert, times)
 
     memory.local.admit(0, np.array([1, 2, 3]))
-    memory.store.take_in_ahead(wait_for_it=True)
+    assert memory.store.wait_idle(10)
 
     here = memory.local.resident(0)
     assert here is not None
@@ -308,7 +299,7 @@ def test_expert_is_replaced_only_by_one_used_clearly_more(
     def admit(expert: int) -> list[int]:
         assert memory.store is not None
         memory.local.admit(1, np.array([expert]))
-        memory.store.take_in_ahead(wait_for_it=True)
+        assert memory.store.wait_idle(10)
         return np.flatnonzero(memory.store.resident(1)).tolist()
 
     memory.use(1, 4, 100)

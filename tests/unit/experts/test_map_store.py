@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
@@ -30,7 +28,7 @@ def _map(rng: np.random.Generator) -> np.ndarray:
     return rng.dirichlet(np.ones(4), size=3).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     probs=hnp.arrays(np.float32, (2, 6), elements=st.floats(0, 1, width=32)),
     scores=hnp.arrays(np.float64, 2, elements=st.floats(-1, 1)),
@@ -113,26 +111,58 @@ def test_search_redundancy_equals_the_stores_own() -> None:
         np.testing.assert_allclose(*(store.rows(np.arange(5), row) for store in stores), rtol=1e-5)
 
 
-def test_file_is_of_one_model_only(tmp_path: Path) -> None:
+def test_arrays_give_back_the_entries() -> None:
     rng = np.random.default_rng(4)
-    store = _store()
+    store, fresh = _store(), _store()
     store.insert(rng.standard_normal((2, 2)), np.stack([_map(rng) for _ in range(2)]))
-    store.save(tmp_path / "maps.npz", "aaaa")
+    arrays = store.to_arrays()
+    store.insert(np.ones((1, 2)), _map(rng)[None])
 
-    fresh = _store()
-    fresh.load(tmp_path / "maps.npz", "aaaa")
+    fresh.load_arrays(arrays)
 
-    assert fresh.size == 2
-    np.testing.assert_allclose(fresh.rows(np.arange(2), 2), store.rows(np.arange(2), 2), atol=1e-3)
-    with pytest.raises(ConfigError, match=r"aaaa.*bbbb"):
-        _store().load(tmp_path / "maps.npz", "bbbb")
+    assert fresh.size == 2 and fresh.to_arrays().keys() == arrays.keys()
+    for name, array in fresh.to_arrays().items():
+        np.testing.assert_array_equal(array, arrays[name])
 
 
-@pytest.mark.parametrize("content", [b"", b"junk"])
-def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "maps.npz").write_bytes(content)
-    with pytest.raises(ConfigError, match="not an expert map store"):
-        _store().load(tmp_path / "maps.npz", "aaaa")
+@pytest.mark.parametrize("order", [(0, 0, 1), (1, 0, 0)])
+def test_more_entries_than_fit_replace_the_most_redundant(order: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(5)
+    large, small = _store(capacity=3), _store(capacity=2)
+    maps = np.stack([_map(rng) for _ in range(2)])
+    large.insert(np.eye(2)[list(order)], maps[list(order)])
+
+    small.load_arrays(large.to_arrays())
+
+    kept = small.to_arrays()
+    assert int(kept["num_learned"]) == 3
+    assert sorted(kept["maps"][:, 0, 0].tolist()) == sorted(maps[:, 0, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"maps": np.zeros((1, 3, 4))}, "without embeddings, num_learned"),
+        ({"maps": np.zeros((1, 3, 5)), "embeddings": np.zeros((1, 2)), "num_learned": np.array(1)}, r"3, 5.*n, 3, 4"),
+        ({"maps": np.zeros((1, 3, 4)), "embeddings": np.zeros((2, 2)), "num_learned": np.array(1)}, r"\(2, 2\)"),
+    ],
+)
+def test_arrays_of_another_model_are_refused(arrays: dict[str, np.ndarray], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        _store().load_arrays(arrays)
+
+
+def test_entries_that_come_during_a_step_are_matched_from_the_next_on() -> None:
+    rng = np.random.default_rng(6)
+    store = _store(capacity=4)
+    store.insert(rng.standard_normal((1, 2)), _map(rng)[None])
+    observed, match = _map(rng)[None], store.begin_match(1)
+    store.observe(match, observed[:, 0])
+
+    store.insert(np.ones((1, 2)), observed)
+
+    assert store.observe(match, observed[:, 1]).shape == (1, 1)
+    assert store.observe(store.begin_match(1), observed[:, 0])[0, 1] == pytest.approx(1, abs=1e-5)
 
 
 def _recall(clusters: int) -> float:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from actors.experts.learned_state import NUM_LEARNED
 from actors.experts.next_use import NextUse, NextUseSettings
 from actors.experts.signals import GateSignal, Grid, StepSignal
+from cluster.errors import ConfigError
 
 GRID = Grid(layers=(0, 1, 2), num_experts=6, top_k=2)
 DIM = 8
@@ -51,7 +53,7 @@ def test_value_approaches_the_discounted_time_to_the_next_use() -> None:
     gamma = 0.7
     next_use = NextUse(GRID, embedding_dim=DIM, settings=NextUseSettings(discount=gamma))
     values = np.zeros(0)
-    for t in range(800):  # {0, 1}, {2, 3}, {0, 1}, {4, 5}, ...
+    for t in range(500):  # {0, 1}, {2, 3}, {0, 1}, {4, 5}, ...
         chosen = ((0, 1), (2, 3), (0, 1), (4, 5))[t % 4]
         values = run_step(next_use, {7: vector(t % 4)}, chosen)
     # seen from the last layer of the step of {4, 5}: layer 0 comes after 1/3 of a step
@@ -91,10 +93,10 @@ def test_probability_is_calibrated_on_random_choices() -> None:
     next_use, rng = NextUse(GRID, embedding_dim=DIM), np.random.default_rng(1)
     popularity = np.array([0.45, 0.25, 0.1, 0.1, 0.06, 0.04])
     predicted, used = [], []
-    for t in range(900):
+    for t in range(500):
         chosen = tuple(rng.choice(6, size=2, replace=False, p=popularity).tolist())
         next_use.on_step(step_of({1: vector(int(rng.integers(50)))}))
-        if t > 400:
+        if t > 250:
             predicted.append(next_use.soon()[0, 0].copy())
             used.append(np.isin(np.arange(6), chosen))
         next_use.ask()
@@ -154,6 +156,18 @@ def test_long_embeddings_are_projected() -> None:
     assert (soon[:, :2] > 0.6).all() and (soon[:, 4:] < 0.4).all()
 
 
+def test_layers_of_a_large_model_take_turns_in_learning() -> None:
+    next_use = NextUse(GRID, embedding_dim=DIM, settings=NextUseSettings(weights_per_step=1))
+    untaught = next_use.to_arrays()["soon.of_own"]
+    turns: list[list[bool]] = []
+    for t in range(4):  # the first one has no past to learn from
+        run_step(next_use, {1: vector(t)}, (t % 6, (t + 1) % 6))
+        taught_by_now = next_use.to_arrays()["soon.of_own"]
+        turns.append((taught_by_now != untaught).any(axis=(1, 2)).tolist())
+        untaught = taught_by_now
+    assert turns == [[False] * 3, [True, False, False], [False, True, False], [False, False, True]]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     steps=st.lists(
@@ -186,3 +200,56 @@ def test_values_are_probabilities_whatever_happens(
         next_use.on_step_end()
         if ends:
             next_use.on_sequence_end(min(sequences))
+
+
+def taught(seed: int, *, num_steps: int = 300, experts: int = 0) -> NextUse:
+    """Learned that of two kinds of tokens one means experts 0 and 1 (or as many further), the other 4 and 5."""
+    next_use, rng = NextUse(GRID, embedding_dim=DIM), np.random.default_rng(seed)
+    for token in rng.integers(2, size=num_steps):
+        run_step(next_use, {1: vector(token)}, ((experts, experts + 1), (4, 5))[token])
+    next_use.on_sequence_end(1)
+    return next_use
+
+
+def soon_of(next_use: NextUse, token: int) -> np.ndarray:
+    next_use.on_step(step_of({9: vector(token)}))
+    return next_use.soon()[0]
+
+
+def test_state_given_to_a_fresh_one_makes_it_the_same() -> None:
+    old, fresh = taught(0), NextUse(GRID, embedding_dim=DIM)
+    arrays = old.to_arrays()
+    fresh.load_arrays({name: array.astype(np.float16) if array.ndim else array for name, array in arrays.items()})
+    assert int(fresh.to_arrays()[NUM_LEARNED]) == int(arrays[NUM_LEARNED]) == 299, "the first step has no past"
+    assert soon_of(fresh, 0) == pytest.approx(soon_of(old, 0), abs=0.01)
+
+
+def test_states_are_averaged_by_what_went_into_them() -> None:
+    mine, other = taught(1, num_steps=31), taught(2, num_steps=91, experts=2)
+    expected = {name: 0.25 * a + 0.75 * other.to_arrays()[name] for name, a in mine.to_arrays().items()}
+    mine.load_arrays(other.to_arrays())
+    for name, array in mine.to_arrays().items():
+        if name != NUM_LEARNED:
+            assert array == pytest.approx(expected[name], abs=1e-5), name
+    assert int(mine.to_arrays()[NUM_LEARNED]) == 120
+
+
+def test_state_is_a_copy() -> None:
+    next_use = taught(3, num_steps=20)
+    arrays = next_use.to_arrays()
+    kept = {name: array.copy() for name, array in arrays.items()}
+    run_step(next_use, {1: vector(0)}, (2, 3))
+    run_step(next_use, {1: vector(1)}, (2, 3))
+    assert all((arrays[name] == kept[name]).all() for name in arrays)
+
+
+def test_state_of_another_model_is_refused_whole() -> None:
+    arrays = NextUse(Grid(layers=(0, 1), num_experts=6, top_k=2), embedding_dim=DIM).to_arrays()
+    next_use = taught(4, num_steps=20)
+    before = next_use.to_arrays()
+    with pytest.raises(ConfigError, match=r"popularity is of shape \(2, 6\).*need \(3, 6\)"):
+        next_use.load_arrays(arrays)
+    del before["worth.bias"]
+    with pytest.raises(ConfigError, match=r"without worth\.bias"):
+        next_use.load_arrays(before)
+    assert all((next_use.to_arrays()[name] == array).all() for name, array in before.items())

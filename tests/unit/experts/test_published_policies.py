@@ -10,8 +10,8 @@ from actors.experts.map_store import MapStore
 from actors.experts.policies.build import EVICTIONS, PREDICTIONS, PolicyContext, build_policies
 from actors.experts.policies.eam import EamScorer
 from actors.experts.policies.fmoe import FmoeScorer
-from actors.experts.policies.frequency import LfuScorer, StaticScorer
-from actors.experts.policies.lowest_score import LowestScorePolicy
+from actors.experts.policies.frequency import LfuScorer
+from actors.experts.policies.lru import LruPerLayerScorer
 from actors.experts.policies.mrs import MrsScorer
 from actors.experts.predict.base import BEFORE_FIRST
 from actors.experts.predict.eam import EamPredictor
@@ -21,7 +21,6 @@ from actors.experts.predict.whole_layer import WholeLayerPredictor
 from actors.experts.request_activations import ActivationCollection, ActivationTracker
 from actors.experts.signals import GateSignal, Grid, StepSignal
 from cluster.errors import ConfigError
-from cluster.types import ExpertId
 
 GRID = Grid((3, 5), 4, 2)
 
@@ -36,33 +35,6 @@ def _gate(row: int, *probs: list[float], ahead: np.ndarray | None = None) -> Gat
     counts = np.zeros_like(values)
     np.put_along_axis(counts, np.argsort(-values, axis=1)[:, :2], 1.0, axis=1)
     return GateSignal(row, values, counts, ahead)
-
-
-def _resident(scorer: LfuScorer | StaticScorer, *experts: ExpertId) -> LowestScorePolicy:
-    policy = LowestScorePolicy(GRID, scorer)
-    for expert in experts:
-        policy.on_insert(expert)
-    return policy
-
-
-def test_lowest_score_leaves_first_and_never_a_pinned_or_absent_one() -> None:
-    a, b, c = ExpertId(3, 0), ExpertId(3, 1), ExpertId(5, 3)
-    policy = _resident(StaticScorer(np.array([[3.0, 1, 0, 0], [0, 0, 0, 2]])), a, b, c)
-
-    assert policy.choose_victim(set()) == b
-    assert policy.choose_victim({b}) == c
-    assert policy.choose_victim({a, b, c}) is None
-    policy.on_evict(b)
-    assert policy.choose_victim(set()) == c
-
-
-def test_equal_scores_leave_in_the_order_of_their_last_use() -> None:
-    a, b = ExpertId(3, 0), ExpertId(5, 1)
-    policy = _resident(StaticScorer(np.zeros((2, 4))), a, b)
-
-    policy.on_use(a)
-
-    assert policy.choose_victim(set()) == b
 
 
 def test_lfu_counts_fade_by_the_step() -> None:
@@ -148,6 +120,34 @@ def test_request_is_matched_with_its_like_and_forgotten_at_its_end() -> None:
     np.testing.assert_allclose(forecast.priority, [[0] * 4, [0.25, 0.25, 0, 0]])
 
 
+def test_eam_scores_follow_what_the_request_does() -> None:
+    tracker = ActivationTracker(GRID)
+    scorer = EamScorer(GRID, tracker)
+    for sequence, probs in ((1, [0.5, 0.4, 0.1, 0]), (2, [0, 0.1, 0.4, 0.5])):
+        tracker.on_step(_step(sequence))
+        for row in range(2):
+            tracker.on_gate(_gate(row, probs))
+        tracker.on_sequence_end(sequence)
+    tracker.on_step(_step(3))
+    undecided = scorer.scores().copy()
+
+    tracker.on_gate(_gate(0, [0, 0.1, 0.4, 0.5]))
+
+    assert undecided[:4] == pytest.approx([0.2501] * 4)
+    assert scorer.scores()[:4] == pytest.approx([0.0001, 0.0001, 0.5001, 0.5001])
+
+
+def test_lru_per_layer_knows_the_gate_before_room_is_made() -> None:
+    scorer = LruPerLayerScorer(GRID)
+
+    for probs in ([0.5, 0.4, 0.1, 0], [0, 0.1, 0.4, 0.5]):
+        scorer.on_gate(_gate(1, probs))
+
+    scores = scorer.scores()
+    assert scores[4:].tolist() == [-4, -3, -2, -1]  # 2 and 3 were chosen last
+    assert (scores[:4] == 0).all()
+
+
 def test_prefill_and_decode_are_matched_apart() -> None:
     tracker = ActivationTracker(GRID)
     tracker.on_step(_step(1, decodes=False))
@@ -186,7 +186,7 @@ def test_every_published_name_is_built_or_says_what_it_needs(name: str) -> None:
         with pytest.raises(ConfigError, match="needs"):
             build_policies(name, context)
     else:
-        assert build_policies(name, context).eviction.choose_victim(set()) is None
+        assert build_policies(name, context).scorer.scores().shape == (GRID.size,)
 
 
 @pytest.mark.parametrize("name", ["fifo", "lru+magic", ""])

@@ -57,7 +57,8 @@ def _parts_of(reader: ExpertReader, file: ExpertFile, expert: ExpertId) -> list[
     parts = file.layout.experts[expert].parts
     plan = plan_read(parts)
     slot = mmap.mmap(-1, plan.slot_bytes)
-    reader.read(plan, memoryview(slot))
+    for chunk in plan.chunks:
+        reader.read(chunk, memoryview(slot))
     return [slot[at : at + part.num_bytes] for at, part in zip(plan.part_offsets, parts, strict=True)]
 
 

@@ -276,7 +276,7 @@ def test_most_used_experts_come_here_and_are_not_sent_away_any_more(
     work = ExpertWork(LAYER, x, ids, torch.full((4, 3), 1 / 3))
     for _ in range(6):
         worker.dispatcher.start(work, 4, 4)()
-        worker.backend.store.take_in_ahead(wait_for_it=True)
+        assert worker.backend.store.wait_idle(10)
     hosts[0].received.clear()
 
     torch.testing.assert_close(worker.dispatcher.start(work, 4, 4)(), _local(everything, work, 4))

@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from actors.experts.formats.expert import ExpertWeights
-from actors.experts.store import ExpertStore, held_expert_bytes
+from actors.experts.memory.report import layers_report
+from actors.experts.memory.slots import held_expert_bytes
+from actors.experts.memory.store import ExpertStore
 from cluster.errors import ConfigError, ExpertReadError
 from cluster.types import ExpertId, Phase
 
@@ -97,7 +99,7 @@ def test_resident_experts_come_first_in_one_group(experts: ExpertFile) -> None:
     groups = _acquire(store, experts, 0, [0, 1, 2, 3])
 
     assert groups[0] == [1, 3]
-    assert (store.counters.hits, store.counters.misses) == (2, 4)
+    assert (store.counters.num_hits, store.counters.num_misses) == (2, 4)
     assert _acquire(store, experts, 0, [0, 1, 2, 3]) == [[0, 1, 2, 3]]
     store.close()
 
@@ -140,7 +142,7 @@ def test_least_recently_used_is_evicted(experts: ExpertFile) -> None:
 
     _acquire(store, experts, 1, [5])
 
-    reports = {report.layer: report for report in store.layers_report({0: {Phase.DECODE: (3, 1)}})}
+    reports = {report.layer: report for report in layers_report(store, {0: {Phase.DECODE: (3, 1)}})}
     assert reports[0].resident == (0, 2)
     assert reports[1].resident == (5,)
     assert (reports[0].hits, reports[0].misses, reports[0].activations[Phase.DECODE]) == (1, 3, (3, 1))

@@ -40,6 +40,31 @@ def test_rows_of_a_prefill_chunk_are_one_step() -> None:
     assert list(trace.rows_of(0).step_slices()) == [slice(0, 3), slice(3, 4), slice(4, 5)]
 
 
+def test_shuffled_trace_keeps_how_often_experts_are_used_and_nothing_else() -> None:
+    trace = clustered_trace(num_requests=8, num_rows=25, seed=3)
+
+    null = trace.shuffled(seed=0)
+
+    for layer in range(len(trace.model.layers)):
+        counts = [np.bincount(t.chosen[:, layer].ravel(), minlength=16) for t in (trace, null)]
+        np.testing.assert_array_equal(*counts)
+        rows = [np.sort(t.probs[:, layer].sum(axis=1, dtype=np.float32)) for t in (trace, null)]
+        np.testing.assert_array_equal(*rows)
+    of_chosen = np.take_along_axis(null.probs, null.chosen.astype(np.int64), axis=2)
+    np.testing.assert_array_equal(of_chosen, -np.sort(-null.probs, axis=2)[:, :, :2])
+    assert _explained(trace.tokens, trace.chosen[:, 0, 0]) > 0.9
+    assert _explained(null.tokens, null.chosen[:, 0, 0]) < 0.6
+    assert _explained(trace.chosen[:, 0, 0], trace.chosen[:, 1, 0]) > 0.5
+    assert _explained(null.chosen[:, 0, 0], null.chosen[:, 1, 0]) < 0.35
+    np.testing.assert_array_equal(trace.shuffled(seed=0).chosen, null.chosen)
+
+
+def _explained(causes: np.ndarray, effects: np.ndarray) -> float:
+    """Share of rows whose effect is the commonest one of their cause."""
+    best = sum(np.bincount(effects[causes == cause]).max() for cause in np.unique(causes))
+    return float(best / len(effects))
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off"])
 def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "t.npz"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from fakes import MEMORY
 from google.protobuf import json_format
 from google.rpc import error_details_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
@@ -23,7 +24,7 @@ from cluster.frontend.grpc_errors import InvalidFields, status_of
 from cluster.frontend.sequence import LogprobEntry, SamplingOptions, TextChunk, TokenText, Usage
 from cluster.rpc import cluster_pb2
 from cluster.rpc import generation_pb2 as pb
-from cluster.types import FinishReason, Phase, StartupPhase
+from cluster.types import FinishReason, Phase, StartupPhase, Tier
 
 MAX_TRAILER_BYTES = 8192
 
@@ -56,6 +57,8 @@ STATUS_PAIRS = [
     (types.WorkerStatus, cluster_pb2.WorkerStatus),
     (types.ExpertHostStatus, cluster_pb2.ExpertHostStatus),
     (types.ExpertMemoryStatus, cluster_pb2.ExpertMemoryStatus),
+    (types.TierStatus, cluster_pb2.TierStatus),
+    (types.CalibrationBin, cluster_pb2.CalibrationBin),
     (types.LayerExperts, cluster_pb2.LayerExperts),
     (types.DataPlaneStatus, cluster_pb2.DataPlaneStatus),
     (types.ClusterActivations, cluster_pb2.ClusterActivations),
@@ -209,7 +212,18 @@ def test_a_status_is_copied_whole(phase):
 
 def test_experts_are_copied_by_layer():
     counts = {Phase.PREFILL: (5, 0, 6), Phase.DECODE: ()}
-    layer = types.LayerExperts(layer=1, num_experts=3, resident=(0, 2), activations=counts, hits=3, misses=1)
+    layer = types.LayerExperts(
+        layer=1,
+        num_experts=3,
+        resident=(0, 2),
+        activations=counts,
+        hits=3,
+        misses=1,
+        host_resident=(1,),
+        misses_by_tier={Tier.HOST: 1, Tier.DISK: 0},
+        late=1,
+        stall_s=0.5,
+    )
     message = cluster_pb2.ExpertsReport()
     fill(message, types.ExpertsReport(owner_id="w0", layers=(layer,)))
     assert json_format.MessageToDict(message, preserving_proto_field_name=True) == {
@@ -222,9 +236,28 @@ def test_experts_are_copied_by_layer():
                 "activations": {"prefill": ["5", "0", "6"]},
                 "hits": "3",
                 "misses": "1",
+                "host_resident": [1],
+                "misses_by_tier": {"host": "1"},
+                "late": "1",
+                "stall_s": 0.5,
             }
         ],
     }
+
+
+def test_expert_memory_is_copied_with_its_tiers_and_its_calibration():
+    message = cluster_pb2.ExpertMemoryStatus()
+    fill(message, MEMORY)
+    assert [(tier.tier, tier.HasField("budget_bytes"), tier.bytes_moved) for tier in message.tiers] == [
+        (cluster_pb2.TIER_DEVICE, True, 0),
+        (cluster_pb2.TIER_HOST, True, 25),
+        (cluster_pb2.TIER_DISK, False, 5),
+    ]
+    assert message.tiers[1].emulated
+    assert (message.misses_by_tier.host, message.misses_by_tier.disk) == (3, 2)
+    assert message.prefetch_bytes.disk == 12
+    assert [(b.predicted, b.observed, b.count) for b in message.calibration] == [(0.125, 0.25, 16), (0.75, 0.5, 4)]
+    assert (message.eviction, message.prediction, message.search_share) == ("moesaic", "fmoe", 0.25)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +276,11 @@ def test_what_our_errors_name_is_found_in_the_message(param, path):
     message = pb.GenerateRequest.DESCRIPTOR
     for name in path.split("."):
         message = message.fields_by_name[name].message_type  # a KeyError if there is none
+
+
+def test_every_tier_has_its_value_and_its_counts():
+    assert {f"TIER_{tier.name}" for tier in Tier} < set(cluster_pb2.Tier.keys())
+    assert set(Tier) - {Tier.DEVICE} == set(cluster_pb2.TierCounts.DESCRIPTOR.fields_by_name)
 
 
 def test_every_phase_has_its_counts():

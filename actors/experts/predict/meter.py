@@ -1,4 +1,4 @@
-"""Measures in virtual time what a predictor that prices prefetch asks for, as the live memory does by the clock."""
+"""Measures what a predictor that prices prefetch asks for: the same in virtual time and by the clock."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ _RATE = 0.02
 
 
 class CostMeter:
-    """Moving averages over layers of compute time and of the share of time in which demand loads hold the link."""
+    """Moving averages over layers of compute time and of the share of time in which demand loads hold the link.
+
+    load_s: one expert over the link; whoever measures it sets it.
+    """
 
     def __init__(self, *, load_s: float, layer_s: float) -> None:
-        """Args: load_s: one expert over the link. layer_s: a first guess of a layer's compute time."""
-        self._load_s = load_s
+        """Args: layer_s: a first guess of a layer's compute time."""
+        self.load_s = load_s
         self._layer_s = layer_s
         self._demand_s = 0.0
         self._took_s = layer_s
@@ -25,4 +28,4 @@ class CostMeter:
 
     def costs(self) -> LinkCosts:
         """What was measured so far."""
-        return LinkCosts(load_s=self._load_s, layer_s=self._layer_s, busy=min(self._demand_s / self._took_s, 1.0))
+        return LinkCosts(load_s=self.load_s, layer_s=self._layer_s, busy=min(self._demand_s / self._took_s, 1.0))

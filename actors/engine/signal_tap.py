@@ -1,0 +1,136 @@
+"""Hands what the gates of a model say to the conductor, step by step, while it matters.
+
+Knows the packing of a step and transformers' gate modules; everything but keeping references to tensors happens on the
+conductor's thread. Padding rows never enter. While all experts are resident nothing is handed over.
+
+Shapes: T packed rows, S sequences, D model dim, E experts of a layer, K experts per token (top-k).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.engine.batcher import ScheduledRows
+from actors.engine.step import StepInputs, packed_order
+from actors.experts.conductor import Conductor
+from actors.experts.dispatch import ExpertWork
+from actors.experts.gate_tap import gate_modules, gate_probability
+from actors.experts.signals import GateSignal, StepSignal
+from cluster.types import RequestId
+
+
+class SignalTap:
+    """Between one model and one conductor; the engine's thread calls it."""
+
+    def __init__(self, model: nn.Module, conductor: Conductor) -> None:
+        """Raises: CheckpointError: an experts module without a gate beside it."""
+        gates = gate_modules(model)
+        layers = tuple(gates)
+        self.conductor = conductor
+        self._rows = {layer: row for row, layer in enumerate(layers)}
+        self._following = dict(zip(layers, [*list(gates.values())[1:], None], strict=True))
+        self._probability = gate_probability(next(iter(gates.values())))
+        self._embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        self._logits: dict[int, Tensor] = {}
+        self._numbers: dict[RequestId, int] = {}
+        self._next_number = 0
+        self._starts: np.ndarray | None = None  # of each sequence's rows; None while nothing is handed over
+        self._began_s = self._last_s = self._stall_s = self._demand_s = 0.0
+        for layer, gate in gates.items():
+            gate.register_forward_hook(partial(self._on_gate, layer))
+
+    def begin(self, rows: Seq[ScheduledRows], step: StepInputs) -> None:
+        """A step is about to run."""
+        store = self.conductor.store
+        self._starts = None
+        if store.holds_everything:
+            return
+        if self.conductor.is_behind:
+            self.conductor.num_skipped += 1
+            return
+        ordered = packed_order(rows)
+        lengths = np.array([item.num_rows for item in ordered])
+        self._starts = np.cumsum(lengths) - lengths
+        sequences = tuple(self._number(item.sequence.request.request_id) for item in ordered)
+        is_decode = np.array([item.decodes for item in ordered])
+        token_ids = step.token_ids[0, : step.num_rows]
+        self._began_s = self._last_s = time.perf_counter()
+        self._stall_s, self._demand_s = float(store.counters.stall_s.sum()), store.demand_s()
+        starts = self._starts
+        self.conductor.begin(
+            lambda: StepSignal(
+                sequences, _means(self._embeddings[token_ids].float().numpy(), starts), lengths, is_decode
+            )
+        )
+
+    def gate(self, work: ExpertWork, num_rows: int) -> None:
+        """A layer's experts are about to run."""
+        logits = self._logits.pop(work.layer, None)
+        if self._starts is None or logits is None:
+            return
+        self._note_time()
+        self.conductor.gate(partial(self._gate_signal, work, logits[:num_rows], num_rows, self._starts))
+
+    def end(self) -> None:
+        """The step is over, or broke off."""
+        if self._starts is not None:
+            self._starts = None
+            self.conductor.end(time.perf_counter() - self._began_s)
+        self._logits.clear()
+
+    def forget(self, request_id: RequestId) -> None:
+        """A request is over."""
+        number = self._numbers.pop(request_id, None)
+        if number is not None:
+            self.conductor.forget(number)
+
+    def _on_gate(self, layer: int, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
+        if self._starts is not None:
+            self._logits[layer] = output[0]
+
+    def _number(self, request_id: RequestId) -> int:
+        known = self._numbers.get(request_id)
+        if known is None:
+            known = self._numbers[request_id] = self._next_number
+            self._next_number += 1
+        return known
+
+    def _note_time(self) -> None:
+        store, meter = self.conductor.store, self.conductor.meter
+        now_s, stall_s, demand_s = time.perf_counter(), float(store.counters.stall_s.sum()), store.demand_s()
+        took_s, stalled_s, held_s = now_s - self._last_s, stall_s - self._stall_s, demand_s - self._demand_s
+        self._last_s, self._stall_s, self._demand_s = now_s, stall_s, demand_s
+        self.conductor.post(
+            lambda: meter.note_layer(compute_s=max(took_s - stalled_s, 0.0), demand_s=held_s, took_s=took_s)
+        )
+
+    def _gate_signal(self, work: ExpertWork, logits_TE: Tensor, num_rows: int, starts: np.ndarray) -> GateSignal:
+        with torch.inference_mode():
+            probs_TE = self._probability(logits_TE).numpy()
+            following, ahead = self._following[work.layer], None
+            if following is not None:  # forward, not the call: a call would run the hooks
+                ahead = self._probability(following.forward(work.hidden_TD[:num_rows])[0]).numpy()
+        ids_TK = work.topk_ids_TK[:num_rows].numpy()
+        counts_TE = np.zeros(probs_TE.shape, dtype=np.float32)
+        np.put_along_axis(counts_TE, ids_TK, 1.0, axis=1)
+        return GateSignal(
+            self._rows[work.layer],
+            _means(probs_TE, starts),
+            counts_TE if len(starts) == num_rows else np.add.reduceat(counts_TE, starts, axis=0),
+            None if ahead is None else _means(ahead, starts),
+        )
+
+
+def _means(values_TX: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """[S, X] means over each sequence's rows, which begin at `starts` [S]."""
+    if len(starts) == len(values_TX):
+        return values_TX
+    lengths = np.diff(np.append(starts, len(values_TX)))
+    return np.add.reduceat(values_TX, starts, axis=0) / lengths[:, None].astype(np.float32)

@@ -1,0 +1,172 @@
+"""Tells policies what the engine computes, and the expert memory what they expect: prefetch and the order of eviction.
+
+Search and learning run on a thread of their own, off the token path: the engine only hands over what its gates said.
+When that thread falls behind, whole steps are left out; what it says late is worth less, never wrong.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from actors.experts.memory.counters import CALIBRATION_BINS
+from actors.experts.memory.store import ExpertStore
+from actors.experts.policies.base import PolicySet
+from actors.experts.policies.published import PublishedScores
+from actors.experts.predict.base import BEFORE_FIRST, Forecast
+from actors.experts.predict.meter import CostMeter
+from actors.experts.ring import RingPlan, uses_nearly_all
+from actors.experts.signals import GateSignal, StepSignal
+
+_MAX_STEPS_BEHIND = 2
+Task = Callable[[], None]
+
+
+class Conductor:
+    """Between the engine's thread, which posts, and the policies, which live on the searching thread.
+
+    num_skipped: steps left out. busy_s: processor time of the searching thread; step_s: of steps by the clock.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        policies: PolicySet,
+        published: PublishedScores,
+        meter: CostMeter,
+        *,
+        inline: bool = False,
+    ) -> None:
+        """Args: inline: no thread; whoever posts does the work, for tests."""
+        self.store, self.policies, self.meter = store, policies, meter
+        self.num_skipped = 0
+        self.busy_s = 0.0
+        self.step_s = 0.0
+        self._published = published
+        self._ring: RingPlan | None = None
+        self._forecast: Forecast | None = None
+        self._inline = inline
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._num_behind = 0
+        self._thread = threading.Thread(target=self._run, name="expert-search", daemon=True)
+        if not inline:
+            self._thread.start()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the next step is better left out."""
+        return self._num_behind >= _MAX_STEPS_BEHIND
+
+    @property
+    def search_share(self) -> float:
+        """Processor time of search and learning over the time of steps."""
+        return self.busy_s / self.step_s if self.step_s else 0.0
+
+    def post(self, task: Task) -> None:
+        """Have something done by the searching thread, in order."""
+        if self._inline:
+            task()
+        else:
+            self._tasks.put(task)
+
+    def begin(self, make: Callable[[], StepSignal]) -> None:
+        """A step begins. Args: make: called on the searching thread."""
+        self._num_behind += 1
+        self.post(lambda: self._on_step(make()))
+
+    def gate(self, make: Callable[[], GateSignal]) -> None:
+        """A gate has spoken."""
+        self.post(lambda: self._on_gate(make()))
+
+    def end(self, step_s: float) -> None:
+        """All layers are done, or the step broke off; it took `step_s`."""
+        self.step_s += step_s
+        self.post(self._on_step_end)
+
+    def forget(self, sequence: int) -> None:
+        """A sequence is over."""
+        self.post(lambda: self._on_sequence_end(sequence))
+
+    def ask(
+        self, question: Callable[[], dict[str, dict[str, np.ndarray]]], timeout_s: float
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """An answer made by the searching thread, between two signals.
+
+        Raises:
+            TimeoutError: it did not come.
+        """
+        if self._inline:
+            return question()
+        answers: queue.SimpleQueue[dict[str, dict[str, np.ndarray]]] = queue.SimpleQueue()
+        self._tasks.put(lambda: answers.put(question()))
+        try:
+            return answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"the searching thread did not answer within {timeout_s:g} s") from None
+
+    def close(self) -> None:
+        """End after what was posted."""
+        if not self._inline:
+            self._tasks.put(None)
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while True:
+            task = self._tasks.get()
+            if task is None:
+                return
+            began_s = time.thread_time()
+            task()
+            self.busy_s += time.thread_time() - began_s
+
+    def _on_step(self, step: StepSignal) -> None:
+        grid = self.store.grid
+        for listener in self.policies.listeners:
+            listener.on_step(step)
+        num_rows = int(step.num_rows.sum())
+        is_large = self.store.num_slots < grid.size and uses_nearly_all(grid, num_rows)
+        self._ring = RingPlan(grid, self.store.num_slots, self.policies.scorer.scores()) if is_large else None
+        self._look_ahead(BEFORE_FIRST)
+
+    def _on_gate(self, gate: GateSignal) -> None:
+        if self._forecast is not None:
+            self._check_forecast(self._forecast, gate)
+        for listener in self.policies.listeners:
+            listener.on_gate(gate)
+        self._look_ahead(gate.row)
+
+    def _on_step_end(self) -> None:
+        for listener in self.policies.listeners:
+            listener.on_step_end()
+        self._num_behind -= 1
+
+    def _on_sequence_end(self, sequence: int) -> None:
+        for listener in self.policies.listeners:
+            listener.on_sequence_end(sequence)
+
+    def _look_ahead(self, row: int) -> None:
+        if self._ring is not None:
+            outlook = self._ring.outlook(row)
+            self._forecast = None
+            self._published.publish(outlook.scores)
+            if self.policies.predictor is not None:
+                self.store.want(outlook.ahead, outlook.below)
+            return
+        self._published.publish()
+        if self.policies.predictor is not None:
+            self.meter.load_s = self.store.load_s() or self.meter.load_s
+            self._forecast = self.policies.predictor.predict(row)
+            self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
+
+    def _check_forecast(self, forecast: Forecast, gate: GateSignal) -> None:
+        """Count how the last forecast of a layer came true."""
+        counters, probability = self.store.counters, forecast.probability[gate.row]
+        used = (gate.counts > 0).any(axis=0)
+        bins = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+        counters.num_forecasts += np.bincount(bins, minlength=CALIBRATION_BINS)
+        counters.predicted += np.bincount(bins, weights=probability, minlength=CALIBRATION_BINS)
+        counters.came_true += np.bincount(bins[used], minlength=CALIBRATION_BINS)

@@ -1,0 +1,112 @@
+"""What the step under way waits for: missing experts on their way up, in the order they are to be computed.
+
+Knows stages and experts as indices; knows no layers' mathematics. All under the store's lock, except that waiting gives
+it up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+
+from actors.experts.memory.slots import SlotForm
+from actors.experts.memory.stage import Stage
+from actors.experts.memory.transfers import Transfer
+from cluster.errors import ExpertReadError
+from cluster.types import Tier
+
+
+class Demands:
+    """Of one step at a time. Truthy while it waits for something."""
+
+    def __init__(self, form: SlotForm, stages: tuple[Stage, ...], lock: threading.Lock, *, timeout_s: float) -> None:
+        """Args: stages: from the fastest down. timeout_s: longest wait for the next expert."""
+        self._form, self._stages, self._timeout_s = form, stages, timeout_s
+        self._fast = stages[0].residents
+        self._landed = threading.Condition(lock)
+        self._wanted: dict[int, None] = {}
+        self._errors: dict[int, ExpertReadError] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._wanted)
+
+    def ask(self, indices: Iterable[int]) -> tuple[dict[Tier, int], int]:
+        """Begin to load the missing, those in flight first; how many come from where, and how many were in flight."""
+        missing = list(indices)
+        in_flight = [i for i in missing if any(stage.residents.loading[i] for stage in self._stages)]
+        sources: dict[Tier, int] = {}
+        for index in dict.fromkeys([*in_flight, *missing]):
+            tier = self._tier_of(index)
+            sources[tier] = sources.get(tier, 0) + 1
+            self._wanted[index] = None
+        self._fast.hold(self._wanted)  # once there, they stay until they are computed
+        self.advance()
+        return sources, len(in_flight)
+
+    def wait_for_some(self) -> list[int]:
+        """Those that are there, no longer waited for but still held; waits for the first.
+
+        Raises:
+            ExpertReadError: a load failed or took too long.
+        """
+        deadline_s = time.monotonic() + self._timeout_s
+        while True:
+            ready = [index for index in self._wanted if self._fast.is_resident[index]]
+            if ready:
+                for index in ready:
+                    del self._wanted[index]
+                self.advance()
+                return sorted(ready)
+            for index, error in self._errors.items():
+                raise self._failure(index, error.message)
+            left_s = deadline_s - time.monotonic()
+            self.advance()
+            if left_s <= 0 or not self._landed.wait(left_s):
+                index = next(iter(self._wanted))
+                raise self._failure(
+                    index, f"loading it from {self._files(index)} took longer than experts.load_timeout_s"
+                )
+
+    def advance(self) -> None:
+        """Bring every one as far as there are slots."""
+        for index in self._wanted:
+            if not self._fast.is_resident[index] and index not in self._errors:
+                stage = next(stage for stage in self._stages if stage.source(index) is not None)
+                stage.demand(index)
+
+    def forget(self) -> None:
+        """Nobody wants the rest any more: what is under way is given up."""
+        for index in self._wanted:
+            for stage in self._stages:
+                stage.give_up(index)
+        self._fast.release(self._wanted)
+        self._wanted.clear()
+        self._errors.clear()
+
+    def on_end(self, transfer: Transfer) -> None:
+        """A transfer has ended, one of these or another that had a slot."""
+        if not self._wanted:
+            return
+        if transfer.is_demand and transfer.error is not None and not transfer.is_cancelled:
+            self._errors[transfer.index] = transfer.error
+        self.advance()
+        self._landed.notify_all()
+
+    def _tier_of(self, index: int) -> Tier:
+        for stage in self._stages:
+            transfer = stage.queue.transfers.get(index)
+            link = stage.source(index) if transfer is None else transfer.link
+            if link is not None:
+                return link.tier
+        raise AssertionError("the last link has every expert")
+
+    def _failure(self, index: int, reason: str) -> ExpertReadError:
+        layer, expert = self._form.expert(index)
+        error = ExpertReadError(f"expert {expert} of layer {layer}: {reason}")
+        error.expert = (layer, expert)
+        return error
+
+    def _files(self, index: int) -> str:
+        parts = self._form.layout.experts[self._form.expert(index)].parts
+        return ", ".join(sorted({str(part.file) for part in parts}))

@@ -1,0 +1,148 @@
+"""One arena of an expert memory with everything about it: who is in it, the links into it, their queue, its wishes.
+
+Knows experts as indices, slots and transfers; knows nothing of layers or steps. The store's lock guards it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from actors.experts.memory.counters import MemoryCounters
+from actors.experts.memory.links import Link
+from actors.experts.memory.residents import Residents
+from actors.experts.memory.transfers import Transfer, TransferQueue
+
+
+class Stage:
+    """An arena and the way into it.
+
+    links: in the order of preference. below: the stage that its link reads from, if that is an arena. priority: [N],
+    what is wanted ahead. may_prefetch: whether loads ahead may begin now. fills_up: free slots take what is worth most,
+    wanted or not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        residents: Residents,
+        links: Sequence[Link],
+        *,
+        lock: threading.Lock,
+        num_threads: int,
+        counters: MemoryCounters,
+        done: Callable[[Stage, Transfer], None],
+        below: Stage | None = None,
+        fills_up: bool = False,
+    ) -> None:
+        """Args: done: told, under the lock, when a transfer has ended for good and its expert is resident or not."""
+        self.residents = residents
+        self.links = tuple(links)
+        self.below = below
+        self.fills_up = fills_up
+        self.priority: np.ndarray | None = None
+        self.may_prefetch: Callable[[], bool] = lambda: True
+        self._counters, self._done = counters, done
+        self.queue = TransferQueue(
+            f"experts-to-{name}", lock, num_threads, choose=self._choose, done=self._end, moved=self._moved
+        )
+
+    def source(self, index: int, *, after: Link | None = None) -> Link | None:
+        """The best link that has an expert. Args: after: of those less preferred than this one."""
+        rest = self.links if after is None else self.links[self.links.index(after) + 1 :]
+        return next((link for link in rest if link.has(index)), None)
+
+    def begin(self, index: int, slot: int, *, is_demand: bool) -> None:
+        """Queue the load of an expert into a slot."""
+        self.queue.add(self._transfer(index, slot, is_demand=is_demand))
+
+    def demand(self, index: int) -> None:
+        """Somebody waits for an expert: put its load first; it begins once there is a slot."""
+        under_way = self.queue.transfers.get(index)
+        if under_way is not None:  # one that was given up is asked for again when it has ended
+            under_way.is_demand = under_way.is_demand or not under_way.stops
+            return
+        slot = self._slot_for_demand()
+        if slot is not None:
+            self.begin(index, slot, is_demand=True)
+
+    def give_up(self, index: int) -> None:
+        """Nobody waits for an expert any more."""
+        transfer = self.queue.transfers.get(index)
+        if transfer is not None and transfer.is_demand:
+            transfer.is_demand = False
+            self.queue.cancel(transfer)
+
+    def want(self, priority: np.ndarray | None, *, keeps_begun: bool) -> None:
+        """Replace what is wanted ahead. Args: keeps_begun: what is under way may end though nobody wants it now."""
+        self.priority = priority
+        if not keeps_begun:
+            for transfer in list(self.queue.transfers.values()):
+                if not transfer.is_demand and (priority is None or priority[transfer.index] <= 0):
+                    self.queue.cancel(transfer)
+        self.queue.wake()
+
+    def _slot_for_demand(self) -> int | None:
+        """A slot, if need be that of a load ahead; None: one comes when a chunk or a computation ends."""
+        slot = self.residents.take()
+        if slot is not None:
+            return slot
+        ahead = [transfer for transfer in self.queue.transfers.values() if not transfer.is_demand]
+        if not ahead or any(transfer.stops for transfer in ahead):
+            return None  # one is on its way
+        self.queue.cancel(ahead[-1])
+        return self.residents.take_free()
+
+    def _choose(self) -> Transfer | None:
+        """The most wanted expert that can come now, with the slot of one that is wanted less."""
+        residents = self.residents
+        if not self.may_prefetch():
+            return None
+        absent = ~(residents.resident | residents.loading)
+        if self.priority is not None:
+            is_open = absent & (self.priority > 0) & self._can_come()
+            index = int(np.where(is_open, self.priority, 0).argmax())
+            if is_open[index]:
+                slot = residents.take(self.priority >= self.priority[index])
+                if slot is not None:
+                    return self._transfer(index, slot, is_demand=False)
+        if self.fills_up and residents.num_free and absent.any():
+            slot = residents.take_free()
+            assert slot is not None
+            index = int(np.where(absent, residents.order.scores(), -np.inf).argmax())
+            return self._transfer(index, slot, is_demand=False)
+        return None
+
+    def _can_come(self) -> np.ndarray | bool:
+        return True if self.below is None else self.below.residents.resident
+
+    def _transfer(self, index: int, slot: int, *, is_demand: bool, after: Link | None = None) -> Transfer:
+        link = self.source(index, after=after)
+        assert link is not None, "asked for only where it is"
+        self.residents.loading[index] = True
+        if self.below is not None:
+            self.below.residents.hold((index,))
+        return Transfer(index, slot, link, link.num_chunks(index), is_demand)
+
+    def _moved(self, transfer: Transfer, num_bytes: int) -> None:
+        self._counters.bytes_moved[transfer.link.tier] += num_bytes
+        if not transfer.is_demand:
+            self._counters.prefetch_bytes[transfer.link.tier] += num_bytes
+
+    def _end(self, transfer: Transfer) -> None:
+        index = transfer.index
+        self.residents.loading[index] = False
+        if self.below is not None:
+            self.below.residents.release((index,))
+        if not transfer.stops:
+            self.residents.insert(index, transfer.slot)
+        elif not transfer.is_cancelled and self.source(index, after=transfer.link) is not None:
+            # A node may be gone; the disk is not.
+            again = self._transfer(index, transfer.slot, is_demand=transfer.is_demand, after=transfer.link)
+            self.queue.add(again)
+            return
+        else:
+            self.residents.give_back(transfer.slot)
+        self._done(self, transfer)

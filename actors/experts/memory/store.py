@@ -1,0 +1,312 @@
+"""The expert memory of one process: asked for experts, it has them in the DEVICE arena, within a budget in bytes.
+
+One thread (whoever computes) acquires; the threads of the transfer queues fill slots; a forecast may come from a third.
+What is in use is never evicted, a demand always finds a slot, and a forecast is only ever a wish. With a HOST arena
+below it experts come in two stages that run by themselves: from REMOTE or DISK into HOST, from HOST into DEVICE. An
+expert in DEVICE keeps its place in HOST as long as that is worth it: weights never change, so nothing is written back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from actors.experts.formats.expert import ExpertWeights
+from actors.experts.memory.arena import RamArena
+from actors.experts.memory.counters import MemoryCounters
+from actors.experts.memory.demands import Demands
+from actors.experts.memory.disk import DiskLink
+from actors.experts.memory.emulated import RamLink
+from actors.experts.memory.links import Link
+from actors.experts.memory.remote import RemoteLink
+from actors.experts.memory.residents import Residents
+from actors.experts.memory.slots import SlotForm
+from actors.experts.memory.stage import Stage
+from actors.experts.memory.transfers import Transfer
+from actors.experts.policies.base import Scorer
+from cluster.types import ExpertId, Tier
+
+LinkFactory = Callable[[RamArena], Link]
+HostLinkFactory = Callable[[RamArena, RamArena, Callable[[int], int | None]], Link]
+_CLOSE_TIMEOUT_S = 10.0
+
+
+class ExpertStore:
+    """Experts by id, least valuable evicted first."""
+
+    def __init__(
+        self,
+        form: SlotForm,
+        scorer: Scorer,
+        sources: Sequence[LinkFactory],
+        *,
+        budget_bytes: int,
+        min_experts: int = 1,
+        io_threads: int = 3,
+        host_bytes: int = 0,
+        host_link: HostLinkFactory | None = None,
+        load_timeout_s: float = 30.0,
+    ) -> None:
+        """Args: sources: links into the lowest arena, best first; the last one has every expert. host_bytes: budget of
+        HOST; 0: there is none, and `host_link` is not needed.
+
+        Raises:
+            ConfigError: a budget does not hold `min_experts`; says the minimum.
+        """
+        self.form, self.grid, self.layout = form, form.grid, form.layout
+        self.budget_bytes, self.host_budget_bytes = budget_bytes, host_bytes
+        self.counters = MemoryCounters(self.grid.num_layers)
+        self._min_experts = min_experts
+        self._rows = {layer: row for row, layer in enumerate(self.grid.layers)}
+        self._lock = threading.Lock()
+        self._ahead = np.zeros(self.grid.size, dtype=np.bool_)  # fetched ahead, complete, not used since
+        self._views: dict[tuple[int, tuple[int, ...]], ExpertWeights] = {}
+        arena = RamArena(self.grid.size, form.slot_bytes)
+        num_slots = self.form.num_slots(budget_bytes, self._min_experts, "experts.cache")
+        device = Residents(arena, scorer, self.grid.size, num_slots, self._on_evict)
+        stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._done)
+        if host_bytes:
+            assert host_link is not None
+            host_slots = self.form.num_slots(host_bytes, self._min_experts, "experts.host_tier")
+            below = RamArena(self.grid.size, form.slot_bytes)
+            host = Residents(below, scorer, self.grid.size, host_slots, lambda _: None)
+            links = [make(below) for make in sources]
+            self._host: Stage | None = stage("host", host, links, num_threads=io_threads, fills_up=True)
+            link = host_link(below, arena, host.slot_of)  # one chunk after the other: one thread
+            self._device = stage("device", device, [link], num_threads=1, below=self._host)
+        else:
+            self._host = None
+            self._device = stage("device", device, [make(arena) for make in sources], num_threads=io_threads)
+        self._demands = Demands(form, self._stages, self._lock, timeout_s=load_timeout_s)
+        self._device.may_prefetch = lambda: not self._demands  # a slot is wanted more than a forecast
+        for each in self._stages:
+            each.queue.start()
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes one expert takes."""
+        return self.form.slot_bytes
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of all experts as held."""
+        return self.form.model_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that DEVICE has room for."""
+        return self._device.residents.num_slots
+
+    @property
+    def num_resident(self) -> int:
+        """Experts in DEVICE."""
+        return sum(self._device.residents.is_resident)
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether every expert of the model is in DEVICE."""
+        return self.num_slots == self.grid.size and all(self._device.residents.is_resident)
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, ExpertWeights]]]:
+        """Yield the wanted experts in groups as they become ready: residents, then those in flight, then the rest.
+
+        A group stays until the next one is asked for. With fewer slots than experts wanted, the rest is loaded as
+        earlier groups are done.
+
+        Raises:
+            ExpertReadError: a load failed or took too long; nothing stays in use.
+        """
+        row, device, counters = self._rows[layer], self._device.residents, self.counters
+        first = row * self.grid.num_experts
+        indices = [first + expert for expert in experts]
+        with self._lock:
+            here = [index for index in indices if device.is_resident[index]]
+            device.hold(here)
+            self._use(row, here)
+            counters.hits[row] += len(here)
+            if len(here) < len(indices):
+                sources, num_late = self._demands.ask(index for index in indices if not device.is_resident[index])
+                counters.late[row] += num_late
+                for tier, count in sources.items():
+                    counters.misses[tier][row] += count
+        try:
+            if here:
+                yield self._group(first, here)
+            while self._demands:
+                with self._lock:
+                    device.release(here)
+                    here = []
+                    began_s = time.perf_counter()
+                    here = self._demands.wait_for_some()
+                    counters.stall_s[row] += time.perf_counter() - began_s
+                    self._use(row, here)
+                yield self._group(first, here)
+        finally:
+            with self._lock:
+                device.release(here)
+                if self._demands:
+                    self._demands.forget()
+
+    def want(self, priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
+        """Replace what is to be fetched ahead.
+
+        Args: priority: [N] float32, larger first, 0 and below is not fetched. below: for HOST, if not the same.
+        """
+        with self._lock:
+            self._device.want(priority, keeps_begun=False)
+            if self._host is not None:  # while it has free slots it takes whatever comes
+                below = priority if below is None else below
+                self._host.want(below, keeps_begun=self._host.residents.num_free > 0)
+
+    def load_ahead(self, expert: ExpertId, *, replaces: Callable[[ExpertId], bool]) -> bool:
+        """Begin to load one expert that nobody waits for, one at a time; False if there is no room for it.
+
+        Args: replaces: whether the expert is worth more than this one, which would be evicted.
+        """
+        index, device = self._index(expert), self._device
+        with self._lock:
+            residents = device.residents
+            if device.queue.transfers or residents.is_resident[index]:
+                return False
+            if not residents.num_free:
+                victim = residents.order.victim(residents.held > 0)
+                if victim is None or not replaces(self.form.expert(victim)):
+                    return False
+            slot = residents.take()
+            if slot is None:
+                return False
+            device.begin(index, slot, is_demand=False)
+            return True
+
+    def resident(self, layer: int) -> np.ndarray:
+        """[E] bool: which experts of a layer are in DEVICE; a live view."""
+        return self._of_layer(self._device.residents.resident, layer)
+
+    def in_host(self, layer: int) -> np.ndarray:
+        """[E] bool: which experts of a layer are in HOST; a live view."""
+        if self._host is None:
+            return np.zeros(self.grid.num_experts, dtype=np.bool_)
+        return self._of_layer(self._host.residents.resident, layer)
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """Change DEVICE's budget while serving; what is more than fits is evicted, what is in use as soon as it may.
+
+        Raises:
+            ConfigError: it does not hold one token's experts; says the minimum.
+        """
+        num_slots = self.form.num_slots(budget_bytes, self._min_experts, "experts.cache")
+        with self._lock:
+            self.budget_bytes = budget_bytes
+            self._device.residents.resize(num_slots)
+
+    @property
+    def bytes_read(self) -> int:
+        """From disk since start."""
+        return self.counters.bytes_moved[Tier.DISK]
+
+    @property
+    def read_mode(self) -> str:
+        """How the disk is read."""
+        links = (self._host or self._device).links
+        return next((link.mode for link in links if isinstance(link, DiskLink)), "")
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why tiers hold less than they should, in words."""
+        links = (self._host or self._device).links
+        return tuple(problem for link in links if isinstance(link, RemoteLink) for problem in link.problems)
+
+    @property
+    def source_tiers(self) -> tuple[Tier, ...]:
+        """Where experts come from that are in no arena."""
+        return tuple(link.tier for link in (self._host or self._device).links)
+
+    @property
+    def link_is_emulated(self) -> bool:
+        """Whether the way from HOST only pretends to its rate."""
+        return isinstance(self._device.links[0], RamLink) and self._device.links[0].is_paced
+
+    @property
+    def host_resident(self) -> int:
+        """Experts in HOST."""
+        return 0 if self._host is None else sum(self._host.residents.is_resident)
+
+    def load_s(self) -> float:
+        """Average time one expert takes into DEVICE, once it is begun and alone."""
+        queue = self._device.queue
+        return queue.expert_s / queue.num_threads
+
+    def demand_s(self) -> float:
+        """Seconds since start in which demands had the way into DEVICE."""
+        return self._device.queue.demand_s / self._device.queue.num_threads
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is under way and nothing is left to fetch ahead; False if that took longer."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if all(stage.queue.is_idle for stage in self._stages):
+                    return True
+            if time.monotonic() > end_s:
+                return False
+            time.sleep(1e-3)
+
+    def close(self) -> None:
+        """Stop loading and give the memory back."""
+        for stage in self._stages:
+            stage.queue.close(_CLOSE_TIMEOUT_S)
+        for stage in self._stages:
+            with self._lock:
+                stage.residents.resize(0)
+            for link in stage.links:
+                link.close()
+
+    def _use(self, row: int, here: Iterable[int]) -> None:
+        for index in here:
+            self._device.residents.order.on_use(index)
+            if self._ahead[index]:
+                self._ahead[index] = False
+                self.counters.prefetch_used[row] += 1
+
+    def _group(self, first: int, indices: list[int]) -> list[tuple[int, ExpertWeights]]:
+        residents = self._device.residents
+        group: list[tuple[int, ExpertWeights]] = []
+        for index in indices:
+            slot = residents.slot_of(index)
+            assert slot is not None
+            key = (slot, self.form.part_offsets(index))
+            weights = self._views.get(key)
+            if weights is None:
+                weights = self._views[key] = self.form.weights(index, slot, residents.arena.buffer)
+            group.append((index - first, weights))
+        return group
+
+    def _done(self, stage: Stage, transfer: Transfer) -> None:
+        """A transfer has ended; under the lock, on its thread."""
+        if stage is not self._device:
+            self._device.queue.wake()
+        elif not transfer.stops:
+            self._ahead[transfer.index] = not transfer.is_demand
+        elif transfer.is_cancelled:
+            self.counters.prefetch_dropped[transfer.index // self.grid.num_experts] += 1
+        self._demands.on_end(transfer)
+
+    @property
+    def _stages(self) -> tuple[Stage, ...]:
+        return (self._device,) if self._host is None else (self._device, self._host)
+
+    def _on_evict(self, index: int) -> None:
+        if self._ahead[index]:
+            self._ahead[index] = False
+            self.counters.prefetch_wasted[index // self.grid.num_experts] += 1
+
+    def _index(self, expert: ExpertId) -> int:
+        return self._rows[expert.layer] * self.grid.num_experts + expert.expert
+
+    def _of_layer(self, values: np.ndarray, layer: int) -> np.ndarray:
+        first = self._rows[layer] * self.grid.num_experts
+        return values[first : first + self.grid.num_experts]

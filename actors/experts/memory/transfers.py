@@ -1,0 +1,168 @@
+"""The transfer queue into one arena: who goes next, chunk by chunk, on the threads of that way.
+
+Demands go first, in the order they were asked for; a load ahead is begun only when none waits, and gives way after the
+chunk under way. Knows transfers and threads; who is worth a slot is decided by `choose`, what follows an end by `done`.
+Everything but the copying itself happens under the store's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from actors.experts.memory.links import Link
+from cluster.errors import ExpertReadError
+
+_RATE = 0.1  # of the newest chunk in the average
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """One expert on its way into a slot. Chunks are issued to threads one by one; `landed` counts those that ended."""
+
+    index: int
+    slot: int
+    link: Link
+    num_chunks: int
+    is_demand: bool
+    issued: int = 0
+    landed: int = 0
+    is_cancelled: bool = False
+    error: ExpertReadError | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it is in a thread, and nothing more will be."""
+        return self.issued == self.landed and (self.issued == self.num_chunks or self.stops)
+
+    @property
+    def stops(self) -> bool:
+        """Whether no more chunks are to be issued."""
+        return self.is_cancelled or self.error is not None
+
+
+class TransferQueue:
+    """Threads that bring experts into one arena.
+
+    transfers: under way or waiting, by expert, in the order of beginning. expert_s: average time one takes
+    on one thread. demand_s: thread seconds spent on demands since start.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        lock: threading.Lock,
+        num_threads: int,
+        *,
+        choose: Callable[[], Transfer | None],
+        done: Callable[[Transfer], None],
+        moved: Callable[[Transfer, int], None],
+    ) -> None:
+        """Args (all called under `lock`): choose: the next load ahead, with a slot of its own, or None. done: a
+        transfer is over: complete, cancelled or failed. moved: so many bytes of a transfer were moved."""
+        self.num_threads = num_threads
+        self.transfers: dict[int, Transfer] = {}
+        self.expert_s = 0.0
+        self.demand_s = 0.0
+        self._choose, self._done, self._moved = choose, done, moved
+        self._lock = lock
+        self._work = threading.Condition(lock)
+        self._stopped = False
+        self._may_choose = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(num_threads)
+        ]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way, and nothing will be unless somebody asks."""
+        return not self.transfers and not self._may_choose
+
+    def start(self) -> None:
+        """Begin to move."""
+        self._may_choose = True
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, transfer: Transfer) -> None:
+        """Queue one; under the lock."""
+        self.transfers[transfer.index] = transfer
+        self._work.notify(min(transfer.num_chunks, self.num_threads))
+
+    def wake(self) -> None:
+        """There may be something to choose; under the lock."""
+        self._may_choose = True
+        self._work.notify_all()
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Give one up unless its last chunk is under way; `done` says when its slot is free. Under the lock."""
+        if transfer.issued == transfer.num_chunks:
+            return
+        transfer.is_cancelled = True
+        if transfer.is_over:
+            self._end(transfer)
+
+    def close(self, timeout_s: float) -> None:
+        """End after the chunks under way; a thread that hangs in the system for longer is left behind."""
+        with self._lock:
+            self._stopped = True
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                transfer = self._next()
+                while transfer is None and not self._stopped:
+                    self._may_choose = False
+                    self._work.wait()
+                    transfer = self._next()
+                if self._stopped or transfer is None:
+                    return
+                chunk = transfer.issued
+                transfer.issued += 1
+            self._move(transfer, chunk)
+
+    def _next(self) -> Transfer | None:
+        ahead: Transfer | None = None
+        demands_run = False
+        for transfer in self.transfers.values():
+            demands_run = demands_run or transfer.is_demand
+            if transfer.issued < transfer.num_chunks and not transfer.stops:
+                if transfer.is_demand:
+                    return transfer
+                ahead = ahead or transfer
+        if demands_run or self._stopped:  # several threads share one way: a load ahead would slow the demand's down
+            return None
+        if ahead is None:
+            ahead = self._choose()
+            if ahead is not None:
+                self.transfers[ahead.index] = ahead
+        return ahead
+
+    def _move(self, transfer: Transfer, chunk: int) -> None:
+        began_s, error, num_bytes = time.perf_counter(), None, 0
+        try:
+            num_bytes = transfer.link.copy_chunk(transfer.index, chunk, transfer.slot)
+        except ExpertReadError as failure:
+            error = failure
+        except Exception as failure:  # noqa: BLE001 - top of a thread: whoever waits must be told
+            error = ExpertReadError(f"loading from {transfer.link.tier} failed: {failure!r}")
+        took_s = time.perf_counter() - began_s
+        with self._lock:
+            transfer.landed += 1
+            transfer.error = transfer.error or error
+            whole_s = took_s * transfer.num_chunks
+            self.expert_s += (_RATE if self.expert_s else 1.0) * (whole_s - self.expert_s)
+            self.demand_s += took_s if transfer.is_demand else 0.0
+            self._moved(transfer, num_bytes)
+            if transfer.is_over:
+                self._end(transfer)
+
+    def _end(self, transfer: Transfer) -> None:
+        del self.transfers[transfer.index]
+        self._may_choose = True
+        self._done(transfer)

@@ -1,0 +1,107 @@
+"""Whether the live engine agrees with replay: the same prompts, policies, learned past and measured compute times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from harness import Report, median, progress
+from offload_steps import Figures
+
+from actors.experts.trace import GateTrace
+from cluster.replay.result import ReplayCell
+from cluster.replay.sweep import Sweep, learn_past, replay_cells
+
+MAX_HIT_POINTS = 0.02
+MAX_TPOT = 1.2
+Key = tuple[str, float, float, int]  # policy, cache, GB/s, sequences at a time
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeTimes:
+    """Of a layer besides its experts, and of one expert, in seconds."""
+
+    base_s: float
+    expert_s: float
+
+    @classmethod
+    def of(cls, alone: Figures, many: Figures, *, num_layers: int) -> ComputeTimes:
+        """From two resident runs that use different numbers of experts a step: what an expert more costs."""
+        (few, short_s), (most, long_s) = (_experts_and_time(figures) for figures in (alone, many))
+        expert_s = max((long_s - short_s) / max(most - few, 1.0), 1e-6)
+        return cls(max(short_s - few * expert_s, 1e-6) / num_layers, expert_s)
+
+    def text(self) -> str:
+        """For a note."""
+        return f"measured {1e3 * self.base_s:.2f} ms a layer and {1e3 * self.expert_s:.2f} ms an expert, resident"
+
+
+class Agreement:
+    """Collects live cells, replays them, compares."""
+
+    def __init__(self, report: Report, past: GateTrace, held_out: GateTrace, times: ComputeTimes) -> None:
+        self._report, self._past, self._held_out, self._times = report, past, held_out, times
+        self._live: dict[Key, dict[str, Any]] = {}
+
+    def expect(self, row: dict[str, Any], key: Key) -> None:
+        """A live cell whose replay is wanted; the replay's figures are added to its row."""
+        self._live[key] = row
+
+    def finish(self) -> None:
+        """Replay them all, add columns and targets."""
+        policies, caches, links, concurrencies = (_distinct(values) for values in zip(*self._live, strict=True))
+        sweep = Sweep(
+            policies=policies,
+            caches=caches,
+            links=links,
+            concurrencies=concurrencies,
+            base_s=self._times.base_s,
+            expert_s=self._times.expert_s,
+        )
+        progress(f"replaying {sweep.num_cells} cells")
+        past = learn_past(self._past, sweep)
+        for policy in policies:
+            own = replace(sweep, policies=(policy,), predict_s=self._forecast_s(policy))
+            for cell in replay_cells(self._held_out, past, own):
+                self._compare(cell)
+        self._add_targets()
+
+    def _forecast_s(self, policy: str) -> float:
+        """What search and forecast took after a gate, live."""
+        return 1e-3 * median([row["search ms/gate"] for key, row in self._live.items() if key[0] == policy])
+
+    def _compare(self, cell: ReplayCell) -> None:
+        row = self._live[cell.policy, cell.cache, cell.link_gb_per_s, cell.concurrency]
+        row["replay hit"] = cell.hit_rate
+        row["live/replay TPOT"] = row["TPOT mean ms"] / cell.tpot_ms_mean
+
+    def _add_targets(self) -> None:
+        """The targets are of one sequence at a time and of several alike."""
+        hits = {key: abs(row["hit"] - row["replay hit"]) for key, row in self._live.items()}
+        times = {key: math.exp(abs(math.log(row["live/replay TPOT"]))) for key, row in self._live.items()}
+        for name, values, bound in (
+            ("live against replay: hit rate, worst cell, difference", hits, MAX_HIT_POINTS),
+            ("live against replay: TPOT, worst cell, ratio", times, MAX_TPOT),
+        ):
+            worst = max(values, key=lambda key: values[key])
+            policy, cache, link, concurrency = worst
+            self._report.at_most(name, values[worst], bound)
+            self._report.notes.append(
+                f"{name}: {policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time; the median over all "
+                f"{len(values)} cells is {float(np.median(list(values.values()))):.3g}"
+            )
+
+
+def _experts_and_time(figures: Figures) -> tuple[float, float]:
+    """Distinct experts of all layers, and seconds, of the usual decode step: those with most sequences."""
+    largest = max(len(step.tokens) for step in figures.decode)
+    steps = [step for step in figures.decode if len(step.tokens) == largest and step.memory is not None]
+    used = [step.memory.hits + step.memory.misses for step in steps if step.memory]
+    return float(np.mean(used)), median([step.ended_s - step.began_s for step in steps])
+
+
+def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))

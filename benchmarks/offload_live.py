@@ -1,0 +1,247 @@
+"""Part one of `offload.py`: our engine with every policy over the declared (emulated) link from HOST to DEVICE.
+
+Each cell is an engine of its own: HOST holds every expert before it starts, DEVICE is empty, the KV cache too; policies
+that learn have seen other prompts (the past), never those that are measured. One thread computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import Report, median, progress, prompts_of_domains, wide_model
+from offload_agreement import Agreement, ComputeTimes
+from offload_steps import Figures, MemoryUse, drive, read_bytes_of_process
+
+from actors.engine.build import EngineParts, build_engine
+from actors.engine.trace_recorder import record_trace
+from actors.experts.trace import GateTrace, TracedRequest
+from cluster.config import load_config
+from cluster.model_info import ModelInfo, load_model_info
+from cluster.replay.schedule import ReplayStep, build_steps, mixed_order
+from cluster.replay.sweep import show
+from cluster.types import SamplingParams
+
+FACTOR = 32
+ALONE = ("lru+none", "lfu+none", "mrs+none", "eam+none", "fmoe+none", "moesaic+none")
+AHEAD = ("lru+next-gate", "mrs+next-gate", "eam+eam", "fmoe+fmoe", "moesaic+moesaic")
+OFF, ON = "lru+none", "moesaic+moesaic"
+MAX_LEN = 256
+PROMPT_TOKENS = 32
+_FILL_LIMIT_S = 300.0
+_LEARN_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is run. prompts: measured in each cell, past: of others to learn from; num_tokens of each.
+
+    rounds: of the comparison with everything resident, alternating.
+    """
+
+    policies: Sequence[str]
+    caches: Sequence[float]
+    links: Sequence[float]
+    concurrencies: Sequence[int]
+    prompts: int
+    past: int
+    num_tokens: int
+    rounds: int
+
+
+FULL = Plan(
+    policies=(*ALONE, *AHEAD),
+    caches=(0.25,),
+    links=(1.0, 4.0),
+    concurrencies=(1, 8),
+    prompts=12,
+    past=72,
+    num_tokens=64,
+    rounds=7,
+)
+QUICK = Plan(
+    policies=(OFF, "moesaic+none", "lru+next-gate", ON),
+    caches=(0.25,),
+    links=(4.0,),
+    concurrencies=(1, 8),
+    prompts=8,
+    past=18,
+    num_tokens=16,
+    rounds=3,
+)
+
+
+class Live:
+    """Builds engines, runs cells, compares with replay."""
+
+    def __init__(self, report: Report, plan: Plan) -> None:
+        self._report, self._plan = report, plan
+        self._path = wide_model(FACTOR)
+        self._info = load_model_info(str(self._path), max_model_len=MAX_LEN)
+        ids = self._prompt_ids()
+        self._past_ids = ids[plan.prompts :]
+        order = mixed_order(plan.prompts)  # the order in which a replay takes them
+        self._ids = ids[: plan.prompts]
+        self._ordered = [self._ids[i] for i in order]
+
+    def run(self) -> None:
+        """Everything resident first, then every cell, then the same in replay."""
+        with _engine(self._info, OFF, cache=1.0) as resident:
+            _make_resident(resident)
+            progress("recording traces")
+            past = self._record(resident, self._past_ids, seed=1000)
+            held_out = self._record(resident, self._ids, seed=0)
+            with _engine(self._info, ON, cache=1.0) as predicting:
+                _make_resident(predicting)
+                self._compare_resident(resident, predicting)
+            times = self._compute_times(resident)
+        steps = build_steps(past, concurrency=1, order=mixed_order(len(past.requests)))
+        agreement = Agreement(self._report, past, held_out, times)
+        plan = self._plan
+        for cache in plan.caches:
+            for policy in plan.policies:
+                for link in plan.links:
+                    for concurrency in plan.concurrencies:
+                        row = self._run_cell(policy, cache, link, concurrency, steps)
+                        agreement.expect(row, (policy, cache, link, concurrency))
+        agreement.finish()
+        self._report.notes.append(
+            f"HOST full and DEVICE empty at the start of each cell; learned from {plan.past} other prompts; one "
+            f"compute thread; the link is emulated (declared GB/s); {times.text()}; hit: resident or on the way, "
+            "timely: resident"
+        )
+
+    def _prompt_ids(self) -> list[list[int]]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._path)
+        texts = prompts_of_domains(self._plan.prompts + self._plan.past)
+        return [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in texts]
+
+    def _record(self, parts: EngineParts, prompts: Sequence[Sequence[int]], seed: int) -> GateTrace:
+        requests = [
+            TracedRequest(request_id=str(i), domain="", source="", prompt_ids=tuple(ids))
+            for i, ids in enumerate(prompts)
+        ]
+        sampling = SamplingParams(max_tokens=self._plan.num_tokens, temperature=0.0, ignore_eos=True, seed=seed)
+        return record_trace(parts, self._info, requests, sampling)
+
+    def _compare_resident(self, off: EngineParts, on: EngineParts) -> None:
+        rates: dict[str, list[float]] = {OFF: [], ON: []}
+        disk_bytes = 0
+        for number in range(-1, self._plan.rounds):
+            for name, parts in ((OFF, off), (ON, on)):
+                figures = self._figures(parts, self._ordered[:4], concurrency=1)
+                if number >= 0:
+                    rates[name].append(figures.decode_rate)
+                    disk_bytes += sum(step.memory.disk_bytes for step in figures.steps if step.memory)
+        ratio = median([on / off for on, off in zip(rates[ON], rates[OFF], strict=True)])
+        progress(
+            f"everything resident: {median(rates[ON]):.1f} tok/s with prediction, {median(rates[OFF]):.1f} without"
+        )
+        self._report.at_least("everything resident: tok/s with prediction on / off", ratio, 0.97)
+        self._report.at_most("cache 100%: bytes read after warm-up", disk_bytes, 0)
+
+    def _compute_times(self, parts: EngineParts) -> ComputeTimes:
+        alone = self._figures(parts, self._ordered, concurrency=1)
+        many = self._figures(parts, self._ordered, concurrency=8)
+        return ComputeTimes.of(alone, many, num_layers=parts.store.grid.num_layers)
+
+    def _figures(self, parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> Figures:
+        figures = Figures()
+        figures.add(
+            list(
+                drive(
+                    parts,
+                    prompts,
+                    num_tokens=self._plan.num_tokens,
+                    concurrency=concurrency,
+                    read_bytes=read_bytes_of_process,
+                )
+            )
+        )
+        return figures
+
+    def _run_cell(
+        self, policy: str, cache: float, link: float, concurrency: int, past: Sequence[ReplayStep]
+    ) -> dict[str, Any]:
+        with _engine(self._info, policy, cache=cache, link=link) as parts:
+            _fill_host(parts)
+            _learn(parts, past)
+            busy_s = parts.conductor.busy_s if parts.conductor else 0.0
+            figures = self._figures(parts, self._ordered, concurrency)
+            busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
+            num_gates = len(figures.steps) * parts.store.grid.num_layers
+        columns = figures.columns()
+        progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
+        row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
+        row |= columns | _prefetch_columns(figures.memory, figures.num_decoded)
+        row |= {"search share": busy_s / figures.elapsed_s, "search ms/gate": 1e3 * busy_s / num_gates}
+        self._report.rows.append(row)
+        return row
+
+
+def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:
+    num_tokens = max(num_decoded, 1)
+    return {
+        "MB link/token": memory.host_bytes / num_tokens / 1e6,
+        "stall ms": 1e3 * memory.stall_s / num_tokens,
+        "used": memory.prefetch_used,
+        "late": memory.late,
+        "wasted": memory.prefetch_wasted,
+    }
+
+
+@contextlib.contextmanager
+def _engine(info: ModelInfo, policy: str, *, cache: float, link: float | None = None) -> Iterator[EngineParts]:
+    """An engine on one thread. Args: link: GB/s from a HOST tier that holds everything; None: there is no HOST."""
+    eviction, _, prediction = policy.partition("+")
+    experts: dict[str, Any] = {"cache": f"{100 * cache:g}%", "eviction": eviction, "prediction": prediction}
+    if link is not None:
+        experts |= {"host_tier": "100%", "link_gb_per_s": link}
+    sections = {
+        "model": {"path": str(Path(info.path)), "dtype": "bfloat16", "max_model_len": MAX_LEN},
+        "attention": {"kv_cache": "32MiB"},
+        "experts": experts,
+    }
+    parts = build_engine(load_config(None, sections), info, threads=1)
+    try:
+        yield parts
+    finally:
+        parts.dispatcher.close()
+
+
+def _make_resident(parts: EngineParts) -> None:
+    """Use every expert once."""
+    store = parts.store
+    for layer in store.grid.layers:
+        for _ in store.acquire(layer, range(store.grid.num_experts)):
+            pass
+
+
+def _fill_host(parts: EngineParts) -> None:
+    """Wait until HOST holds every expert: it fills itself from disk."""
+    store, deadline = parts.store, time.monotonic() + _FILL_LIMIT_S
+    while store.host_resident < store.grid.size:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"HOST holds {store.host_resident} of {store.grid.size} experts after {_FILL_LIMIT_S} s")
+        time.sleep(0.02)
+
+
+def _learn(parts: EngineParts, past: Sequence[ReplayStep]) -> None:
+    """Show the steps of other prompts to the policies, as if they had been computed here."""
+    conductor = parts.conductor
+    if conductor is None:
+        return
+    policies = conductor.policies
+
+    def show_all() -> None:
+        for step in past:
+            show(step, policies.listeners, asked=policies.scorer.scores)
+
+    conductor.post(show_all)
+    conductor.ask(dict, _LEARN_LIMIT_S)

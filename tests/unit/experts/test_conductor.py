@@ -1,0 +1,167 @@
+"""The conductor: signals reach the policies in order and forecasts the memory; when late, steps are left out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from expert_builders import ExpertFile, open_store, write_experts
+
+from actors.experts.conductor import Conductor
+from actors.experts.memory.store import ExpertStore
+from actors.experts.policies.base import PolicySet
+from actors.experts.policies.published import PublishedScores
+from actors.experts.predict.base import Forecast
+from actors.experts.predict.meter import CostMeter
+from actors.experts.signals import GateSignal, StepSignal
+
+NUM_EXPERTS, LAYERS = 6, 2
+SIZE = NUM_EXPERTS * LAYERS
+
+
+class Scripted:
+    """A policy that says what it is told to, and notes what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.values = np.arange(SIZE, dtype=np.float64)
+        self.probability = np.zeros((LAYERS, NUM_EXPERTS), dtype=np.float32)
+        self.pause = threading.Event()
+        self.pause.set()
+
+    def on_use(self, index: int) -> None:
+        self.heard.append(f"use {index}")
+
+    def scores(self) -> np.ndarray:
+        return self.values
+
+    def predict(self, row: int) -> Forecast | None:
+        return Forecast(self.probability, self.probability)
+
+    def on_step(self, step: StepSignal) -> None:
+        assert self.pause.wait(10)
+        self.heard.append("step")
+
+    def on_gate(self, gate: GateSignal) -> None:
+        self.heard.append(f"gate {gate.row}")
+
+    def on_step_end(self) -> None:
+        self.heard.append("end")
+
+    def on_sequence_end(self, sequence: int) -> None:
+        self.heard.append(f"over {sequence}")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> ExpertFile:
+    return write_experts(tmp_path_factory.mktemp("experts"), layers=LAYERS, num_experts=NUM_EXPERTS)
+
+
+@pytest.fixture
+def policy() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def store(experts: ExpertFile, policy: Scripted) -> Iterator[ExpertStore]:
+    opened = open_store(experts, slots=3, scorer=PublishedScores(policy, SIZE))
+    yield opened
+    opened.close()
+
+
+def _conductor(store: ExpertStore, policy: Scripted, *, inline: bool) -> Conductor:
+    published = store._device.residents.order._scorer
+    assert isinstance(published, PublishedScores)
+    policies = PolicySet(policy, policy, (policy,))
+    return Conductor(store, policies, published, CostMeter(load_s=1e-3, layer_s=1e-3), inline=inline)
+
+
+def _step(num_rows: int = 1) -> StepSignal:
+    return StepSignal((7,), np.ones((1, 4), np.float32), np.array([num_rows]), np.array([num_rows == 1]))
+
+
+def _gate(row: int, *used: int) -> GateSignal:
+    counts = np.zeros((1, NUM_EXPERTS), np.float32)
+    counts[0, list(used)] = 1
+    return GateSignal(row, np.full((1, NUM_EXPERTS), 1 / NUM_EXPERTS, np.float32), counts, None)
+
+
+def _run(conductor: Conductor, *, num_rows: int = 1) -> None:
+    conductor.begin(lambda: _step(num_rows))
+    conductor.gate(lambda: _gate(0, 1))
+    conductor.gate(lambda: _gate(1, 2))
+    conductor.end(1e-3)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_signals_come_in_order_and_forecasts_are_fetched(store: ExpertStore, policy: Scripted, inline: bool) -> None:
+    conductor = _conductor(store, policy, inline=inline)
+    policy.probability[1, 4] = 0.95
+
+    _run(conductor)
+    conductor.forget(7)
+    conductor.close()
+
+    assert [what for what in policy.heard if "use" not in what] == ["step", "gate 0", "gate 1", "end", "over 7"]
+    assert store.wait_idle(10)
+    assert np.flatnonzero(store.resident(1)).tolist() == [4]
+    assert store._device.residents.order.scores().tolist() == policy.values.tolist(), "published"
+    assert store._device.residents.order.scores() is not policy.values, "a copy"
+
+
+def test_forecasts_are_checked_against_what_the_gates_chose(store: ExpertStore, policy: Scripted) -> None:
+    conductor = _conductor(store, policy, inline=True)
+    policy.probability[:] = 0.05
+    policy.probability[0, 1] = policy.probability[1, 3] = 0.95
+
+    _run(conductor)
+
+    counters = store.counters
+    assert counters.num_forecasts.tolist() == [10, 0, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert counters.came_true.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    assert counters.predicted[[0, 9]] == pytest.approx([0.5, 1.9])
+
+
+def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scripted) -> None:
+    conductor = _conductor(store, policy, inline=True)
+
+    conductor.begin(lambda: _step(64))
+    conductor.gate(lambda: _gate(0, *range(NUM_EXPERTS)))
+
+    scores = store._device.residents.order.scores()
+    assert scores[np.argsort(policy.values)[-1]] == scores.max(), "what is worth most is pinned"
+    assert scores[0] == scores.min(), "of the layer that has passed"
+    assert store.wait_idle(10)
+    assert store.resident(1).any(), "the next layer comes ahead"
+
+
+def test_steps_are_left_out_while_search_is_behind(store: ExpertStore, policy: Scripted) -> None:
+    conductor = _conductor(store, policy, inline=False)
+    policy.pause.clear()
+    assert not conductor.is_behind
+
+    for _ in range(2):
+        _run(conductor)
+    assert conductor.is_behind
+
+    policy.pause.set()
+    conductor.close()
+    assert not conductor.is_behind
+    assert policy.heard.count("step") == 2
+
+
+def test_answers_are_made_between_signals(store: ExpertStore, policy: Scripted) -> None:
+    conductor = _conductor(store, policy, inline=False)
+    _run(conductor)
+
+    answer = conductor.ask(lambda: {"heard": {"n": np.array([len(policy.heard)])}}, 10)
+
+    assert answer["heard"]["n"].tolist() == [4]
+    policy.pause.clear()
+    conductor.begin(_step)
+    with pytest.raises(TimeoutError):
+        conductor.ask(dict, 0.01)
+    policy.pause.set()
+    conductor.close()
