@@ -39,6 +39,8 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         degraded.extend(parts.links.degraded)
     if parts and parts.backend:
         degraded.extend(parts.backend.store.problems)
+    if parts and parts.conductor and parts.conductor.problem:
+        degraded.append(parts.conductor.problem)
     if parts and parts.kernel == "torch":
         degraded.append("compiled kernels are missing: plain torch is used (a C compiler is needed at install time)")
     return WorkerStatus(

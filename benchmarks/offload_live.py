@@ -64,7 +64,7 @@ FULL = Plan(
     rounds=7,
 )
 QUICK = Plan(
-    policies=(OFF, "moesaic+none", "lru+next-gate", ON),
+    policies=(OFF, "lru+next-gate", ON),
     caches=(0.25,),
     links=(4.0,),
     concurrencies=(1, 8),

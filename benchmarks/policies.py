@@ -152,7 +152,7 @@ def _search_share(past: GateTrace) -> str:
     """What fMoE's search costs on this machine, beside the compute of a step."""
     grid, settings = grid_of(past), PolicySettings()
     store = settings.new_map_store(grid, past.embeddings.shape[1])
-    some = first_of_each_domain(past, 2)
+    some = first_of_each_domain(past, 3)
     steps = build_steps(some, concurrency=1, order=range(len(some.requests)))
     for step in steps:  # first full: an entry replaced is dearer than one added
         store.insert(step.signal.embeddings, np.stack([gate.probs for gate in step.gates], axis=1))

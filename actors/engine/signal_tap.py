@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import StepInputs, packed_order
-from actors.experts.conductor import Conductor
+from actors.experts.conductor import Conductor, LayerTimes
 from actors.experts.dispatch import ExpertWork
-from actors.experts.gate_tap import gate_modules, gate_probability
+from actors.experts.gate_tap import GateReader, gate_modules
 from actors.experts.signals import GateSignal, StepSignal
 from cluster.types import RequestId
 
@@ -35,13 +35,16 @@ class SignalTap:
         layers = tuple(gates)
         self.conductor = conductor
         self._rows = {layer: row for row, layer in enumerate(layers)}
-        self._following = dict(zip(layers, [*list(gates.values())[1:], None], strict=True))
-        self._probability = gate_probability(next(iter(gates.values())))
+        readers = [GateReader(gate) for gate in gates.values()]
+        self._readers = dict(zip(layers, readers, strict=True))
+        self._following = dict(zip(layers, [*readers[1:], None], strict=True))
         self._embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
         self._logits: dict[int, Tensor] = {}
         self._numbers: dict[RequestId, int] = {}
         self._next_number = 0
         self._starts: np.ndarray | None = None  # of each sequence's rows; None while nothing is handed over
+        self._heard: list[tuple[ExpertWork, Tensor]] = []
+        self._num_rows = 0
         self._began_s = self._last_s = self._stall_s = self._demand_s = 0.0
         for layer, gate in gates.items():
             gate.register_forward_hook(partial(self._on_gate, layer))
@@ -62,7 +65,7 @@ class SignalTap:
         is_decode = np.array([item.decodes for item in ordered])
         token_ids = step.token_ids[0, : step.num_rows]
         self._began_s = self._last_s = time.perf_counter()
-        self._stall_s, self._demand_s = float(store.counters.stall_s.sum()), store.demand_s()
+        self._stall_s, self._demand_s = store.counters.total_stall_s, store.demand_s()
         starts = self._starts
         self.conductor.begin(
             lambda: StepSignal(
@@ -71,16 +74,19 @@ class SignalTap:
         )
 
     def gate(self, work: ExpertWork, num_rows: int) -> None:
-        """A layer's experts are about to run."""
+        """A layer's experts are about to run. Several layers are handed over together while that loses little."""
         logits = self._logits.pop(work.layer, None)
         if self._starts is None or logits is None:
             return
-        self._note_time()
-        self.conductor.gate(partial(self._gate_signal, work, logits[:num_rows], num_rows, self._starts))
+        self._num_rows = num_rows
+        self._heard.append((work, logits))
+        if len(self._heard) >= self.conductor.stride:
+            self._hand_over()
 
     def end(self) -> None:
         """The step is over, or broke off."""
         if self._starts is not None:
+            self._hand_over()
             self._starts = None
             self.conductor.end(time.perf_counter() - self._began_s)
         self._logits.clear()
@@ -102,30 +108,34 @@ class SignalTap:
             self._next_number += 1
         return known
 
-    def _note_time(self) -> None:
-        store, meter = self.conductor.store, self.conductor.meter
-        now_s, stall_s, demand_s = time.perf_counter(), float(store.counters.stall_s.sum()), store.demand_s()
+    def _hand_over(self) -> None:
+        heard, self._heard = self._heard, []
+        if not heard or self._starts is None:
+            return
+        store, num_layers = self.conductor.store, len(heard)
+        now_s, stall_s, demand_s = time.perf_counter(), store.counters.total_stall_s, store.demand_s()
         took_s, stalled_s, held_s = now_s - self._last_s, stall_s - self._stall_s, demand_s - self._demand_s
         self._last_s, self._stall_s, self._demand_s = now_s, stall_s, demand_s
-        self.conductor.post(
-            lambda: meter.note_layer(compute_s=max(took_s - stalled_s, 0.0), demand_s=held_s, took_s=took_s)
+        self.conductor.gates(
+            partial(self._signals, heard, self._num_rows, self._starts),
+            LayerTimes(max(took_s - stalled_s, 0.0) / num_layers, held_s / num_layers, took_s / num_layers),
         )
 
-    def _gate_signal(self, work: ExpertWork, logits_TE: Tensor, num_rows: int, starts: np.ndarray) -> GateSignal:
-        with torch.inference_mode():
-            probs_TE = self._probability(logits_TE).numpy()
-            following, ahead = self._following[work.layer], None
-            if following is not None:  # forward, not the call: a call would run the hooks
-                ahead = self._probability(following.forward(work.hidden_TD[:num_rows])[0]).numpy()
-        ids_TK = work.topk_ids_TK[:num_rows].numpy()
-        counts_TE = np.zeros(probs_TE.shape, dtype=np.float32)
-        np.put_along_axis(counts_TE, ids_TK, 1.0, axis=1)
-        return GateSignal(
-            self._rows[work.layer],
-            _means(probs_TE, starts),
-            counts_TE if len(starts) == num_rows else np.add.reduceat(counts_TE, starts, axis=0),
-            None if ahead is None else _means(ahead, starts),
-        )
+    def _signals(self, heard: list[tuple[ExpertWork, Tensor]], num_rows: int, starts: np.ndarray) -> list[GateSignal]:
+        # One call for all layers: each costs as much as the numbers of ten.
+        logits_NTE = torch.stack([logits[:num_rows] for _, logits in heard]).float().numpy()
+        hidden_NTD = torch.stack([work.hidden_TD[:num_rows] for work, _ in heard]).float().numpy()
+        ids_NTK = torch.stack([work.topk_ids_TK[:num_rows] for work, _ in heard]).numpy()
+        counts_NTE = np.zeros(logits_NTE.shape, dtype=np.float32)
+        np.put_along_axis(counts_NTE, ids_NTK, 1.0, axis=2)
+        signals: list[GateSignal] = []
+        for (work, _), logits, hidden, counts in zip(heard, logits_NTE, hidden_NTD, counts_NTE, strict=True):
+            following = self._following[work.layer]
+            ahead = None if following is None else _means(following.read(hidden), starts)
+            probs = self._readers[work.layer].probabilities(logits)
+            chose = counts if len(starts) == num_rows else np.add.reduceat(counts, starts, axis=0)
+            signals.append(GateSignal(self._rows[work.layer], _means(probs, starts), chose, ahead))
+        return signals
 
 
 def _means(values_TX: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -6,10 +6,12 @@ When that thread falls behind, whole steps are left out; what it says late is wo
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,15 +23,28 @@ from actors.experts.predict.base import BEFORE_FIRST, Forecast
 from actors.experts.predict.meter import CostMeter
 from actors.experts.ring import RingPlan, uses_nearly_all
 from actors.experts.signals import GateSignal, StepSignal
+from cluster.observability.logs import log_event
 
+_LOG = logging.getLogger(__name__)
 _MAX_STEPS_BEHIND = 2
+_STRIDE = 3
+_IN_TIME = 0.5
 Task = Callable[[], None]
+
+
+class LayerTimes(NamedTuple):
+    """Seconds of a layer: computing, demands holding the link, in all. See CostMeter."""
+
+    compute_s: float
+    demand_s: float
+    took_s: float
 
 
 class Conductor:
     """Between the engine's thread, which posts, and the policies, which live on the searching thread.
 
-    num_skipped: steps left out. busy_s: processor time of the searching thread; step_s: of steps by the clock.
+    num_skipped: steps left out. problem: why search has ended for good, if it has. busy_s: processor time of the
+    searching thread; step_s: of steps by the clock.
     """
 
     def __init__(
@@ -44,6 +59,7 @@ class Conductor:
         """Args: inline: no thread; whoever posts does the work, for tests."""
         self.store, self.policies, self.meter = store, policies, meter
         self.num_skipped = 0
+        self.problem: str | None = None
         self.busy_s = 0.0
         self.step_s = 0.0
         self._published = published
@@ -59,7 +75,13 @@ class Conductor:
     @property
     def is_behind(self) -> bool:
         """Whether the next step is better left out."""
-        return self._num_behind >= _MAX_STEPS_BEHIND
+        return self._num_behind >= _MAX_STEPS_BEHIND or self.problem is not None
+
+    @property
+    def stride(self) -> int:
+        """Layers whose gates are best handed over together: one if a load can still come in time for the next."""
+        costs = self.meter.costs()
+        return 1 if costs.load_s < _IN_TIME * costs.layer_s else _STRIDE
 
     @property
     def search_share(self) -> float:
@@ -78,9 +100,14 @@ class Conductor:
         self._num_behind += 1
         self.post(lambda: self._on_step(make()))
 
-    def gate(self, make: Callable[[], GateSignal]) -> None:
-        """A gate has spoken."""
-        self.post(lambda: self._on_gate(make()))
+    def gates(self, make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
+        """Gates have spoken, in the order of their layers. Args: times: of one layer on average."""
+
+        def hear() -> None:
+            self.meter.note_layer(compute_s=times.compute_s, demand_s=times.demand_s, took_s=times.took_s)
+            self._on_gates(make())
+
+        self.post(hear)
 
     def end(self, step_s: float) -> None:
         """All layers are done, or the step broke off; it took `step_s`."""
@@ -120,8 +147,17 @@ class Conductor:
             if task is None:
                 return
             began_s = time.thread_time()
-            task()
+            try:
+                task()
+            except Exception as error:  # noqa: BLE001 - top loop: serving goes on, with the policy of no signals
+                self._give_up(error)
             self.busy_s += time.thread_time() - began_s
+
+    def _give_up(self, error: Exception) -> None:
+        log_event(_LOG, logging.ERROR, "search failed; experts are evicted by recency now", error=error)
+        self.problem = f"expert prediction stopped: {error!r}"
+        self.store.want(None)
+        self._published.publish(np.zeros(self.store.grid.size))
 
     def _on_step(self, step: StepSignal) -> None:
         grid = self.store.grid
@@ -132,12 +168,13 @@ class Conductor:
         self._ring = RingPlan(grid, self.store.num_slots, self.policies.scorer.scores()) if is_large else None
         self._look_ahead(BEFORE_FIRST)
 
-    def _on_gate(self, gate: GateSignal) -> None:
-        if self._forecast is not None:
-            self._check_forecast(self._forecast, gate)
-        for listener in self.policies.listeners:
-            listener.on_gate(gate)
-        self._look_ahead(gate.row)
+    def _on_gates(self, gates: Sequence[GateSignal]) -> None:
+        for gate in gates:
+            if self._forecast is not None:
+                self._check_forecast(self._forecast, gate)
+            for listener in self.policies.listeners:
+                listener.on_gate(gate)
+        self._look_ahead(gates[-1].row)
 
     def _on_step_end(self) -> None:
         for listener in self.policies.listeners:
@@ -165,7 +202,7 @@ class Conductor:
     def _check_forecast(self, forecast: Forecast, gate: GateSignal) -> None:
         """Count how the last forecast of a layer came true."""
         counters, probability = self.store.counters, forecast.probability[gate.row]
-        used = (gate.counts > 0).any(axis=0)
+        used = gate.counts.max(axis=0) > 0
         bins = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
         counters.num_forecasts += np.bincount(bins, minlength=CALIBRATION_BINS)
         counters.predicted += np.bincount(bins, weights=probability, minlength=CALIBRATION_BINS)

@@ -93,9 +93,59 @@ def gate_modules(model: nn.Module) -> dict[int, nn.Module]:
     return gates
 
 
+class GateReader:
+    """Probabilities of one gate in numpy: for one row torch's set-up of a call costs more than its product.
+
+    A gate that is more than a matrix (with its bias) is asked itself.
+    """
+
+    def __init__(self, gate: nn.Module) -> None:
+        self._gate = gate
+        self._is_sigmoid = _is_sigmoid(gate)
+        self._matrix: np.ndarray | None = None
+        self._bias: np.ndarray | None = None
+        weight = getattr(gate, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 2:
+            self._take_matrix(weight, getattr(gate, "bias", None))
+
+    def read(self, hidden_TD: np.ndarray) -> np.ndarray:
+        """[T, E] float32 that the gate would give to float32 rows."""
+        return self.probabilities(self._logits(hidden_TD))
+
+    def probabilities(self, logits_TE: np.ndarray) -> np.ndarray:
+        """[T, E] from float32 logits: softmax, or sigmoid scores over their sum."""
+        if self._is_sigmoid:
+            scores = 0.5 + 0.5 * np.tanh(0.5 * logits_TE)
+        else:
+            scores = np.exp(logits_TE - logits_TE.max(axis=1, keepdims=True))
+        return scores / scores.sum(axis=1, keepdims=True)
+
+    def _logits(self, hidden_TD: np.ndarray) -> np.ndarray:
+        if self._matrix is None:
+            rows = torch.from_numpy(hidden_TD).to(next(self._gate.parameters()).dtype)
+            with torch.inference_mode():  # forward, not the call: a call would run hooks
+                return self._gate.forward(rows)[0].float().numpy()
+        logits_TE = hidden_TD @ self._matrix
+        return logits_TE if self._bias is None else logits_TE + self._bias
+
+    def _take_matrix(self, weight: Tensor, bias: object) -> None:
+        """Use the matrix if the gate's logits are its product with the rows and no more."""
+        probe = torch.randn((4, weight.shape[1]), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        with torch.inference_mode():
+            wanted = self._gate.forward(probe)[0].float().numpy()
+        self._matrix = np.ascontiguousarray(weight.detach().float().numpy().T)
+        self._bias = bias.detach().float().numpy() if isinstance(bias, Tensor) else None
+        if not np.allclose(self._logits(probe.float().numpy()), wanted, rtol=0.05, atol=0.05):
+            self._matrix = None
+
+
+def _is_sigmoid(gate: nn.Module) -> bool:
+    return "sigmoid" in type(gate).forward.__code__.co_names
+
+
 def gate_probability(gate: nn.Module) -> Callable[[Tensor], Tensor]:
     """From logits [T, E] to probabilities [T, E] float32: softmax, or sigmoid scores over their sum."""
-    if "sigmoid" in type(gate).forward.__code__.co_names:
+    if _is_sigmoid(gate):
         return _normalised_sigmoid
     return partial(torch.softmax, dim=-1, dtype=torch.float32)
 

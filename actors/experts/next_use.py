@@ -34,7 +34,7 @@ from actors.experts.trajectory import Trajectory
 
 _EMBEDDING_NORM = 4.0
 _EDGE = 1e-6
-_BLEND_RATE = 0.01
+_BLEND_RATE = 0.02
 _POPULARITY_RATE = 0.002
 _POPULARITY_EVERY = 16  # steps: it changes slowly
 _PRIOR_STEPS = 50

@@ -15,7 +15,7 @@ from actors.experts.linear_head import Blend, add_products, per_energy, sigmoid
 from actors.experts.signals import Grid
 
 _RATE = 0.5
-_BLEND_RATE = 0.02
+_BLEND_RATE = 0.04
 
 
 class Trajectory:

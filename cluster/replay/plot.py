@@ -28,15 +28,25 @@ def draw(cells: Sequence[ReplayCell], target: Path) -> None:
     axes = figure.subplots(1, 2)
     _lines(axes[0], [c for c in shown if c.link_gb_per_s == link], lambda c: 100 * c.cache, lambda c: c.timely_hit_rate)
     axes[0].set(xlabel="cache, % of experts", ylabel="timely hit rate", title=f"link {link:g} GB/s")
-    _lines(axes[1], [c for c in shown if c.cache == cache], lambda c: c.link_gb_per_s, lambda c: c.tpot_ms_mean)
+    of_cache = [c for c in shown if c.cache == cache]
+    ahead = [c for c in of_cache if "+" in c.policy or c.policy == "lru"]
+    compared = [c for c in of_cache if c.slowdown_to_oracle is not None]
+    _lines(axes[1], ahead or of_cache, lambda c: c.link_gb_per_s, _slowdown if compared else lambda c: c.tpot_ms_mean)
     axes[1].set(
-        xlabel="link, GB/s", ylabel="mean TPOT, ms", title=f"cache {100 * cache:g}%", xscale="log", yscale="log"
+        xlabel="link, GB/s",
+        ylabel="mean TPOT over oracle prefetch with Belady" if compared else "mean TPOT, ms",
+        title=f"cache {100 * cache:g}%",
+        xscale="log",
     )
     for side in axes:
         side.legend(fontsize=7)
     figure.suptitle(f"replay in virtual time, {concurrency} sequence(s)")
     figure.tight_layout()
     figure.savefig(target, dpi=110)
+
+
+def _slowdown(cell: ReplayCell) -> float:
+    return cell.slowdown_to_oracle or 1.0
 
 
 def _lines(
@@ -53,4 +63,4 @@ def _lines(
     for policy, points in lines.items():
         if len(points) < min(longest, 2):
             continue
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=policy)
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", markersize=4, label=policy)

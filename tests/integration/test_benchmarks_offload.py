@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from engine_builders import make_engine
 
+from actors.engine.engine import StepOutput
 from actors.experts.memory.counters import MemoryCounters
-from cluster.types import Tier
+from cluster.errors import ExpertReadError
+from cluster.types import RequestId, Tier
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +115,14 @@ class TestDrive:
         parts = SimpleNamespace(engine=engine, store=SimpleNamespace(counters=counters))
         done = list(steps.drive(parts, [[1, 2]], num_tokens=3, concurrency=1))
         assert [s.memory for s in done] == [steps.MemoryUse(hits=2, misses=1, host_bytes=10)] * 3
+
+    def test_a_failed_sequence_is_no_measurement(self, steps: ModuleType) -> None:
+        engine = make_engine()
+        failure = ExpertReadError("the disk is gone")
+        engine.step = lambda: [StepOutput(RequestId("0"), -1, None, None, 0, error=failure)]  # type: ignore[method-assign]
+        parts = SimpleNamespace(engine=engine, store=SimpleNamespace(counters=MemoryCounters(1)))
+        with pytest.raises(ExpertReadError, match="the disk is gone"):
+            next(steps.drive(parts, [[1, 2]], num_tokens=3, concurrency=1))
 
 
 def test_compute_times_follow_from_two_numbers_of_experts(load: Any, steps: ModuleType) -> None:

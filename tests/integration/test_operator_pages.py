@@ -133,7 +133,9 @@ def test_the_cache_shrinks_and_grows_while_requests_run(server: LiveServer) -> N
 
     def ask(i: int) -> str:
         answer = httpx.post(
-            f"{server.url}/v1/completions", json={"prompt": f"{i} is a number", "max_tokens": 24}, timeout=120
+            f"{server.url}/v1/completions",
+            json={"model": "moesaic-demo", "prompt": f"{i} is a number", "max_tokens": 24},
+            timeout=120,
         )
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["finish_reason"]

@@ -20,7 +20,8 @@ class MemoryCounters:
     hits: [L] resident in DEVICE when asked for. misses: [L] by the tier they had to come from (HOST, REMOTE, DISK).
     late: [L] of the misses, those that were already on their way by prefetch.
     prefetch_used, prefetch_wasted: [L] fetched ahead, complete in DEVICE, then used, or evicted unused.
-    prefetch_dropped: [L] given up before they were complete. stall_s: [L] seconds in which a step waited for loads.
+    prefetch_dropped: [L] given up before they were complete. stall_s: [L] seconds in which a step waited for loads;
+    total_stall_s: of all layers.
     bytes_moved: by the tier they came from; prefetch_bytes: of these, ahead of need.
     predicted, came_true: [B] forecasts of an expert's use at the next pass of its layer, by their probability
     (bin b: b / B to (b + 1) / B): sum of probabilities, and how many came true; num_forecasts: how many there were.
@@ -36,6 +37,7 @@ class MemoryCounters:
         self.prefetch_wasted = np.zeros(num_layers, dtype=np.int64)
         self.prefetch_dropped = np.zeros(num_layers, dtype=np.int64)
         self.stall_s = np.zeros(num_layers)
+        self.total_stall_s = 0.0
         self.bytes_moved: dict[Tier, int] = dict.fromkeys((Tier.HOST, Tier.REMOTE, Tier.DISK), 0)
         self.prefetch_bytes: dict[Tier, int] = dict.fromkeys((Tier.HOST, Tier.REMOTE, Tier.DISK), 0)
         self.num_forecasts = np.zeros(CALIBRATION_BINS, dtype=np.int64)

@@ -31,6 +31,11 @@ class Demands:
     def __bool__(self) -> bool:
         return bool(self._wanted)
 
+    @property
+    def are_there(self) -> bool:
+        """Whether nothing more has to be loaded for the step, taken or not."""
+        return all(self._fast.is_resident[index] for index in self._wanted)
+
     def ask(self, indices: Iterable[int]) -> tuple[dict[Tier, int], int]:
         """Begin to load the missing, those in flight first; how many come from where, and how many were in flight."""
         missing = list(indices)
@@ -83,6 +88,8 @@ class Demands:
         self._fast.release(self._wanted)
         self._wanted.clear()
         self._errors.clear()
+        for stage in self._stages:
+            stage.queue.wake()
 
     def on_end(self, transfer: Transfer) -> None:
         """A transfer has ended, one of these or another that had a slot."""

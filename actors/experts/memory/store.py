@@ -82,7 +82,7 @@ class ExpertStore:
             self._host = None
             self._device = stage("device", device, [make(arena) for make in sources], num_threads=io_threads)
         self._demands = Demands(form, self._stages, self._lock, timeout_s=load_timeout_s)
-        self._device.may_prefetch = lambda: not self._demands  # a slot is wanted more than a forecast
+        self._device.may_prefetch = lambda: self._demands.are_there  # a slot is wanted more than a forecast
         for each in self._stages:
             each.queue.start()
 
@@ -142,7 +142,9 @@ class ExpertStore:
                     here = []
                     began_s = time.perf_counter()
                     here = self._demands.wait_for_some()
-                    counters.stall_s[row] += time.perf_counter() - began_s
+                    stall_s = time.perf_counter() - began_s
+                    counters.stall_s[row] += stall_s
+                    counters.total_stall_s += stall_s
                     self._use(row, here)
                 yield self._group(first, here)
         finally:

@@ -161,6 +161,8 @@ class TransferQueue:
             self._moved(transfer, num_bytes)
             if transfer.is_over:
                 self._end(transfer)
+                if self.num_threads > 1:  # those that waited for a demand's last chunk
+                    self._work.notify_all()
 
     def _end(self, transfer: Transfer) -> None:
         del self.transfers[transfer.index]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from expert_builders import ExpertFile, open_store, write_experts
 
-from actors.experts.conductor import Conductor
+from actors.experts.conductor import Conductor, LayerTimes
 from actors.experts.memory.store import ExpertStore
 from actors.experts.policies.base import PolicySet
 from actors.experts.policies.published import PublishedScores
@@ -19,6 +19,7 @@ from actors.experts.signals import GateSignal, StepSignal
 
 NUM_EXPERTS, LAYERS = 6, 2
 SIZE = NUM_EXPERTS * LAYERS
+TIMES = LayerTimes(1e-3, 0.0, 1e-3)
 
 
 class Scripted:
@@ -90,8 +91,8 @@ def _gate(row: int, *used: int) -> GateSignal:
 
 def _run(conductor: Conductor, *, num_rows: int = 1) -> None:
     conductor.begin(lambda: _step(num_rows))
-    conductor.gate(lambda: _gate(0, 1))
-    conductor.gate(lambda: _gate(1, 2))
+    conductor.gates(lambda: [_gate(0, 1)], TIMES)
+    conductor.gates(lambda: [_gate(1, 2)], TIMES)
     conductor.end(1e-3)
 
 
@@ -128,7 +129,7 @@ def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scrip
     conductor = _conductor(store, policy, inline=True)
 
     conductor.begin(lambda: _step(64))
-    conductor.gate(lambda: _gate(0, *range(NUM_EXPERTS)))
+    conductor.gates(lambda: [_gate(0, *range(NUM_EXPERTS))], TIMES)
 
     scores = store._device.residents.order.scores()
     assert scores[np.argsort(policy.values)[-1]] == scores.max(), "what is worth most is pinned"

@@ -388,3 +388,22 @@ def test_order_of_execution_is_cached_in_flight_not_started(
     assert groups[0] == [5]
     assert [index for index, _ in disk.order[3:]] == [4, 4, 4, 0, 0, 0], "what was on its way goes on first"
     assert store.counters.late.tolist() == [1, 0]
+
+
+def test_the_link_is_used_ahead_while_loaded_experts_are_computed(
+    experts: ExpertFile, opened: Callable[..., ExpertStore]
+) -> None:
+    """A forecast that came while the step waited is not forgotten when the wait is over."""
+    links = Recorded()
+    store = opened(slots=4, wrap=links.wrap, io_threads=1)
+    (disk,) = links.made
+    groups = store.acquire(0, [0, 1])
+    disk.gate.clear()
+    threading.Timer(0.05, disk.gate.set).start()
+    store.want(_priority(e7=1.0))
+    next(groups)
+
+    assert store.wait_idle(10), "nobody asks again while the layer is computed"
+
+    assert store.resident(1)[1]
+    list(groups)
