@@ -26,7 +26,7 @@ from cluster.types import ExpertsReport, GenerationRequest, StartupPhase, Worker
 WORKER_DEPLOYMENT = "AttentionWorker"
 INGRESS_DEPLOYMENT = "HttpIngress"
 
-_SWITCH_INTERVAL_S = 0.0005  # the engine's thread and the event loop share the interpreter lock
+SWITCH_INTERVAL_S = 0.0005  # the engine's thread and the event loop share the interpreter lock
 
 
 class AttentionWorkerReplica:
@@ -37,7 +37,7 @@ class AttentionWorkerReplica:
 
         configure_logging()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         config = from_tree(config_tree)
         model = config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)

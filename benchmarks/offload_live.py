@@ -7,6 +7,7 @@ that learn have seen other prompts (the past), never those that are measured. On
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from harness import Report, median, progress, prompts_of_domains, wide_model
 from offload_agreement import Agreement, ComputeTimes
 from offload_steps import Figures, MemoryUse, drive, read_bytes_of_process
 
+from actors.deployments import SWITCH_INTERVAL_S
 from actors.engine.build import EngineParts, build_engine
 from actors.engine.trace_recorder import record_trace
 from actors.experts.trace import GateTrace, TracedRequest
@@ -64,9 +66,9 @@ FULL = Plan(
     rounds=7,
 )
 QUICK = Plan(
-    policies=(OFF, "lru+next-gate", ON),
+    policies=(OFF, "mrs+none", "mrs+next-gate", "moesaic+none", ON),
     caches=(0.25,),
-    links=(4.0,),
+    links=(1.0,),
     concurrencies=(1, 8),
     prompts=8,
     past=18,
@@ -175,12 +177,17 @@ class Live:
             busy_s = parts.conductor.busy_s if parts.conductor else 0.0
             figures = self._figures(parts, self._ordered, concurrency)
             busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
+            stride = parts.conductor.stride if parts.conductor else 1
             num_gates = len(figures.steps) * parts.store.grid.num_layers
         columns = figures.columns()
         progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
         row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
         row |= columns | _prefetch_columns(figures.memory, figures.num_decoded)
-        row |= {"search share": busy_s / figures.elapsed_s, "search ms/gate": 1e3 * busy_s / num_gates}
+        row |= {
+            "search share": busy_s / figures.elapsed_s,
+            "search ms/gate": 1e3 * busy_s / num_gates,
+            "stride": stride,
+        }
         self._report.rows.append(row)
         return row
 
@@ -198,7 +205,12 @@ def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | 
 
 @contextlib.contextmanager
 def _engine(info: ModelInfo, policy: str, *, cache: float, link: float | None = None) -> Iterator[EngineParts]:
-    """An engine on one thread. Args: link: GB/s from a HOST tier that holds everything; None: there is no HOST."""
+    """An engine on one thread, which shares the interpreter lock as a worker's does.
+
+    Args:
+        link: GB/s from a HOST tier that holds everything; None: there is no HOST.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     eviction, _, prediction = policy.partition("+")
     experts: dict[str, Any] = {"cache": f"{100 * cache:g}%", "eviction": eviction, "prediction": prediction}
     if link is not None:

@@ -12,7 +12,6 @@ from actors.experts.conductor import Conductor
 from actors.experts.formats.base import TORCH_DTYPES
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
-from actors.experts.memory.emulated import RamLink
 from actors.experts.memory.links import Link
 from actors.experts.memory.slots import SlotForm, held_expert_bytes
 from actors.experts.memory.store import ExpertStore
@@ -129,6 +128,6 @@ class BackendBuilder:
             min_experts=self._loaded.top_k,
             io_threads=config.io_threads,
             host_bytes=host_bytes,
-            host_link=partial(RamLink, gb_per_s=config.link_gb_per_s),
+            host_gb_per_s=config.link_gb_per_s,
             load_timeout_s=config.load_timeout_s,
         )

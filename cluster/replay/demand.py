@@ -75,7 +75,7 @@ class DemandRun:
             asked_s = np.where(k < self.num_at_once[there], 0.0, end_s[there])
             busy_s[there] = np.maximum(busy_s[there], asked_s) + machine.load_s
             stall_s[there] += np.maximum(busy_s[there] - end_s[there], 0)
-            end_s[there] = np.maximum(busy_s[there], end_s[there]) + compute_s[there, k]
+            end_s[there] = np.maximum(busy_s[there], end_s[there]) + compute_s[there, k] + machine.wake_s
         return machine.base_s + end_s, stall_s
 
 

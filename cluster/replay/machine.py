@@ -13,7 +13,8 @@ class Machine:
     num_slots: experts that fit. base_s: attention and gate of a layer. An expert takes `expert_s`, or `row_s` a token
     if that is more. predict_s: what a forecast takes after a gate, for policies that predict. The live memory
     forecasts on a thread of its own, so compute does not wait for it unless `predict_on_path`; the forecast only counts
-    from then on.
+    from then on. wake_s: what an expert that a step waited for costs beyond its compute: waking up, a call of its own.
+    stride: layers between two forecasts.
     """
 
     num_slots: int
@@ -24,6 +25,8 @@ class Machine:
     row_s: float = 1e-5
     predict_s: float = 0.0
     predict_on_path: bool = False
+    wake_s: float = 0.0
+    stride: int = 1
 
     @property
     def load_s(self) -> float:

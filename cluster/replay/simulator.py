@@ -84,10 +84,12 @@ class Simulator:
             )
         return end_s
 
-    def end_layer(self, wanted: WantedExperts | None, end_s: float) -> None:
+    def end_layer(self, row: int, wanted: WantedExperts | None, end_s: float) -> None:
         """Fetch ahead while the layer computes, until `end_s`."""
         memory = self.memory
-        if self.policies.predictor is not None:
+        if self.policies.predictor is not None and (row + 1) % self._machine.stride:
+            memory.run_until(end_s)  # by the forecast before
+        elif self.policies.predictor is not None:
             ready_s = self._now_s
             if not self._machine.predict_on_path and self._forecast_s:
                 ready_s = min(self._now_s + self._forecast_s, end_s)  # later ones would be of the next gate
@@ -134,7 +136,7 @@ class Simulator:
             if arrives_s > end_s:
                 counts.stall_s += arrives_s - end_s
                 end_s = arrives_s
-            end_s += compute_s[k]
+            end_s += compute_s[k] + self._machine.wake_s
             computed = [*computed, k]
         return end_s
 
@@ -160,7 +162,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
                     scorer.on_use(index)
             ends_s = [simulator.run_layer(step, needed, step.rows[row]) for simulator in simulators]
             for simulator, wanted, end_s in zip(simulators, _wanted(sets, row), ends_s, strict=True):
-                simulator.end_layer(wanted, end_s)
+                simulator.end_layer(row, wanted, end_s)
         for simulator in simulators:
             simulator.end_step(step)
         step.end(listeners)

@@ -48,6 +48,8 @@ class Sweep:
     expert_s: float = 1e-4
     row_s: float = 1e-5
     predict_s: float = 0.0
+    wake_s: float = 0.0
+    stride: int = 1
     predict_on_path: bool = False
     settings: PolicySettings = field(default_factory=PolicySettings)
 
@@ -65,6 +67,8 @@ class Sweep:
             expert_s=self.expert_s,
             row_s=self.row_s,
             predict_s=self.predict_s,
+            wake_s=self.wake_s,
+            stride=self.stride,
             predict_on_path=self.predict_on_path,
         )
 

@@ -36,8 +36,10 @@ class Stage:
         done: Callable[[Stage, Transfer], None],
         below: Stage | None = None,
         fills_up: bool = False,
+        bytes_per_s: float = 0.0,
     ) -> None:
-        """Args: done: told, under the lock, when a transfer has ended for good and its expert is resident or not."""
+        """Args: bytes_per_s: of an emulated link. done: told, under the lock, when a transfer has ended for good and
+        its expert is resident or not."""
         self.residents = residents
         self.links = tuple(links)
         self.below = below
@@ -46,7 +48,13 @@ class Stage:
         self.may_prefetch: Callable[[], bool] = lambda: True
         self._counters, self._done = counters, done
         self.queue = TransferQueue(
-            f"experts-to-{name}", lock, num_threads, choose=self._choose, done=self._end, moved=self._moved
+            f"experts-to-{name}",
+            lock,
+            num_threads,
+            choose=self._choose,
+            done=self._end,
+            moved=self._moved,
+            bytes_per_s=bytes_per_s,
         )
 
     def source(self, index: int, *, after: Link | None = None) -> Link | None:

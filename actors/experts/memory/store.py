@@ -48,11 +48,12 @@ class ExpertStore:
         min_experts: int = 1,
         io_threads: int = 3,
         host_bytes: int = 0,
-        host_link: HostLinkFactory | None = None,
+        host_link: HostLinkFactory = RamLink,
+        host_gb_per_s: float = 0.0,
         load_timeout_s: float = 30.0,
     ) -> None:
         """Args: sources: links into the lowest arena, best first; the last one has every expert. host_bytes: budget of
-        HOST; 0: there is none, and `host_link` is not needed.
+        HOST; 0: there is none. host_gb_per_s: declared rate of the link from HOST; 0: what it is.
 
         Raises:
             ConfigError: a budget does not hold `min_experts`; says the minimum.
@@ -70,14 +71,14 @@ class ExpertStore:
         device = Residents(arena, scorer, self.grid.size, num_slots, self._on_evict)
         stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._done)
         if host_bytes:
-            assert host_link is not None
             host_slots = self.form.num_slots(host_bytes, self._min_experts, "experts.host_tier")
             below = RamArena(self.grid.size, form.slot_bytes)
             host = Residents(below, scorer, self.grid.size, host_slots, lambda _: None)
             links = [make(below) for make in sources]
             self._host: Stage | None = stage("host", host, links, num_threads=io_threads, fills_up=True)
             link = host_link(below, arena, host.slot_of)  # one chunk after the other: one thread
-            self._device = stage("device", device, [link], num_threads=1, below=self._host)
+            rate = host_gb_per_s * 1e9
+            self._device = stage("device", device, [link], num_threads=1, below=self._host, bytes_per_s=rate)
         else:
             self._host = None
             self._device = stage("device", device, [make(arena) for make in sources], num_threads=io_threads)
@@ -230,7 +231,7 @@ class ExpertStore:
     @property
     def link_is_emulated(self) -> bool:
         """Whether the way from HOST only pretends to its rate."""
-        return isinstance(self._device.links[0], RamLink) and self._device.links[0].is_paced
+        return self._device.queue.bytes_per_s > 0
 
     @property
     def host_resident(self) -> int:

@@ -20,13 +20,17 @@ _RATE = 0.1  # of the newest chunk in the average
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """One expert on its way into a slot. Chunks are issued to threads one by one; `landed` counts those that ended."""
+    """One expert on its way into a slot. Chunks are issued to threads one by one; `landed` counts those that ended.
+
+    asked_s: from when on it could have been under way (time.perf_counter).
+    """
 
     index: int
     slot: int
     link: Link
     num_chunks: int
     is_demand: bool
+    asked_s: float = 0.0
     issued: int = 0
     landed: int = 0
     is_cancelled: bool = False
@@ -59,13 +63,18 @@ class TransferQueue:
         choose: Callable[[], Transfer | None],
         done: Callable[[Transfer], None],
         moved: Callable[[Transfer, int], None],
+        bytes_per_s: float = 0.0,
     ) -> None:
-        """Args (all called under `lock`): choose: the next load ahead, with a slot of its own, or None. done: a
+        """Args: bytes_per_s: of a link that is emulated: a chunk takes as long, the copy included; 0: as it comes.
+
+        Called under `lock`: choose: the next load ahead, with a slot of its own, or None. done: a
         transfer is over: complete, cancelled or failed. moved: so many bytes of a transfer were moved."""
         self.num_threads = num_threads
         self.transfers: dict[int, Transfer] = {}
         self.expert_s = 0.0
         self.demand_s = 0.0
+        self.bytes_per_s = bytes_per_s
+        self._free_at_s = self._woken_s = time.perf_counter()
         self._choose, self._done, self._moved = choose, done, moved
         self._lock = lock
         self._work = threading.Condition(lock)
@@ -88,11 +97,13 @@ class TransferQueue:
 
     def add(self, transfer: Transfer) -> None:
         """Queue one; under the lock."""
+        transfer.asked_s = time.perf_counter()
         self.transfers[transfer.index] = transfer
         self._work.notify(min(transfer.num_chunks, self.num_threads))
 
     def wake(self) -> None:
         """There may be something to choose; under the lock."""
+        self._woken_s = time.perf_counter()
         self._may_choose = True
         self._work.notify_all()
 
@@ -140,6 +151,7 @@ class TransferQueue:
         if ahead is None:
             ahead = self._choose()
             if ahead is not None:
+                ahead.asked_s = self._woken_s
                 self.transfers[ahead.index] = ahead
         return ahead
 
@@ -151,6 +163,9 @@ class TransferQueue:
             error = failure
         except Exception as failure:  # noqa: BLE001 - top of a thread: whoever waits must be told
             error = ExpertReadError(f"loading from {transfer.link.tier} failed: {failure!r}")
+        if self.bytes_per_s:  # by the link's own time: that this thread woke up late does not slow the link down
+            self._free_at_s = max(self._free_at_s, transfer.asked_s) + num_bytes / self.bytes_per_s
+            time.sleep(max(0.0, self._free_at_s - time.perf_counter()))
         took_s = time.perf_counter() - began_s
         with self._lock:
             transfer.landed += 1

@@ -12,7 +12,6 @@ from expert_builders import ExpertFile, dense_form, open_store, write_experts
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
 from actors.experts.memory.counters import CALIBRATION_BINS, MemoryCounters
-from actors.experts.memory.emulated import RamLink
 from actors.experts.memory.report import layers_report
 from actors.experts.memory.store import ExpertStore
 from actors.worker_report import calibration, memory_status
@@ -35,7 +34,7 @@ def store(experts: ExpertFile) -> Iterator[ExpertStore]:
         experts,
         slots=SLOTS,
         host_bytes=HOST_SLOTS * probe.slot_bytes,
-        host_link=lambda below, arena, slot_of: RamLink(below, arena, slot_of, gb_per_s=1.0),
+        host_gb_per_s=1.0,
     )
     yield opened
     opened.close()

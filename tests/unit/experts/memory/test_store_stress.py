@@ -103,7 +103,7 @@ def _open(file: ExpertFile, chaos: Chaos, slots: int, host_slots: int) -> Expert
         return ChaoticLink(DiskLink(ExpertReader([file.file]), form, arena), chaos, Tier.REMOTE)
 
     def host_link(source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
-        return ChaoticLink(RamLink(source, target, slot_of, gb_per_s=0), chaos, Tier.HOST)
+        return ChaoticLink(RamLink(source, target, slot_of), chaos, Tier.HOST)
 
     return open_store(
         file,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,7 @@ class Recorded:
         return self.made[-1]
 
     def host_link(self, source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
-        return self.wrap(RamLink(source, target, slot_of, gb_per_s=0))
+        return self.wrap(RamLink(source, target, slot_of))
 
 
 class RemoteShelf:
@@ -132,8 +131,8 @@ def test_an_expert_rises_from_disk_through_host_and_stays_there(
 def test_host_smaller_than_the_model_evicts_and_reads_again(
     experts: ExpertFile, opened: Callable[..., ExpertStore]
 ) -> None:
-    store = opened(slots=2, host_bytes=0, host_link=None)
-    small = opened(slots=2, host_bytes=4 * store.slot_bytes, host_link=partial(RamLink, gb_per_s=0), io_threads=3)
+    store = opened(slots=2, host_bytes=0)
+    small = opened(slots=2, host_bytes=4 * store.slot_bytes, host_link=RamLink, io_threads=3)
 
     for _ in range(3):
         for layer in range(LAYERS):
@@ -328,7 +327,7 @@ def test_the_declared_rate_is_kept(experts: ExpertFile, opened: Callable[..., Ex
     clock = time.perf_counter
     probe = opened(slots=1)
     rate = probe.slot_bytes / 5e-3  # 5 ms an expert
-    store = opened(slots=1, host_bytes=10**9, host_link=partial(RamLink, gb_per_s=rate / 1e9))
+    store = opened(slots=1, host_bytes=10**9, host_gb_per_s=rate / 1e9)
     assert store.wait_idle(10)
 
     began = clock()
