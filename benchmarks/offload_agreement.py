@@ -66,10 +66,10 @@ class Agreement:
         wake_s = self._calibrate(sweep)
         for policy in policies:
             predict_s = self._forecast_s(policy)
-            for concurrency in concurrencies:
-                strides = [row["stride"] for key, row in self._live.items() if (key[0], key[3]) == (policy, concurrency)]
-                own = replace(sweep, policies=(policy,), concurrencies=(concurrency,), predict_s=predict_s, wake_s=wake_s)
-                for cell in replay_cells(self._held_out, past, replace(own, stride=round(median(strides)))):
+            for at_once in concurrencies:
+                strides = [row["stride"] for key, row in self._live.items() if (key[0], key[3]) == (policy, at_once)]
+                own = replace(sweep, policies=(policy,), concurrencies=(at_once,), stride=round(median(strides)))
+                for cell in replay_cells(self._held_out, past, replace(own, predict_s=predict_s, wake_s=wake_s)):
                     self._compare(cell)
         self._add_targets()
 
