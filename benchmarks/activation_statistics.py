@@ -93,6 +93,7 @@ def main() -> int:
                 store = open_store(server.url)
                 _compare(report, parts, store, prompts[:concurrency], block_s=block_s, pairs=pairs)
             _large_flush(report, open_store(server.url))
+            parts.dispatcher.close()
         finally:
             server.stop()
     report.notes.append(

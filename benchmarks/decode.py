@@ -44,6 +44,7 @@ def main() -> int:
         bandwidth = memory_bandwidth()
         for concurrency in CONCURRENCY:
             _compare(report, parts, reference, tokenizer, prompts[:concurrency], rounds, num_tokens, bandwidth)
+        parts.dispatcher.close()
     report.notes.append(f"memory read bandwidth of one core: {bandwidth / 1e9:.1f} GB/s; expert kernel: {parts.kernel}")
     return report.finish(as_json=options.json)
 

@@ -37,7 +37,7 @@ def main() -> int:
     report = Report(f"Memory, {path.name}, expert cache {CACHE}, {num_requests} requests of 8 tokens")
     with one_thread():
         samples, budget, slot_bytes = _run(path, num_requests)
-    resident, read, misses, page_cache = (np.array(column, dtype=np.float64) for column in zip(*samples, strict=True))
+    resident, read, loads, page_cache = (np.array(column, dtype=np.float64) for column in zip(*samples, strict=True))
     for i in np.unique(np.linspace(0, len(samples) - 1, 9, dtype=int)):
         report.rows.append(
             {
@@ -45,8 +45,8 @@ def main() -> int:
                 "resident MiB": resident[i] / 2**20,
                 "resident - budget MiB": (resident[i] - budget) / 2**20,
                 "read from disk MiB": read[i] / 2**20,
-                "misses": int(misses[i]),
-                "bytes read per miss / expert bytes": read[i] / max(1.0, misses[i]) / slot_bytes,
+                "loads": int(loads[i]),
+                "bytes read per load / expert bytes": read[i] / max(1.0, loads[i]) / slot_bytes,
                 "checkpoint in page cache MiB": page_cache[i] / 2**20,
             }
         )
@@ -54,11 +54,11 @@ def main() -> int:
     half = len(samples) // 2
     report.at_most("growth over the second half, MiB", (resident[half:].max() - resident[half]) / 2**20, 32)
     report.at_most("checkpoint pages in the page cache, MiB", float(page_cache.max() / 2**20), 16)
-    per_miss = (read[-1] - read[0]) / (misses[-1] - misses[0]) / slot_bytes
-    report.at_least("disk bytes per miss / expert bytes", float(per_miss), 0.95)
-    report.at_most("disk bytes per miss / expert bytes", float(per_miss), 1.05)
+    per_miss = (read[-1] - read[0]) / (loads[-1] - loads[0]) / slot_bytes
+    report.at_least("disk bytes per load / expert bytes", float(per_miss), 0.95)
+    report.at_most("disk bytes per load / expert bytes", float(per_miss), 1.05)
     if options.plot:
-        _plot(options.plot, resident, read, misses, budget)
+        _plot(options.plot, resident, read, loads, budget)
     return report.finish(as_json=options.json)
 
 
@@ -67,6 +67,7 @@ def _run(path: Path, num_requests: int) -> tuple[list[tuple[int, int, int, int]]
     info = load_model_info(str(path))
     parts = build_engine(config, info, threads=1)
     engine, store = parts.engine, parts.store
+    budget_bytes = store.num_slots * store.slot_bytes
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = [tokenizer(text).input_ids[:24] for text in prompts_of_domains(min(num_requests, 64))]
     files = {part.file for expert in store.layout.experts.values() for part in expert.parts}
@@ -82,10 +83,12 @@ def _run(path: Path, num_requests: int) -> tuple[list[tuple[int, int, int, int]]
         for output in engine.step():
             if output.finish_reason is not None:
                 cached = sum(_cached_bytes(file) for file in files)
-                samples.append((_resident_bytes(), _read_bytes() - at_start, store.counters.num_misses, cached))
+                loads = store.bytes_read // store.slot_bytes  # prefetched ones included
+                samples.append((_resident_bytes(), _read_bytes() - at_start, loads, cached))
                 if len(samples) % 20 == 0:
                     progress(f"{len(samples)} of {num_requests} requests")
-    return samples, store.num_slots * store.slot_bytes, store.slot_bytes
+    parts.dispatcher.close()
+    return samples, budget_bytes, store.slot_bytes
 
 
 def _resident_bytes() -> int:
@@ -117,7 +120,7 @@ def _cached_bytes(file: Path) -> int:
         return int((resident & 1).sum()) * mmap.PAGESIZE
 
 
-def _plot(target: Path, resident: np.ndarray, read: np.ndarray, misses: np.ndarray, budget: int) -> None:
+def _plot(target: Path, resident: np.ndarray, read: np.ndarray, loads: np.ndarray, budget: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,8 +133,8 @@ def _plot(target: Path, resident: np.ndarray, read: np.ndarray, misses: np.ndarr
     left.axhline((budget + CONSTANT_BYTES) / 2**20, color="tab:red", linestyle=":", label="budget + constant")
     left.set(xlabel="requests", ylabel="MiB", ylim=(0, None), title="Memory of the engine's process")
     left.legend(loc="lower right", fontsize=8)
-    right.plot(misses, read / 2**20, color="tab:purple")
-    right.set(xlabel="expert misses", ylabel="MiB read from disk", title="Disk reads, by the kernel's count")
+    right.plot(loads, read / 2**20, color="tab:purple")
+    right.set(xlabel="expert loads", ylabel="MiB read from disk", title="Disk reads, by the kernel's count")
     figure.tight_layout()
     figure.savefig(target, dpi=110)
 

@@ -17,8 +17,14 @@ from harness import Report, median, progress, prompts_of_domains, wide_model
 from offload_confinement import Limits, disk_of, measured_read_rate, read_ahead_kb, why_not_permitted
 from offload_gguf import write_gguf
 from offload_runs import Run, execute
-from offload_side import Task
-from offload_steps import Figures
+from offload_side import MAX_LEN, Task
+from offload_steps import Figures, drive
+
+from actors.engine.build import build_engine
+from actors.experts.learned_state import save_learned
+from actors.learned_state_loop import LearnedParts
+from cluster.config import load_config
+from cluster.model_info import load_model_info
 
 FACTOR = 8
 OURS = "moesaic"
@@ -36,6 +42,7 @@ _PACKAGES = {
     ACCELERATE: ("accelerate",),
     LLAMA_RANDOM: ("llama_cpp", "gguf"),
 }
+_PAST_PROMPTS, _PAST_TOKENS = 36, 32  # that our policies learn from beforehand
 _MARGIN = 1.02  # of the baseline: it is sampled, not followed
 
 
@@ -101,6 +108,7 @@ class Peers:
         self._report, self._plan = report, plan
         self._model = wide_model(FACTOR)
         self._gguf = self._model.with_suffix(".gguf")
+        self._learned = self._model.with_name(f"{self._model.name}-learned.npz")
         self._offload_folder = self._model.with_name(f"{self._model.name}-offload")
         self._dense_bytes, self._routed_bytes = _weight_bytes(self._model)
         self._refusal = why_not_permitted(self._model)
@@ -112,6 +120,7 @@ class Peers:
         """All cells, the sides in turn within each round."""
         plan, prompts = self._plan, self._prompts()
         self._note_circumstances()
+        self._learn()
         for side in self._sides:
             self._measure_baseline(_program(side), prompts[:1])
         cells: dict[tuple[str, float, int], Cell] = {}
@@ -150,8 +159,28 @@ class Peers:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(self._model)
-        texts = prompts_of_domains(self._plan.rounds * self._plan.prompts)
+        texts = prompts_of_domains(self._plan.rounds * self._plan.prompts + _PAST_PROMPTS)
         return [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in texts]
+
+    def _learn(self) -> None:
+        """Serve other prompts, unlimited, and keep what the policies learned, as `experts.learned_state` does."""
+        config = load_config(
+            None,
+            {
+                "model": {"path": str(self._model), "dtype": "bfloat16", "max_model_len": MAX_LEN},
+                "experts": {"cache": f"{100 * TARGET_CACHE}%"},
+            },
+        )
+        info = load_model_info(str(self._model), max_model_len=MAX_LEN)
+        parts = build_engine(config, info, threads=1)
+        assert parts.conductor is not None
+        past = self._prompts()[self._plan.rounds * self._plan.prompts :]
+        for _ in drive(parts, past, num_tokens=_PAST_TOKENS, concurrency=1, read_bytes=lambda: 0):
+            pass
+        learned = LearnedParts(parts.conductor.policies.learned, parts.conductor.ask)
+        save_learned(self._learned, info.fingerprint, learned.snapshot())
+        parts.dispatcher.close()
+        self._report.notes.append(f"{OURS} starts from what it learned from {len(past)} other prompts")
 
     def _limits(self, memory_bytes: int | None) -> Limits:
         rate = None if memory_bytes is None else int(self._plan.mb_per_s * 1e6)
@@ -205,6 +234,7 @@ class Peers:
             max_tokens=2**31 if is_ours else self._plan.peer_tokens,
             limit_s=3600.0 if is_ours else self._plan.limit_s,
             kv_bytes=KV_BYTES,
+            learned=str(self._learned) if is_ours else "",
         )
 
     def _report_cells(self, cells: dict[tuple[str, float, int], Cell]) -> None:

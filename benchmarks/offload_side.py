@@ -27,7 +27,8 @@ MAX_LEN = 256  # tokens of a sequence, prompt and answer
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What a side does. model: directory, or file for llama.cpp. cache: share of the routed-expert bytes that may be
-    held; prompts: token ids; num_tokens of each; a peer stops after max_tokens in all, or limit_s seconds."""
+    held; prompts: token ids; num_tokens of each; a peer stops after max_tokens in all, or limit_s seconds.
+    learned: file of what our policies learned from other prompts."""
 
     side: str
     model: str
@@ -42,6 +43,7 @@ class Task:
     kv_bytes: int
     blkio_counter: str = ""
     device: str = ""
+    learned: str = ""
 
     def read_bytes(self) -> int:
         """Bytes read from the disk so far: by the cgroup's count, else the process's."""
@@ -80,6 +82,8 @@ def main() -> int:
 
 def _ours(task: Task) -> Loaded:
     from actors.engine.build import build_engine
+    from actors.experts.learned_state import load_learned
+    from actors.learned_state_loop import LearnedParts
     from cluster.config import load_config
     from cluster.model_info import load_model_info
 
@@ -94,6 +98,9 @@ def _ours(task: Task) -> Loaded:
     )
     info = load_model_info(task.model, max_model_len=MAX_LEN)
     parts = build_engine(config, info, threads=1)
+    if task.learned and parts.conductor is not None:
+        learned = LearnedParts(parts.conductor.policies.learned, parts.conductor.ask)
+        learned.load(load_learned(Path(task.learned), info.fingerprint))
     store = parts.store
     dense = sum(p.numel() * p.element_size() for p in parts.engine.runner.model.parameters() if not p.is_meta)
 

@@ -75,8 +75,7 @@ def local_service(config: MoesaicConfig) -> GenerationService:
     info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
     worker = AttentionWorker(config, info, MemoryStore())
     worker.start()
-    if config.experts.learned_state is not None:
-        atexit.register(worker.stop)  # saves it
+    atexit.register(worker.stop)  # saves what was learned; threads in native code must not outlive the interpreter
     while worker.phase is not StartupPhase.READY:
         if worker.error is not None:
             raise worker.error

@@ -196,6 +196,7 @@ class Conductor:
         self._published.publish()
         if self.policies.predictor is not None:
             self.meter.load_s = self.store.load_s() or self.meter.load_s
+            self.meter.cpu_s = self.store.load_cpu_s()
             self._forecast = self.policies.predictor.predict(row)
             self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
 

@@ -243,6 +243,10 @@ class ExpertStore:
         queue = self._device.queue
         return queue.expert_s / queue.num_threads
 
+    def load_cpu_s(self) -> float:
+        """Average processor time that takes of this process."""
+        return self._device.queue.expert_cpu_s
+
     def demand_s(self) -> float:
         """Seconds since start in which demands had the way into DEVICE."""
         return self._device.queue.demand_s / self._device.queue.num_threads

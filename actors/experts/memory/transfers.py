@@ -51,7 +51,7 @@ class TransferQueue:
     """Threads that bring experts into one arena.
 
     transfers: under way or waiting, by expert, in the order of beginning. expert_s: average time one takes
-    on one thread. demand_s: thread seconds spent on demands since start.
+    on one thread, expert_cpu_s: processor time of that. demand_s: thread seconds spent on demands since start.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TransferQueue:
         transfer is over: complete, cancelled or failed. moved: so many bytes of a transfer were moved."""
         self.num_threads = num_threads
         self.transfers: dict[int, Transfer] = {}
-        self.expert_s = 0.0
+        self.expert_s = self.expert_cpu_s = 0.0
         self.demand_s = 0.0
         self.bytes_per_s = bytes_per_s
         self._free_at_s = self._woken_s = time.perf_counter()
@@ -157,6 +157,7 @@ class TransferQueue:
 
     def _move(self, transfer: Transfer, chunk: int) -> None:
         began_s, error, num_bytes = time.perf_counter(), None, 0
+        began_cpu_s = time.thread_time()
         try:
             num_bytes = transfer.link.copy_chunk(transfer.index, chunk, transfer.slot)
         except ExpertReadError as failure:
@@ -166,12 +167,13 @@ class TransferQueue:
         if self.bytes_per_s:  # by the link's own time: that this thread woke up late does not slow the link down
             self._free_at_s = max(self._free_at_s, transfer.asked_s) + num_bytes / self.bytes_per_s
             time.sleep(max(0.0, self._free_at_s - time.perf_counter()))
-        took_s = time.perf_counter() - began_s
+        took_s, cpu_s = time.perf_counter() - began_s, time.thread_time() - began_cpu_s
         with self._lock:
             transfer.landed += 1
             transfer.error = transfer.error or error
-            whole_s = took_s * transfer.num_chunks
-            self.expert_s += (_RATE if self.expert_s else 1.0) * (whole_s - self.expert_s)
+            rate = _RATE if self.expert_s else 1.0
+            self.expert_s += rate * (took_s * transfer.num_chunks - self.expert_s)
+            self.expert_cpu_s += rate * (cpu_s * transfer.num_chunks - self.expert_cpu_s)
             self.demand_s += took_s if transfer.is_demand else 0.0
             self._moved(transfer, num_bytes)
             if transfer.is_over:

@@ -10,12 +10,13 @@ _RATE = 0.02
 class CostMeter:
     """Moving averages over layers of compute time and of the share of time in which demand loads hold the link.
 
-    load_s: one expert over the link; whoever measures it sets it.
+    load_s: one expert over the link, cpu_s: processor time of that; whoever measures them sets them.
     """
 
     def __init__(self, *, load_s: float, layer_s: float) -> None:
         """Args: layer_s: a first guess of a layer's compute time."""
         self.load_s = load_s
+        self.cpu_s = 0.0
         self._layer_s = layer_s
         self._demand_s = 0.0
         self._took_s = layer_s
@@ -28,4 +29,5 @@ class CostMeter:
 
     def costs(self) -> LinkCosts:
         """What was measured so far."""
-        return LinkCosts(load_s=self.load_s, layer_s=self._layer_s, busy=min(self._demand_s / self._took_s, 1.0))
+        busy = min(self._demand_s / self._took_s, 1.0)
+        return LinkCosts(load_s=self.load_s, layer_s=self._layer_s, busy=busy, cpu_s=self.cpu_s)

@@ -4,9 +4,9 @@ Before the first layer the embedding of the step's token speaks for all layers, 
 
 Price. A load started `lead` seconds before its layer hides min(load, lead) of the stall, if the expert is used (p). If
 it is not, the link was held for `load`, which delays a demand load only in so far as the link is busy with those; and
-always by half the chunk that a demand load cannot pre-empt. So it is fetched if
-p * min(load, lead) > (1 - p) * load * max(busy, half a chunk). The nearest layer goes first: of the others more will be
-known by then.
+always by half the chunk that a demand load cannot pre-empt. Either way it takes processor time, which the computation
+may lack. So it is fetched if p * min(load, lead) > (1 - p) * load * max(busy, half a chunk) + processor time. The
+nearest layer goes first: of the others more will be known by then.
 
 Shapes: L MoE layers, E experts of a layer.
 """
@@ -31,12 +31,13 @@ _PER_LAYER = 0.5  # a layer further on is worth this much less
 class LinkCosts:
     """Measured, not constants. load_s: one expert over the link. layer_s: compute time of one layer.
 
-    busy: share of the time, 0 to 1, in which demand loads hold the link.
+    busy: share of the time, 0 to 1, in which demand loads hold the link. cpu_s: processor time of one load.
     """
 
     load_s: float
     layer_s: float
     busy: float
+    cpu_s: float = 0.0
 
 
 class MoesaicPredictor:
@@ -56,6 +57,8 @@ class MoesaicPredictor:
         self._num_steps += row == BEFORE_FIRST
         if self._threshold is None or (row == BEFORE_FIRST and self._num_steps % _COSTS_EVERY == 0):
             self._threshold = self._paying_from(self._costs())
+        if self._threshold.min() >= 1:
+            return None
         probability = self._next_use.hazards().copy()
         priority = probability * self._nearness[row + 1]
         priority *= probability > self._threshold[row + 1]
@@ -65,4 +68,4 @@ class MoesaicPredictor:
         """[1 + L, L, 1] the probability from which a fetch pays."""
         hidden_s = np.minimum(costs.load_s, self._layers_ahead * costs.layer_s)
         held_s = costs.load_s * max(costs.busy, _HALF_CHUNK)
-        return held_s / (held_s + hidden_s)
+        return (held_s + costs.cpu_s) / (held_s + hidden_s)
