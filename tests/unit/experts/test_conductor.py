@@ -166,3 +166,22 @@ def test_answers_are_made_between_signals(store: ExpertStore, policy: Scripted) 
         conductor.ask(dict, 0.01)
     policy.pause.set()
     conductor.close()
+
+
+def test_a_search_that_fails_leaves_the_memory_to_recency_and_says_so(store: ExpertStore, policy: Scripted) -> None:
+    conductor = _conductor(store, policy, inline=False)
+    policy.probability[1, 4] = 0.95
+
+    def breaks() -> StepSignal:
+        raise ValueError("gates of another world")
+
+    conductor.begin(breaks)
+    conductor.close()
+
+    assert conductor.problem is not None
+    assert "gates of another world" in conductor.problem
+    assert conductor.is_behind, "no more steps are handed over"
+    assert not store._device.residents.order.scores().any()
+    assert store.wait_idle(10)
+    assert store.num_resident == 0
+    assert sorted(expert for group in store.acquire(0, [0, 5]) for expert, _ in group) == [0, 5]

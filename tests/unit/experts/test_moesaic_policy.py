@@ -219,3 +219,20 @@ def test_prefetch_prices_itself_out_when_tokens_stop_telling(taught: NextUse) ->
         next_use.on_step_end()
     assert np.mean(wanted[:5]) >= 5, "two of each layer, as taught"
     assert np.mean(wanted[-100:]) < 0.5
+
+
+def test_a_load_that_costs_as_much_processor_time_as_it_hides_is_never_fetched_ahead(taught: NextUse) -> None:
+    def wanted(cpu_s: float) -> int | None:
+        costs = LinkCosts(load_s=1.0, layer_s=1.0, busy=0.0, cpu_s=cpu_s)
+        predictor, next_use = MoesaicPredictor(GRID, taught, lambda: costs), taught
+        next_use.on_step(step_of(1))
+        made = predictor.predict(BEFORE_FIRST)
+        next_use.on_step_end()
+        return None if made is None else int((made.priority > 0).sum())
+
+    cheap, dear, void = (wanted(cpu_s) for cpu_s in (0.0, 0.9, 1.0))
+
+    assert void is None
+    assert cheap is not None
+    assert dear is not None
+    assert dear < cheap
