@@ -226,13 +226,12 @@ def generate(engine: Engine, cases: Sequence[Case], params: Sequence[SamplingPar
 
 
 def generate_greedy(engine: Engine, cases: Sequence[Case], *, alone: bool) -> list[list[int]]:
-    """Tokens of every case, one after the other or all in flight."""
+    """Tokens of every case, one after the other or all in flight; raises the error of one that failed."""
     groups = [[case] for case in cases] if alone else [list(cases)]
-    return [
-        [output.token_id for output in answer]
-        for group in groups
-        for answer in generate(engine, group, [greedy(case) for case in group])
-    ]
+    answers = [answer for group in groups for answer in generate(engine, group, [greedy(case) for case in group])]
+    for output in (output for answer in answers for output in answer if output.error is not None):
+        raise output.error
+    return [[output.token_id for output in answer] for answer in answers]
 
 
 def _diverge(reference: Reference, case: Case, got: list[int]) -> Divergence | None:

@@ -37,7 +37,8 @@ class SignalTap:
         self._rows = {layer: row for row, layer in enumerate(layers)}
         readers = [GateReader(gate) for gate in gates.values()]
         self._readers = dict(zip(layers, readers, strict=True))
-        self._following = dict(zip(layers, [*readers[1:], None], strict=True))
+        following = [reader if reader.is_readable else None for reader in readers[1:]]
+        self._following = dict(zip(layers, [*following, None], strict=True))
         self._embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
         self._logits: dict[int, Tensor] = {}
         self._numbers: dict[RequestId, int] = {}

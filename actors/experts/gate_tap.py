@@ -7,6 +7,7 @@ Shapes: T packed rows, D model dim, L MoE layers, E experts of a layer, K expert
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,9 @@ class GateTap:
     ) -> None:
         logits, _weights, indices = output
         self._seen[layer] = (self._probability(logits), indices)
-        if next_gate is not None:  # forward, not the call: a call would run this hook for the next layer
+        if next_gate is not None and not _takes_rows_alone(next_gate):
+            self._ahead[layer] = torch.zeros_like(self._seen[layer][0])
+        elif next_gate is not None:  # forward, not the call: a call would run this hook for the next layer
             self._ahead[layer] = self._probability(next_gate.forward(inputs[0])[0])
 
 
@@ -96,16 +99,17 @@ def gate_modules(model: nn.Module) -> dict[int, nn.Module]:
 class GateReader:
     """Probabilities of one gate in numpy: for one row torch's set-up of a call costs more than its product.
 
-    A gate that is more than a matrix (with its bias) is asked itself.
+    A gate that is more than a matrix (with its bias) is asked itself. is_readable: it needs nothing but rows.
     """
 
     def __init__(self, gate: nn.Module) -> None:
         self._gate = gate
+        self.is_readable = _takes_rows_alone(gate)
         self._is_sigmoid = _is_sigmoid(gate)
         self._matrix: np.ndarray | None = None
         self._bias: np.ndarray | None = None
         weight = getattr(gate, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2:
+        if self.is_readable and isinstance(weight, Tensor) and weight.dim() == 2:
             self._take_matrix(weight, getattr(gate, "bias", None))
 
     def read(self, hidden_TD: np.ndarray) -> np.ndarray:
@@ -137,6 +141,12 @@ class GateReader:
         self._bias = bias.detach().float().numpy() if isinstance(bias, Tensor) else None
         if not np.allclose(self._logits(probe.float().numpy()), wanted, rtol=0.05, atol=0.05):
             self._matrix = None
+
+
+def _takes_rows_alone(gate: nn.Module) -> bool:
+    parameters = list(inspect.signature(type(gate).forward).parameters.values())[2:]  # after self and the rows
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(p.default is not inspect.Parameter.empty or p.kind in variadic for p in parameters)
 
 
 def _is_sigmoid(gate: nn.Module) -> bool:
