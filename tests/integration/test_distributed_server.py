@@ -71,6 +71,10 @@ def _host_processes(server: LiveServer) -> list[psutil.Process]:
 def test_two_workers_and_two_hosts_answer_16_requests_as_transformers(
     distributed: LiveServer, cases: list[Case], reference: Reference
 ) -> None:
+    def num_ready() -> int:
+        return sum(worker["phase"] == "ready" for worker in distributed.get("/status")["workers"])
+
+    poll(lambda: num_ready() == 2, deadline_s=60, what="two ready workers")  # a server is ready with its first one
     answers = _answers(distributed, cases)
 
     status = distributed.get("/status")

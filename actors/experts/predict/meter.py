@@ -8,7 +8,7 @@ _RATE = 0.02
 
 
 class CostMeter:
-    """Moving averages over layers of compute time and of the share of time in which demand loads hold the link.
+    """Moving averages over layers of compute time and of the share of time in which the link holds up the steps.
 
     load_s: one expert over the link, cpu_s: processor time of that; whoever measures them sets them.
     """
@@ -29,5 +29,7 @@ class CostMeter:
 
     def costs(self) -> LinkCosts:
         """What was measured so far."""
-        busy = min(self._demand_s / self._took_s, 1.0)
+        # A saturated link is busy also with what is fetched ahead: then steps wait most of the time.
+        waited = 1 - self._layer_s / self._took_s
+        busy = min(max(self._demand_s / self._took_s, waited), 1.0)
         return LinkCosts(load_s=self.load_s, layer_s=self._layer_s, busy=busy, cpu_s=self.cpu_s)

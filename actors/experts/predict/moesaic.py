@@ -31,7 +31,8 @@ _PER_LAYER = 0.5  # a layer further on is worth this much less
 class LinkCosts:
     """Measured, not constants. load_s: one expert over the link. layer_s: compute time of one layer.
 
-    busy: share of the time, 0 to 1, in which demand loads hold the link. cpu_s: processor time of one load.
+    busy: share of the time, 0 to 1, in which demand loads hold the link or steps wait for it. cpu_s: processor time of
+    one load.
     """
 
     load_s: float

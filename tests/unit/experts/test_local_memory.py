@@ -176,7 +176,8 @@ def test_only_one_at_a_time_and_only_for_something_worth_less(
 ) -> None:
     store = make_store(2)
     asked: list[ExpertId] = []
-    _wanted(store, experts, 0, [0, 1])
+    for expert in (0, 1):
+        _wanted(store, experts, 0, [expert])
 
     def refuses(victim: ExpertId) -> bool:
         asked.append(victim)
