@@ -1,0 +1,56 @@
+"""The ring (MoESys) alone: time of long prompts with the ring, and with the same policies and the cache instead.
+
+python benchmarks/ring.py [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+import time
+from unittest.mock import patch
+
+from harness import Report, arguments, median, progress, prompts_of_domains, wide_model
+from offload_live import _engine, _fill_host
+from transformers import AutoTokenizer
+
+from actors.experts import conductor
+from cluster.model_info import load_model_info
+from cluster.types import GenerationRequest, RequestId, SamplingParams
+
+POLICY, CACHE, GB_PER_S, FACTOR = "moesaic+moesaic", 0.25, 1.0, 32
+
+
+def main() -> int:
+    options = arguments(__doc__ or "").parse_args()
+    num_prompts = 4 if options.quick else 12
+    path = wide_model(FACTOR)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = [tokenizer(text).input_ids[:200] for text in prompts_of_domains(num_prompts)]
+    report = Report(f"Long prompts, {path.name}, cache {CACHE:.0%}, HOST full, emulated link {GB_PER_S:g} GB/s")
+    times: dict[str, list[float]] = {}
+    info = load_model_info(str(path), max_model_len=256)
+    for name in ("ring", "cache"):
+        nearly_all = conductor.uses_nearly_all if name == "ring" else lambda *_: False
+        with (
+            patch.object(conductor, "uses_nearly_all", nearly_all),
+            _engine(info, POLICY, cache=CACHE, link=GB_PER_S) as parts,
+        ):
+            _fill_host(parts)
+            for i, prompt in enumerate(prompts):
+                sampling = SamplingParams(max_tokens=1, temperature=0.0)
+                parts.engine.add(
+                    GenerationRequest(request_id=RequestId(str(i)), prompt_ids=tuple(prompt), sampling=sampling)
+                )
+                began_s = time.perf_counter()
+                while parts.engine.has_work:
+                    parts.engine.step()
+                times.setdefault(name, []).append(time.perf_counter() - began_s)
+            loads = sum(parts.store.counters.bytes_moved.values()) / parts.store.slot_bytes
+            row = {"way": name, "median s": median(times[name][1:]), "loads": round(loads)}
+            report.rows.append(row | {"stall s": parts.store.counters.total_stall_s})
+            progress(f"{name}: {median(times[name][1:]):.3g} s a prompt")
+    report.notes.append("the first prompt of each is left out: DEVICE was empty")
+    return report.finish(as_json=options.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
