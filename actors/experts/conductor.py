@@ -67,7 +67,7 @@ class Conductor:
         self._forecast: Forecast | None = None
         self._inline = inline
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._num_behind = 0
+        self._num_begun = self._num_ended = 0  # steps; each is counted by one thread only
         self._thread = threading.Thread(target=self._run, name="expert-search", daemon=True)
         if not inline:
             self._thread.start()
@@ -75,7 +75,7 @@ class Conductor:
     @property
     def is_behind(self) -> bool:
         """Whether the next step is better left out."""
-        return self._num_behind >= _MAX_STEPS_BEHIND or self.problem is not None
+        return self._num_begun - self._num_ended >= _MAX_STEPS_BEHIND or self.problem is not None
 
     @property
     def stride(self) -> int:
@@ -97,7 +97,7 @@ class Conductor:
 
     def begin(self, make: Callable[[], StepSignal]) -> None:
         """A step begins. Args: make: called on the searching thread."""
-        self._num_behind += 1
+        self._num_begun += 1
         self.post(lambda: self._on_step(make()))
 
     def gates(self, make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
@@ -179,7 +179,7 @@ class Conductor:
     def _on_step_end(self) -> None:
         for listener in self.policies.listeners:
             listener.on_step_end()
-        self._num_behind -= 1
+        self._num_ended += 1
 
     def _on_sequence_end(self, sequence: int) -> None:
         for listener in self.policies.listeners:
