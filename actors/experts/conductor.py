@@ -98,7 +98,7 @@ class Conductor:
     def begin(self, make: Callable[[], StepSignal]) -> None:
         """A step begins. Args: make: called on the searching thread."""
         self._num_begun += 1
-        self.post(lambda: self._on_step(make()))
+        self._tell(lambda: self._on_step(make()))
 
     def gates(self, make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
         """Gates have spoken, in the order of their layers. Args: times: of one layer on average."""
@@ -107,16 +107,16 @@ class Conductor:
             self.meter.note_layer(compute_s=times.compute_s, demand_s=times.demand_s, took_s=times.took_s)
             self._on_gates(make())
 
-        self.post(hear)
+        self._tell(hear)
 
     def end(self, step_s: float) -> None:
         """All layers are done, or the step broke off; it took `step_s`."""
         self.step_s += step_s
-        self.post(self._on_step_end)
+        self._tell(self._on_step_end)
 
     def forget(self, sequence: int) -> None:
         """A sequence is over."""
-        self.post(lambda: self._on_sequence_end(sequence))
+        self._tell(lambda: self._on_sequence_end(sequence))
 
     def ask(
         self, question: Callable[[], dict[str, dict[str, np.ndarray]]], timeout_s: float
@@ -140,6 +140,10 @@ class Conductor:
         if not self._inline:
             self._tasks.put(None)
             self._thread.join(timeout=5)
+
+    def _tell(self, task: Task) -> None:
+        """Post a signal; once search has failed those that wait are void, questions are still answered."""
+        self.post(lambda: None if self.problem is not None else task())
 
     def _run(self) -> None:
         while True:

@@ -176,10 +176,13 @@ def test_a_search_that_fails_leaves_the_memory_to_recency_and_says_so(store: Exp
         raise ValueError("gates of another world")
 
     conductor.begin(breaks)
+    conductor.gates(lambda: [_gate(0, 1)], TIMES)
+    assert conductor.ask(dict, 10) == {}, "questions are still answered"
     conductor.close()
 
     assert conductor.problem is not None
     assert "gates of another world" in conductor.problem
+    assert policy.heard == [], "what came after it is void"
     assert conductor.is_behind, "no more steps are handed over"
     assert not store._device.residents.order.scores().any()
     assert store.wait_idle(10)
