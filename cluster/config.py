@@ -83,7 +83,13 @@ class AttentionConfig(_Section):
     max_batch_tokens: int = Field(default=512, ge=1, description="token rows in one step (prefill chunk bound)")
     max_running: int = Field(default=32, ge=1, description="sequences that decode together")
     workers: int = Field(default=1, ge=1, le=1024, description="attention workers (Serve replicas)")
+    max_workers: int | None = Field(
+        default=None, ge=1, le=1024, description="waiting prompts may start more workers, up to this many"
+    )
     max_queue: int = Field(default=256, ge=0, description="requests that may wait; more are answered 429")
+    co_batching: bool = Field(
+        default=True, description="of waiting requests, those whose experts the running ones use too go first"
+    )
     threads: int = Field(
         default=0, ge=0, description="compute threads per worker; 0: its share of all cores but one, at least one"
     )
@@ -124,6 +130,9 @@ class ExpertsConfig(_Section):
         default=30.0, gt=0, le=3600, description="an expert that takes longer to load fails the requests that need it"
     )
     hosts: int = Field(default=0, ge=0, le=1024, description="expert hosts: processes that own and compute experts")
+    max_hosts: int | None = Field(
+        default=None, ge=1, le=1024, description="load may start more hosts, up to this many; default: as many as hosts"
+    )
     host_cache: str = Field(default=AUTO, description="a host's budget, as cache; auto: the experts that it owns")
     host_threads: int = Field(
         default=0, ge=0, description="compute threads per host; 0: its share of all cores, at least one"
@@ -194,6 +203,30 @@ class GrpcConfig(_Section):
         return self
 
 
+class SchedulerConfig(_Section):
+    """The central scheduler: routing, placement, migration, scale."""
+
+    routing: Literal["semantic", "random", "least-loaded", "prefix-affinity"] = Field(
+        default="semantic", description="how an attention worker is chosen for a request"
+    )
+    clusters: int = Field(default=16, ge=1, le=256, description="kinds of prompt that are told apart")
+    half_life_s: float = Field(default=1800.0, gt=0, description="after so long an activation counts half")
+    report_interval_s: float = Field(default=1.0, gt=0, le=60, description="workers and hosts report this often")
+    placement: Literal["auto", "fixed"] = Field(
+        default="auto", description="auto: experts move between hosts when that pays; fixed: they stay"
+    )
+    placement_interval_s: float = Field(default=60.0, gt=0, description="a plan is made this often")
+    moved_per_minute: str = Field(
+        default="1GiB", description="bytes of experts that may move between hosts in a minute"
+    )
+
+    @field_validator("moved_per_minute")
+    @classmethod
+    def _is_size(cls, value: str) -> str:
+        parse_size(value)
+        return value
+
+
 class MetricsConfig(_Section):
     """What Prometheus sees."""
 
@@ -229,6 +262,7 @@ class MoesaicConfig(BaseSettings):
     frontend: FrontendConfig = FrontendConfig()
     grpc: GrpcConfig = GrpcConfig()
     metrics: MetricsConfig = MetricsConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
     ray: RayConfig = RayConfig()
 
     @classmethod
@@ -321,5 +355,6 @@ _SECTIONS: dict[str, type[_Section]] = {
     "frontend": FrontendConfig,
     "grpc": GrpcConfig,
     "metrics": MetricsConfig,
+    "scheduler": SchedulerConfig,
     "ray": RayConfig,
 }

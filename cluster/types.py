@@ -99,12 +99,20 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One sequence to continue: token ids in, so that any worker can take it (or take it over)."""
+    """One sequence to continue: token ids in, so that any worker can take it (or take it over).
+
+    embedding: what the prompt means, int8 (cluster/semantics), empty where nobody asks. emitted_ids: tokens that
+    earlier attempts gave; the next one follows them. avoid: ids of Serve replicas that lost it.
+    """
 
     request_id: RequestId
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     choice: int = 0
+    embedding: bytes = b""
+    emitted_ids: tuple[int, ...] = ()
+    attempt: int = 0
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
