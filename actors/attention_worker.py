@@ -14,21 +14,26 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from actors.cluster_counts import ClusterCounts
 from actors.engine.build import EngineParts, HostAccess, build_engine
 from actors.engine.engine import StepOutput
+from actors.engine.progress import Progress, ProgressMeter
 from actors.experts.host_links import Locate
 from actors.experts.memory.remote import Shelves
+from actors.experts.warm_up import warm_up
 from actors.learned_state_loop import LearnedParts, LearnedStateLoop
 from actors.statistics_loop import StatisticsLoop
-from actors.worker_report import experts_report, worker_status
-from cluster.config import MoesaicConfig, parse_cache_size, worker_threads
+from actors.worker_report import experts_report, own_memory_status, worker_status
+from cluster.config import MoesaicConfig, worker_threads
 from cluster.errors import ConfigError, MoesaicError, Overloaded, Unavailable
 from cluster.model_info import ModelInfo
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
+from cluster.semantics.knowledge import Knowledge
+from cluster.sizes import parse_cache_size
 from cluster.types import (
     ExpertHostStatus,
     ExpertsReport,
@@ -93,14 +98,22 @@ class AttentionWorker:
         self.phase = StartupPhase.STARTING
         self.error: MoesaicError | None = None
         self.parts: EngineParts | None = None
-        self.statistics = StatisticsLoop(store, info.fingerprint)
+        self.is_draining = False  # takes no more requests; those under way go on
+        self._store = store
+        self.statistics = StatisticsLoop(
+            store, info.fingerprint, self.worker_id, half_life_s=config.scheduler.half_life_s
+        )
         self.cluster_counts = ClusterCounts(store, info.fingerprint)
         path = config.experts.learned_state
         self.learned = LearnedStateLoop(store, info.fingerprint, self.worker_id, None if path is None else Path(path))
         self._config = config
         self._hosts = None if locate_host is None else HostAccess(worker_id=self.worker_id, locate=locate_host)
         self._shelves = shelves
-        self._max_open = config.attention.max_running + config.attention.max_queue
+        self.max_open = config.attention.max_running + config.attention.max_queue
+        experts = config.experts
+        self._meter = ProgressMeter(
+            first_step_s=experts.load_timeout_s, wait_s=experts.host_timeout_s if experts.hosts else 0.0
+        )
         self._streams: dict[RequestId, _Stream] = {}
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -114,23 +127,40 @@ class AttentionWorker:
         self._commands.put(None)
         self._thread.join(timeout=30)
 
-    def check_admission(self) -> None:
-        """Return if one more sequence would be taken now.
+    @property
+    def num_open(self) -> int:
+        """Requests taken and not over, running or not."""
+        return len(self._streams)
+
+    def progress(self) -> Progress:
+        """How this worker gets on with what it was given. From any thread but the engine's."""
+        parts = self.parts
+        if parts is None:
+            return Progress()
+        engine = parts.engine
+        moved = sum(parts.backend.store.counters.bytes_moved.values()) if parts.backend is not None else 0
+        marks = (engine.counters.steps, engine.runner.num_layers_run, moved)
+        return self._meter.look(marks, step_s=engine.times.decode_s, has_work=bool(self._streams))
+
+    def check_admission(self, request: GenerationRequest | None = None) -> None:
+        """Return if one more sequence would be taken now. One that goes on where another worker stopped always fits.
 
         Raises:
-            Unavailable: not ready.
+            Unavailable: not ready, or draining.
             Overloaded: the queue is full.
         """
         if self.phase is not StartupPhase.READY:
             raise self.error or Unavailable(f"the worker is {self.phase}; try again later")
-        if len(self._streams) >= self._max_open:
+        if self.is_draining:
+            raise Unavailable("the worker is draining; another one takes requests")
+        if len(self._streams) >= self.max_open and not (request is not None and request.emitted_ids):
             raise Overloaded(
                 f"{len(self._streams)} requests are running or waiting, the most there may be; try again later"
             )
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         """Stream one sequence (AttentionWorkerClient.generate)."""
-        self.check_admission()
+        self.check_admission(request)
         stream = _Stream(request, asyncio.get_running_loop())
         self._streams[request.request_id] = stream
         self._commands.put(lambda parts: self._add(parts, stream))
@@ -152,6 +182,10 @@ class AttentionWorker:
         self._commands.put(lambda parts: parts.engine.abort(request_id))
         stream.finish_reason = FinishReason.ABORT
         stream.ready.set()
+
+    def set_knowledge(self, knowledge: Knowledge) -> None:
+        """Count, batch and keep experts by this from the next step on. From any thread."""
+        self._commands.put(lambda parts: parts.engine.set_knowledge(knowledge))
 
     async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
         """What this worker says of itself (AttentionWorkerClient: here the cluster is one worker)."""
@@ -191,6 +225,9 @@ class AttentionWorker:
             )
             if parts.conductor is not None:
                 self.learned.start(LearnedParts(parts.conductor.policies.learned, parts.conductor.ask))
+            if parts.backend is not None:
+                self.phase = StartupPhase.WARMING_UP
+                warm_up(parts.backend.store, self._store, self.info.fingerprint)
         except MoesaicError as error:
             self.error, self.phase = error, StartupPhase.FAILED
             return
@@ -199,9 +236,10 @@ class AttentionWorker:
             self.error, self.phase = MoesaicError(f"loading {self.info.path} failed: {error}"), StartupPhase.FAILED
             return
         self.parts, self.phase = parts, StartupPhase.READY
-        self.statistics.start(parts.recorder.counts)
+        self.statistics.start(parts.recorder, partial(own_memory_status, parts, self._config.experts))
         while self._apply_commands(parts):
             self._step(parts)
+        parts.recorder.settle()
         self.statistics.stop()
         self.learned.stop()
         parts.dispatcher.close()

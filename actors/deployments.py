@@ -8,18 +8,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
+from actors.autoscaling import DemandMeter, worker_autoscaling, worker_load
 from actors.expert_host_actor import locate_host
 from actors.expert_shelf import RayShelves
-from actors.token_stream import StreamAddress, TokenOutbox
-from cluster.config import MoesaicConfig, from_tree, is_zero, to_tree
+from actors.report_loop import ReportLoop
+from actors.request_router import ExpertRequestRouter
+from actors.scheduler_link import SchedulerLink
+from actors.token_outbox import TokenOutbox
+from actors.token_stream import StreamAddress
+from cluster.config import MoesaicConfig, from_tree, to_tree
 from cluster.model_info import load_model_info
 from cluster.observability.logs import configure_logging
+from cluster.sizes import is_zero
 from cluster.stats.open_store import open_store
 from cluster.types import ExpertsReport, GenerationRequest, StartupPhase, WorkerStatus
 
@@ -27,6 +36,8 @@ WORKER_DEPLOYMENT = "AttentionWorker"
 INGRESS_DEPLOYMENT = "HttpIngress"
 
 SWITCH_INTERVAL_S = 0.0005  # the engine's thread and the event loop share the interpreter lock
+_POLL_S = 1.0  # a router asks for a new view at least this often
+_MAX_FRONT_ENDS = 8  # each takes some hundred MB
 
 
 class AttentionWorkerReplica:
@@ -34,6 +45,7 @@ class AttentionWorkerReplica:
 
     def __init__(self, config_tree: dict[str, Any], redis_url: str | None) -> None:
         from actors.attention_worker import AttentionWorker
+        from actors.worker_exchange import WorkerExchange
 
         configure_logging()
         logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -44,18 +56,32 @@ class AttentionWorkerReplica:
         locate = partial(locate_host, config.ray.namespace) if config.experts.hosts else None
         shelves = None if is_zero(config.experts.remote_tier) else RayShelves(config.ray.namespace)
         self._worker = AttentionWorker(config, info, open_store(redis_url), locate, shelves)
+        here = ray.get_runtime_context()
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        link = SchedulerLink(config.ray.namespace)
+        self._exchange = WorkerExchange(
+            self._worker,
+            config,
+            link.report_worker,
+            replica_id=self._replica_id,
+            node_id=here.get_node_id(),
+        )
+        self._reports = ReportLoop(self._exchange.tell, interval_s=config.scheduler.report_interval_s)
+        self._demand = DemandMeter(partial(worker_load, self._worker, config.attention.max_running))
         self._outbox: TokenOutbox | None = None  # made in the event loop that serves requests
         self._worker.start()
+        self._reports.start()
 
     async def submit(self, request: GenerationRequest, address: StreamAddress) -> str:
-        """Start a sequence whose tokens go to the front end at `address`; this worker's id."""
-        self._worker.check_admission()
+        """Start a sequence whose tokens go to the front end at `address`; this replica's id."""
+        self._worker.check_admission(request)
         if self._outbox is None:
-            self._outbox = TokenOutbox(self._worker.worker_id, self._worker.generate)
+            self._outbox = TokenOutbox(self._replica_id, self._worker.generate, self._worker.progress)
         return await self._outbox.submit(request, address)
 
     async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
-        return await self._worker.worker_statuses()
+        statuses = await self._worker.worker_statuses()
+        return tuple(replace(status, degraded=(*status.degraded, *self._reports.degraded)) for status in statuses)
 
     async def experts_reports(self) -> tuple[ExpertsReport, ...]:
         return await self._worker.experts_reports()
@@ -63,12 +89,18 @@ class AttentionWorkerReplica:
     async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
         return await self._worker.set_expert_cache(setting)
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks where the number of workers may change."""
+        return self._demand.stats()
+
     async def check_health(self) -> None:
-        """Serve shows the message of a start that failed; nothing else is unhealthy."""
+        """Serve shows the message of a start that failed, and replaces a worker that will not move again."""
         if self._worker.phase is StartupPhase.FAILED and self._worker.error is not None:
             raise self._worker.error
+        self._exchange.check_progress()
 
     async def __del__(self) -> None:
+        await asyncio.to_thread(self._reports.stop)
         await asyncio.to_thread(self._worker.stop)
 
 
@@ -77,26 +109,47 @@ def worker_application(config: MoesaicConfig, redis_url: str | None, *, max_open
     options: dict[str, Any] = {"num_cpus": 0}
     if config.ray.worker_resources:
         options["resources"] = config.ray.worker_resources
+    autoscaling = worker_autoscaling(config)
+    if autoscaling is None:
+        number: dict[str, Any] = {"num_replicas": config.attention.workers}
+    else:
+        number = {"autoscaling_config": autoscaling}
     deployment = serve.deployment(
         name=WORKER_DEPLOYMENT,
         logging_config={"enable_access_log": False},  # status pages and readiness would fill it
-        num_replicas=config.attention.workers,
+        **number,
         max_ongoing_requests=max_open + 64,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options=options,
+        request_router_config=_router_config(config),
     )
     return deployment(AttentionWorkerReplica).bind(to_tree(config), redis_url)
+
+
+def _router_config(config: MoesaicConfig) -> RequestRouterConfig:
+    """Which router every handle of the workers makes, in the process that has the handle."""
+    options: dict[str, Any] = {
+        "request_router_class": ExpertRequestRouter,
+        "request_router_kwargs": {
+            "routing": config.scheduler.routing,
+            "namespace": config.ray.namespace,
+            "block_size": config.attention.block_size,
+            "poll_s": min(_POLL_S, config.scheduler.report_interval_s),
+        },
+    }
+    return RequestRouterConfig(**options)
 
 
 def ingress_application(
     ingress: type, config_tree: dict[str, Any], worker: Application, *, max_open: int
 ) -> Application:
-    """The HTTP ingress; our own bounded queue refuses, Serve's must not queue before it."""
+    """The HTTP front ends; our own bounded queue refuses, Serve's must not queue before it."""
     deployment = serve.deployment(
         name=INGRESS_DEPLOYMENT,
-        num_replicas=1,
+        num_replicas=_num_front_ends(),
+        max_replicas_per_node=1,  # the death of any node leaves one; a proxy prefers its own node's
         max_ongoing_requests=2 * max_open + 64,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=5,
@@ -104,3 +157,8 @@ def ingress_application(
         ray_actor_options={"num_cpus": 0},
     )
     return deployment(serve.ingress()(ingress)).bind(config_tree, worker)
+
+
+def _num_front_ends() -> int:
+    """One for each node that there is now; not more, or Serve would wait for nodes."""
+    return max(1, min(sum(node["Alive"] for node in ray.nodes()), _MAX_FRONT_ENDS))

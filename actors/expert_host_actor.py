@@ -1,7 +1,7 @@
 """Ray's side of expert hosts: the actor around an ExpertHost, starting and ending them, finding and asking them.
 
-Hosts are named, detached and restarted by Ray; whoever needs one looks it up by its number. Every `.remote` to a host
-but the actor-call carrier's is here.
+Hosts are named, detached and restarted by Ray; whoever needs one looks it up by its number. They come and go while
+others serve. Every `.remote` to a host but the actor-call carrier's is here or in actors/expert_host_calls.py.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors.data_plane.channel import HostEndpoint
+from actors.expert_host_calls import RayPeers, actor_name, host_indices
+from actors.report_loop import ReportLoop
+from actors.scheduler_link import SchedulerLink
 from cluster.config import MoesaicConfig, from_tree
 from cluster.errors import MoesaicError, Unavailable
 from cluster.model_info import load_model_info
 from cluster.observability.logs import configure_logging
-from cluster.types import ExpertHostStatus, ExpertsReport, StartupPhase
+from cluster.scheduler.migration import HostCommand, HostEpochs
+from cluster.scheduler.reports import HostReport
+from cluster.types import ExpertHostStatus, ExpertId, ExpertsReport, StartupPhase
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CALL_TIMEOUT_S = 5.0
 _THREADS = 16  # calls at a time; an actor-call dispatch blocks one
-
-
-def actor_name(index: int) -> str:
-    """The Ray name of host `index`, in the configured namespace."""
-    return f"moesaic-expert-host-{index}"
 
 
 class ExpertHostActor:
@@ -45,8 +48,14 @@ class ExpertHostActor:
         model = config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
         self._fingerprint = info.fingerprint
-        self._host = ExpertHost(config, info, index)
+        namespace, node_id = config.ray.namespace, ray.get_runtime_context().get_node_id()
+        self._host = ExpertHost(config, info, index, node_id=node_id, peers=RayPeers(namespace))
         self._host.start(ray.util.get_node_ip_address())
+        link = SchedulerLink(namespace)
+        self._reports = ReportLoop(
+            lambda: link.report_host(self._host.report()), interval_s=config.scheduler.report_interval_s
+        )
+        self._reports.start()
 
     def serves(self, fingerprint: str, num_hosts: int) -> bool:
         """Whether this host was started for this model and number of hosts."""
@@ -68,11 +77,31 @@ class ExpertHostActor:
 
     def status(self) -> ExpertHostStatus:
         """What the host says of itself."""
-        return self._host.status()
+        return replace(self._host.status(), degraded=self._reports.degraded)
 
     def experts_report(self) -> ExpertsReport:
         """Residency per layer."""
         return self._host.experts_report()
+
+    def report(self) -> HostReport:
+        """What the host tells the scheduler."""
+        return self._host.report()
+
+    def epochs(self) -> HostEpochs:
+        """How far it is with the epochs it was told of."""
+        return self._host.epochs()
+
+    def tell(self, command: HostCommand) -> HostEpochs:
+        """Follow a command of a migration, or begin to."""
+        return self._host.tell(command)
+
+    def expert_bytes(self, form: str, expert: ExpertId) -> tuple[np.ndarray, int]:
+        """An expert's bytes and their checksum, for another host; they travel through Ray's object store."""
+        return self._host.expert_bytes(form, expert)
+
+    def checksums(self, form: str, experts: list[ExpertId]) -> dict[ExpertId, int]:
+        """Of those that are in memory."""
+        return self._host.checksums(form, experts)
 
     def process_id(self) -> int:
         """Of the actor's process."""
@@ -80,39 +109,51 @@ class ExpertHostActor:
 
     def stop(self) -> None:
         """End connections and compute."""
+        self._reports.stop()
         self._host.stop()
 
 
 def start_expert_hosts(config: MoesaicConfig, config_tree: dict[str, Any], fingerprint: str) -> None:
     """Start the configured hosts, each if there is none of its number for this model; returns at once."""
-    actor_class: Any = ray.remote(ExpertHostActor)
     for index in range(config.experts.hosts):
-        options = actor_class.options(
-            name=actor_name(index),
-            namespace=config.ray.namespace,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            resources=config.ray.host_resources or None,
-            scheduling_strategy="SPREAD",
-            max_restarts=-1,
-            max_concurrency=_THREADS,
-        )
         with contextlib.suppress(ValueError):
             existing = ray.get_actor(actor_name(index), namespace=config.ray.namespace)
             if not _serves(existing, fingerprint, config.experts.hosts):
                 ray.kill(existing)
-        options.remote(config_tree, index)
+        start_expert_host(config, config_tree, index)
 
 
-def stop_expert_hosts(namespace: str, num_hosts: int) -> None:
-    """End the hosts of this cluster, those that there are."""
-    for index in range(num_hosts):
-        with contextlib.suppress(ValueError, RayError):
-            host = ray.get_actor(actor_name(index), namespace=namespace)
-            with contextlib.suppress(GetTimeoutError):
-                ray.get(host.stop.remote(), timeout=_CALL_TIMEOUT_S)
-            ray.kill(host)
+def start_expert_host(config: MoesaicConfig, config_tree: dict[str, Any], index: int) -> None:
+    """Start host `index` if there is none; returns at once. One beyond those configured owns nothing until a placement
+    gives it experts."""
+    actor_class: Any = ray.remote(ExpertHostActor)
+    actor_class.options(
+        name=actor_name(index),
+        namespace=config.ray.namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        resources=config.ray.host_resources or None,
+        scheduling_strategy="SPREAD",
+        max_restarts=-1,
+        max_concurrency=_THREADS,
+    ).remote(config_tree, index)
+
+
+def stop_expert_hosts(namespace: str) -> None:
+    """End all hosts of this cluster."""
+    with contextlib.suppress(RayError):
+        for index in host_indices(namespace):
+            stop_expert_host(namespace, index)
+
+
+def stop_expert_host(namespace: str, index: int) -> None:
+    """End one host, if it is there; first give its experts to others by a placement without it."""
+    with contextlib.suppress(ValueError, RayError):
+        host = ray.get_actor(actor_name(index), namespace=namespace)
+        with contextlib.suppress(GetTimeoutError):
+            ray.get(host.stop.remote(), timeout=_CALL_TIMEOUT_S)
+        ray.kill(host)
 
 
 def locate_host(namespace: str, index: int) -> HostEndpoint:
@@ -135,6 +176,7 @@ class ExpertHostsClient:
     """Asks the hosts for what pages show."""
 
     def __init__(self, namespace: str, num_hosts: int) -> None:
+        """Args: num_hosts: configured ones; 0: there are none to ask."""
         self._namespace = namespace
         self._num_hosts = num_hosts
 
@@ -142,16 +184,19 @@ class ExpertHostsClient:
         """What each host says of itself; one that does not answer is shown as failed."""
         return tuple(
             _away(index, answer) if isinstance(answer, BaseException) else answer
-            for index, answer in enumerate(await self._ask("status"))
+            for index, answer in await self._ask("status")
         )
 
     async def experts_reports(self) -> tuple[ExpertsReport, ...]:
         """Residency of each host that answers."""
-        return tuple(answer for answer in await self._ask("experts_report") if isinstance(answer, ExpertsReport))
+        return tuple(answer for _, answer in await self._ask("experts_report") if isinstance(answer, ExpertsReport))
 
-    async def _ask(self, method: str) -> Sequence[Any]:
-        calls = (self._call(index, method) for index in range(self._num_hosts))
-        return await asyncio.gather(*calls, return_exceptions=True)
+    async def _ask(self, method: str) -> Sequence[tuple[int, Any]]:
+        if not self._num_hosts:
+            return ()
+        indices = await asyncio.to_thread(host_indices, self._namespace)
+        answers = await asyncio.gather(*(self._call(index, method) for index in indices), return_exceptions=True)
+        return list(zip(indices, answers, strict=True))
 
     async def _call(self, index: int, method: str) -> Any:
         host = await asyncio.to_thread(ray.get_actor, actor_name(index), self._namespace)

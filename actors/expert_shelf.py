@@ -20,11 +20,12 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.experts.memory.remote import RemoteReadError, ShelfFacts, form_digest
-from cluster.config import MoesaicConfig, from_tree, parse_cache_size
+from cluster.config import MoesaicConfig, from_tree
 from cluster.errors import MoesaicError
 from cluster.model_info import load_model_info
 from cluster.observability.logs import configure_logging, log_event
 from cluster.scheduler.shelf_plan import choose_shelf_nodes, shelf_room, shelf_share
+from cluster.sizes import parse_cache_size
 from cluster.stats.activation_counts import Counts
 from cluster.stats.open_store import open_store
 

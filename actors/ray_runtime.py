@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from typing import Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.expert_host_actor import stop_expert_hosts
 from actors.expert_shelf import stop_shelves
 from actors.gateway import Gateways
+from actors.scheduler_actor import stop_scheduler
 from actors.valkey_actor import start_valkey_actor, stop_valkey_actor
 from cluster.types import ExpertHostStatus, WorkerStatus
 
@@ -55,10 +57,10 @@ class RayRuntime:
         self._started_valkey = True
 
     def start_serve(self, *, host: str, port: int, request_timeout_s: float) -> None:
-        """Start Serve's controller and its HTTP proxy."""
+        """Start Serve's controller, and an HTTP proxy on each node that has a replica."""
         timeout_s = request_timeout_s + _SPARE_TIMEOUT_S
         serve.start(
-            proxy_location="HeadOnly", http_options={"host": host, "port": port, "request_timeout_s": timeout_s}
+            proxy_location="EveryNode", http_options={"host": host, "port": port, "request_timeout_s": timeout_s}
         )
 
     def run(self, application: Application, *, name: str) -> RunningApplication:
@@ -71,7 +73,8 @@ class RayRuntime:
         with contextlib.suppress(RayServeException, RayError):
             serve.delete(application)
         Gateways(self._namespace).stop()
-        stop_expert_hosts(self._namespace, num_hosts)
+        stop_scheduler(self._namespace)
+        stop_expert_hosts(self._namespace)
         stop_shelves(self._namespace)
         if self._started_valkey:
             with contextlib.suppress(RayError):
@@ -109,9 +112,16 @@ class RunningApplication:
     def begin_drain(self) -> None:
         """Refuse new requests from now on."""
         self._gateways.begin_drain()
-        self._handle.begin_drain.remote().result(timeout_s=_CALL_TIMEOUT_S)
+        self._ask_all("begin_drain")
 
     def num_in_flight(self) -> int:
         """Requests still being answered."""
-        num_http = self._handle.num_in_flight.remote().result(timeout_s=_CALL_TIMEOUT_S)
-        return num_http + self._gateways.num_in_flight()
+        return sum(self._ask_all("num_in_flight")) + self._gateways.num_in_flight()
+
+    def _ask_all(self, method: str) -> list[Any]:
+        """What each HTTP front end answers; one that does not lets nobody in."""
+        try:
+            answers = self._handle.broadcast(method).results(timeout_s=_CALL_TIMEOUT_S, return_exceptions=True)
+        except (TimeoutError, RayError, DeploymentUnavailableError):
+            return []
+        return [answer for answer in answers if not isinstance(answer, BaseException)]

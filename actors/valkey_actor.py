@@ -1,42 +1,101 @@
-"""The cluster's embedded Valkey: a detached Ray actor with the server program. Imports no Serve: it starts sooner."""
+"""The cluster's embedded Valkey: a detached Ray actor with the server program. Imports no Serve: it starts sooner.
+
+It runs on the head node, which a cluster cannot lose anyway, and comes back under the same URL: neither its program's
+end nor its process's is more than a short absence for those who know that URL. What it held is gone then.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from cluster.observability.logs import configure_logging, log_event
 from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
 
 VALKEY_ACTOR = "moesaic-valkey"
 
+_LOG = logging.getLogger(__name__)
+_HEAD_NODE = {"node:__internal_head__": 0.001}
+_RETRY_S = 1.0
+
 
 class ValkeyHolder:
-    """Keeps the embedded Valkey: its child process ends with this actor."""
+    """Keeps the embedded Valkey: its child process ends with this actor, and is started again when it ends alone."""
 
     def __init__(self) -> None:
-        self._data = tempfile.TemporaryDirectory(prefix="moesaic-valkey-")
-        address = ray.util.get_node_ip_address()  # workers of other nodes must reach it, too
-        self._server: EmbeddedValkey = start_embedded_valkey(Path(self._data.name), host=address)
+        configure_logging()
+        # The same after a restart of this actor: there are password and port.
+        self._data = Path(tempfile.gettempdir()) / f"moesaic-valkey-{ray.get_runtime_context().get_actor_id()}"
+        self._server: EmbeddedValkey | None = None
+        self._error: Exception | None = None
+        self._settled = threading.Event()  # it answers, or why it does not is known
+        self._stopped = threading.Event()
+        # The program ends with the thread that started it.
+        self._keeper = threading.Thread(target=self._keep, name="valkey", daemon=True)
+        self._keeper.start()
 
     def url(self) -> str:
-        """Where it listens."""
+        """Where it listens; waits until it does.
+
+        Raises:
+            ConnectionError, FileNotFoundError: it does not start.
+        """
+        self._settled.wait()
+        if self._server is None:
+            raise self._error or ConnectionError("the embedded Valkey was stopped")
         return self._server.url
 
     def stop(self) -> None:
         """End the server."""
-        self._server.stop()
-        self._data.cleanup()
+        self._stopped.set()
+        if self._server is not None:
+            self._server.stop()
+        shutil.rmtree(self._data, ignore_errors=True)
+
+    def _keep(self) -> None:
+        port_file = self._data / "port"
+        while not self._stopped.is_set():
+            port = int(port_file.read_text()) if port_file.exists() else 0
+            try:
+                # Workers of other nodes must reach it, too.
+                server = start_embedded_valkey(self._data, port, host=ray.util.get_node_ip_address())
+            except (OSError, ConnectionError) as error:
+                self._error = error
+                self._settled.set()
+                if self._server is None and not port:
+                    return  # it never ran: whoever asks hears why
+                log_event(_LOG, logging.ERROR, "the embedded Valkey did not start again", reason=repr(error))
+                self._stopped.wait(_RETRY_S)
+                continue
+            self._server, self._error = server, None
+            port_file.write_text(str(server.port))
+            self._settled.set()
+            code = server.wait()
+            if not self._stopped.is_set():
+                log_event(_LOG, logging.ERROR, "the embedded Valkey ended; it is started again", code=code)
 
 
 def start_valkey_actor(namespace: str) -> ray.ObjectRef:
     """URL-to-be of the cluster's embedded Valkey, started if there is none yet; returns at once."""
     actor_class: Any = ray.remote(ValkeyHolder)
     actor = actor_class.options(
-        name=VALKEY_ACTOR, namespace=namespace, lifetime="detached", get_if_exists=True, num_cpus=0
+        name=VALKEY_ACTOR,
+        namespace=namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        resources=_HEAD_NODE,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=2,  # `stop` while `url` waits
     )
     return actor.remote().url.remote()
 
@@ -59,5 +118,6 @@ def stop_valkey_actor(namespace: str) -> None:
         holder = ray.get_actor(VALKEY_ACTOR, namespace=namespace)
     except ValueError:
         return
-    ray.get(holder.stop.remote(), timeout=10)
+    with contextlib.suppress(GetTimeoutError):
+        ray.get(holder.stop.remote(), timeout=10)
     ray.kill(holder)

@@ -1,22 +1,27 @@
 """Reaches the attention workers through a Ray Serve handle: every `.remote` of the front end is here.
 
-Translates Ray's errors into ours, and bounds every call that leaves the process.
+Translates Ray's errors into ours, bounds every call that leaves the process, and gives a sequence whose worker was lost
+to another one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from actors.expert_host_actor import ExpertHostsClient
-from actors.token_stream import TokenInbox
+from actors.token_inbox import TokenInbox
 from cluster.errors import MoesaicError, Overloaded, Unavailable
+from cluster.observability.logs import log_event
+from cluster.scheduler.attempts import Attempts
 from cluster.types import (
     ExpertHostStatus,
     ExpertsReport,
@@ -26,7 +31,10 @@ from cluster.types import (
     WorkerStatus,
 )
 
-_CALL_TIMEOUT_S = 5.0
+_LOG = logging.getLogger(__name__)
+_SUBMIT_TIMEOUT_S = (3.0, 6.0, 12.0)  # to be taken by a worker, attempt after attempt: all may be busy
+_ANSWER_TIMEOUT_S = 2.0  # to look for all workers, and again for their answers; who asks waits 5 s
+_NOT_THERE = (RayError, RayServeException, DeploymentUnavailableError, TimeoutError, asyncio.CancelledError)
 
 
 class ServeWorkerClient:
@@ -36,26 +44,36 @@ class ServeWorkerClient:
         self._handle = handle
         self._hosts = ExpertHostsClient(namespace, num_hosts)
         self._inbox = TokenInbox(ray.util.get_node_ip_address())
+        self._running: dict[RequestId, Attempts] = {}
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
-        """Stream one sequence; closing the iterator early stops it in the worker within one step."""
-        request_id = request.request_id
-        self._inbox.open(request_id)
-        ended = False
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk]:
+        """Stream one sequence; closing the iterator early stops it in the worker within one step.
+
+        A worker that is lost, or does not take it, is replaced by another one as `Attempts` says: who reads the tokens
+        does not notice.
+        """
+        loop = asyncio.get_running_loop()
+        attempts = self._running[request.request_id] = Attempts(request, now_s=loop.time())
         try:
-            worker_id = await self._call("submit", request, await self._inbox.address())
-            await self._inbox.attach(request_id, str(worker_id))
-            yield TokenChunk(token_ids=())  # taken: the other choices of its answer need not wait for a token
-            while not ended:
-                chunk = await self._inbox.take(request_id)
-                ended = chunk.finish_reason is not None
-                yield chunk
+            while True:
+                try:
+                    async with aclosing(self._attempt(attempts.request)) as chunks:
+                        async for chunk in chunks:
+                            attempts.take(chunk)
+                            yield chunk
+                    return
+                except MoesaicError as error:
+                    wait_s = attempts.retry(error, now_s=loop.time(), avoid=self._inbox.lost)
+                    _log_retry(attempts.request, error)
+                await asyncio.sleep(wait_s)
         finally:
-            self._inbox.close(request_id, abort=not ended)
+            self._running.pop(request.request_id, None)
 
     async def abort(self, request_id: RequestId) -> None:
-        """Stop a sequence within one step."""
-        self._inbox.close(request_id, abort=True)
+        """Stop a sequence within one step, whichever attempt it is at."""
+        attempts = self._running.get(request_id)
+        if attempts is not None:
+            self._inbox.close(attempts.request.request_id, abort=True)
 
     async def worker_statuses(self) -> tuple[WorkerStatus, ...]:
         """What each worker says of itself; one that does not answer is left out."""
@@ -74,6 +92,21 @@ class ServeWorkerClient:
         """Change every worker's fast expert memory."""
         return await self._ask_all("set_expert_cache", setting)
 
+    async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk]:
+        """One worker's tokens for it."""
+        request_id = request.request_id
+        self._inbox.open(request_id)
+        ended = False
+        try:
+            worker_id = await self._submit(request)
+            await self._inbox.attach(request_id, str(worker_id))
+            while not ended:
+                chunk = await self._inbox.take(request_id)
+                ended = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            self._inbox.close(request_id, abort=not ended)
+
     async def _ask_all(self, method: str, *args: object) -> tuple[Any, ...]:
         """The answers of all workers, joined.
 
@@ -81,9 +114,11 @@ class ServeWorkerClient:
             Unavailable: none answers in time.
         """
         try:
-            answers = await self._handle.broadcast(method, *args).results_async(
-                timeout_s=_CALL_TIMEOUT_S, return_exceptions=True
-            )
+            # Not `results_async`: there one worker that is cut off makes all of them late.
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                calls = await self._handle.broadcast(method, *args)._fetch_replica_results_async()
+            waits = [asyncio.wait_for(call.get_async(), _ANSWER_TIMEOUT_S) for call in calls]
+            answers = await asyncio.gather(*waits, return_exceptions=True)
         except (TimeoutError, RayError, DeploymentUnavailableError) as error:
             raise Unavailable(f"no attention worker answered {method}: {type(error).__name__}") from error
         good = [answer for answer in answers if not isinstance(answer, BaseException)]
@@ -91,22 +126,30 @@ class ServeWorkerClient:
             raise _translated(answers[0])
         return tuple(part for answer in good for part in answer)
 
-    async def _call(self, method: str, *args: object) -> object:
+    async def _submit(self, request: GenerationRequest) -> object:
+        """Id of the replica that took it."""
+        address = await self._inbox.address()
+        timeout_s = _SUBMIT_TIMEOUT_S[min(request.attempt, len(_SUBMIT_TIMEOUT_S) - 1)]
         try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                return await getattr(self._handle, method).remote(*args)
+            async with asyncio.timeout(timeout_s):
+                return await self._handle.submit.remote(request, address)
         except TimeoutError as error:
-            raise Unavailable(f"the attention worker did not answer {method} within {_CALL_TIMEOUT_S:.0f} s") from error
+            raise Unavailable(f"no attention worker took the request within {timeout_s:.0f} s") from error
         except Exception as error:
             raise _translated(error) from error
 
 
-def _translated(error: Exception) -> Exception:
+def _log_retry(again: GenerationRequest, error: MoesaicError) -> None:
+    facts = {"attempt": again.attempt, "num_emitted": len(again.emitted_ids), "reason": error.message}
+    log_event(_LOG, logging.INFO, "sequence is tried again", request_id=again.request_id, **facts)
+
+
+def _translated(error: BaseException) -> BaseException:
     if isinstance(error, RayTaskError):
         cause = error.cause
         return cause if isinstance(cause, MoesaicError) else MoesaicError(f"the attention worker failed: {cause}")
     if isinstance(error, BackPressureError):
         return Overloaded("the attention workers' queues are full; try again later")
-    if isinstance(error, RayActorError | DeploymentUnavailableError):
-        return Unavailable("the attention worker was lost; try again")
+    if isinstance(error, _NOT_THERE):
+        return Unavailable(f"the attention worker was lost ({type(error).__name__}); try again")
     return error

@@ -12,7 +12,8 @@ from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.report import layers_report, tiers_report
 from actors.experts.policies.build import WITHOUT_GATES
 from actors.experts.remote_dispatch import HostDispatcher
-from cluster.config import ExpertsConfig, MoesaicConfig
+from cluster.config import MoesaicConfig
+from cluster.config_sections import ExpertsConfig
 from cluster.types import (
     CalibrationBin,
     DataPlaneStatus,
@@ -20,11 +21,13 @@ from cluster.types import (
     ExpertsReport,
     LayerExperts,
     Phase,
+    StartupPhase,
     WorkerStatus,
 )
 
 if TYPE_CHECKING:
     from actors.attention_worker import AttentionWorker
+    from actors.engine.build import EngineParts
 
 
 def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatus:
@@ -45,7 +48,7 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         degraded.append("compiled kernels are missing: plain torch is used (a C compiler is needed at install time)")
     return WorkerStatus(
         worker_id=worker.worker_id,
-        phase=worker.phase,
+        phase=StartupPhase.DRAINING if worker.is_draining else worker.phase,
         error=worker.error.message if worker.error else None,
         model=worker.info.name,
         dtype=str(parts.dtype).removeprefix("torch.") if parts else config.model.dtype,
@@ -58,9 +61,7 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         generated_tokens=engine.counters.generated_tokens if engine else 0,
         prompt_tokens=engine.counters.prompt_tokens if engine else 0,
         cached_prompt_tokens=engine.counters.cached_prompt_tokens if engine else 0,
-        expert_memory=memory_status(parts.backend, config.experts, parts.conductor)
-        if parts and parts.backend
-        else None,
+        expert_memory=own_memory_status(parts, config.experts) if parts else None,
         data_plane=_data_plane(parts.dispatcher) if parts and isinstance(parts.dispatcher, HostDispatcher) else None,
         degraded=(*degraded, *worker.statistics.degraded, *worker.learned.degraded),
     )
@@ -88,6 +89,11 @@ async def experts_report(worker: AttentionWorker) -> ExpertsReport:
         layers=layers,
         cluster=await worker.cluster_counts.read(tuple(activations), num_experts),
     )
+
+
+def own_memory_status(parts: EngineParts, config: ExpertsConfig) -> ExpertMemoryStatus | None:
+    """The worker's expert memory, if it has one."""
+    return None if parts.backend is None else memory_status(parts.backend, config, parts.conductor)
 
 
 def memory_status(

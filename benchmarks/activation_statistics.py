@@ -1,9 +1,9 @@
 """What recording and flushing activation statistics costs: share of step time, and throughput with and without.
 
 The engine runs in this process with one thread, all experts resident, and a real Valkey beside it. Three kinds of
-blocks of the same work: timed (clocks around every record call), on (recording, and a statistics loop that flushes
-every 2 s) and off (neither). On and off alternate in ABBA order, and their outputs are checked equal. The demo model is
-not widened: the shorter the steps, the larger the share.
+blocks of the same work: timed (clocks around every record call), on (recording by 16 clusters of prompts, and a
+statistics loop that flushes every 2 s) and off (neither). On and off alternate in ABBA order, and their outputs are
+checked equal. The demo model is not widened: the shorter the steps, the larger the share.
 
     python benchmarks/activation_statistics.py [--quick] [--json] [--factor 1]
 """
@@ -20,16 +20,20 @@ from pathlib import Path
 
 import numpy as np
 from harness import DEMO, Report, arguments, median, one_thread, progress, prompts_of_domains, wide_model
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from actors.engine.build import EngineParts, build_engine
+from actors.experts.dispatch import ExpertWork
 from actors.experts.recorder import ActivationRecorder
 from actors.kernels.native import load_native
 from actors.statistics_loop import StatisticsLoop
 from cluster.config import load_config
 from cluster.model_info import load_model_info
 from cluster.protocols import StateStore
+from cluster.semantics.clusters import Clusters
+from cluster.semantics.expectation import make_knowledge
+from cluster.semantics.knowledge import Knowledge
+from cluster.semantics.statistics import COUNT, ExpertStatistics, no_statistics
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.open_store import open_store
 from cluster.types import GenerationRequest, Phase, RequestId, SamplingParams
@@ -39,10 +43,11 @@ MAX_SHARE = 0.01
 SWITCH_INTERVAL_S = 0.0005  # as in the server's workers
 LARGE = (58, 256)  # MoE layers and experts of DeepSeek-V3
 MAX_TOKENS = 1500
+NUM_CLUSTERS = 16
 
 
 class _NoRecorder(ActivationRecorder):
-    def record(self, layer: int, topk_ids_TK: Tensor, num_decode: int) -> None:  # noqa: N803
+    def record(self, work: ExpertWork, num_rows: int, num_decode: int) -> None:
         """Nothing."""
 
 
@@ -52,9 +57,9 @@ class _TimedRecorder(ActivationRecorder):
     record_s = 0.0
     num_calls = 0
 
-    def record(self, layer: int, topk_ids_TK: Tensor, num_decode: int) -> None:  # noqa: N803
+    def record(self, work: ExpertWork, num_rows: int, num_decode: int) -> None:
         began = time.perf_counter()
-        super().record(layer, topk_ids_TK, num_decode)
+        super().record(work, num_rows, num_decode)
         self.record_s += time.perf_counter() - began
         self.num_calls += 1
 
@@ -108,10 +113,13 @@ def _compare(
 ) -> None:
     layers, num_experts = _shape(parts)
     name = f"{len(prompts)} sequences"
+    knowledge = _knowledge(layers, num_experts)
+    parts.engine.set_knowledge(knowledge)  # tells the prompts apart; the recorders of the blocks count them
     off = _NoRecorder(layers, num_experts, None)
     warm = _run(parts, off, prompts, 64)
     num_tokens = min(MAX_TOKENS, int(block_s * warm.speed / len(prompts)) + 1)
     timed = _TimedRecorder(layers, num_experts, load_native())
+    timed.set_knowledge(knowledge)
     timed_block = _run(parts, timed, prompts, num_tokens)
     ons: list[_Block] = []
     ratios: list[float] = []
@@ -146,14 +154,12 @@ def _compare(
 
 
 def _large_flush(report: Report, store: StateStore) -> None:
-    """A flush in which every expert of a large model changed, and how far apart such flushes are."""
+    """A flush in which every expert of a large model changed, for 8 of 16 clusters, and how far apart such are."""
     layers, num_experts = LARGE
-    counts = {layer: np.ones((len(Phase), num_experts), dtype=np.int64) for layer in range(layers)}
-    zeros = {layer: np.zeros_like(values) for layer, values in counts.items()}
+    recorded = _Recorded(layers, num_experts)
     loop = StatisticsLoop(store, "large", interval_s=2.0)
-    loop.start(zeros)
-    for layer, values in counts.items():
-        zeros[layer] += values
+    loop.start(recorded)
+    recorded.grow()
     while loop.num_flushes == 0:
         time.sleep(0.05)
     loop.stop()
@@ -174,7 +180,8 @@ def _run_on(parts: EngineParts, store: StateStore, prompts: list[list[int]], num
     fingerprint = f"run-{time.monotonic_ns()}"
     recorder = ActivationRecorder(*_shape(parts), load_native())
     loop = StatisticsLoop(store, fingerprint)
-    loop.start(recorder.counts)
+    recorder.set_knowledge(_knowledge(*_shape(parts)))
+    loop.start(recorder)
     block = _run(parts, recorder, prompts, num_tokens)
     flushes, cpu_s = loop.num_flushes, loop.flush_cpu_s
     loop.stop()
@@ -183,6 +190,8 @@ def _run_on(parts: EngineParts, store: StateStore, prompts: list[list[int]], num
         for layer, counts in recorder.counts.items():
             row = stored.get(phase, {}).get(layer, {})
             assert [row.get(e, 0) for e in range(counts.shape[1])] == counts[index].tolist(), "counts are missing"
+    shared = store.statistics(fingerprint, 1, half_life_s=1800.0)
+    assert shared is not None and np.isclose(shared.values.sum(), recorder.statistics.values.sum(), rtol=0.05)
     return _Block(block.elapsed_s, block.tokens, flushes, cpu_s)
 
 
@@ -192,11 +201,45 @@ def _run(parts: EngineParts, recorder: ActivationRecorder, prompts: list[list[in
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     began = time.perf_counter()
     for i, prompt in enumerate(prompts):
-        parts.engine.add(GenerationRequest(request_id=RequestId(str(i)), prompt_ids=tuple(prompt), sampling=sampling))
+        request = GenerationRequest(
+            request_id=RequestId(str(i)), prompt_ids=tuple(prompt), sampling=sampling, embedding=_embedding(i)
+        )
+        parts.engine.add(request)
     while parts.engine.has_work:
         for output in parts.engine.step():
             tokens[output.request_id].append(output.token_id)
+    recorder.settle()
     return _Block(time.perf_counter() - began, list(tokens.values()))
+
+
+def _embedding(index: int) -> bytes:
+    """Of one of 16 kinds of prompt, far apart."""
+    vector = np.zeros(16, dtype=np.int8)
+    vector[index % NUM_CLUSTERS] = 127
+    return vector.tobytes()
+
+
+def _knowledge(layers: tuple[int, ...], num_experts: int) -> Knowledge:
+    clusters = Clusters(NUM_CLUSTERS, version=1)
+    clusters.centroids = np.eye(NUM_CLUSTERS, 16, dtype=np.float32)
+    return make_knowledge(no_statistics(1, NUM_CLUSTERS, layers, num_experts), clusters, version=1, top_k=1)
+
+
+class _Recorded:
+    """What a recorder of a large model has."""
+
+    def __init__(self, layers: int, num_experts: int) -> None:
+        self.counts = {layer: np.zeros((len(Phase), num_experts), dtype=np.int64) for layer in range(layers)}
+        self.statistics: ExpertStatistics = no_statistics(1, NUM_CLUSTERS, range(layers), num_experts)
+
+    def grow(self) -> None:
+        """Every expert of every layer and phase was chosen, by prompts of half the clusters."""
+        for values in self.counts.values():
+            values += 1
+        self.statistics.values[: NUM_CLUSTERS // 2, ..., COUNT] += 1
+
+    def drain_prompts(self) -> list[bytes]:
+        return [_embedding(0)]
 
 
 def _shape(parts: EngineParts) -> tuple[tuple[int, ...], int]:

@@ -63,10 +63,10 @@ def main() -> int:
 class _Echo:
     """A backend that answers with the rows it was given."""
 
-    def check(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor) -> None:  # noqa: N803
+    def check(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor) -> None:
         """Everything is fine."""
 
-    def partial_sums(self, layer: int, x_TD: torch.Tensor, ids_TK: object, weights_TK: object) -> torch.Tensor:  # noqa: N803
+    def partial_sums(self, layer: int, x_TD: torch.Tensor, ids_TK: object, weights_TK: object) -> torch.Tensor:
         """The rows."""
         return x_TD
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import MoesaicConfig, from_tree, is_zero, load_config, to_tree
+from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.model_info import load_model_info
+from cluster.sizes import is_zero
 from cluster.types import StartupPhase
 
 if TYPE_CHECKING:
@@ -43,24 +44,27 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
     from actors.expert_host_actor import start_expert_hosts
     from actors.expert_shelf import start_shelves, stop_shelves
     from actors.gateway import Gateways
+    from actors.scheduler_actor import start_scheduler
     from cluster.frontend.grpc_gateway import GrpcGateway
     from cluster.frontend.http_ingress import HttpIngress
 
     config = args if isinstance(args, MoesaicConfig) else _merged(args or {})
     tree = to_tree(config)
     max_open = config.attention.max_running + config.attention.max_queue
+    fingerprint = load_model_info(config.model.path).fingerprint
     if config.experts.hosts:
-        start_expert_hosts(config, tree, load_model_info(config.model.path).fingerprint)
+        start_expert_hosts(config, tree, fingerprint)
     gateways = Gateways(config.ray.namespace)
     if config.grpc.enabled:
         gateways.start(GrpcGateway, tree)
     else:
         gateways.stop()
     redis_url = _store_url(config)
+    start_scheduler(config, tree, fingerprint, redis_url)
     if is_zero(config.experts.remote_tier):
         stop_shelves(config.ray.namespace)
     else:
-        start_shelves(config, tree, load_model_info(config.model.path).fingerprint, redis_url)
+        start_shelves(config, tree, fingerprint, redis_url)
     worker = worker_application(config, redis_url, max_open=max_open)
     return ingress_application(HttpIngress, tree, worker, max_open=max_open)
 

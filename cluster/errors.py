@@ -8,6 +8,7 @@ MoesaicError
  |- ModelNotFound         the model named is not served              404
  |- Overloaded            the queue is full                          429  retry
  |- Unavailable           starting, draining or lost its worker      503  retry
+ |   `- WorkerLost        its worker died or makes no progress     503  retry
  |- DeadlineExceeded      no answer within the request's time        504
  |- ExpertReadError       an expert could not be read from disk      500
  `- ConfigError           operator must act, at start                -
@@ -63,6 +64,10 @@ class Unavailable(MoesaicError):
     """Starting, draining, or the worker was lost; come back after `retry_after_s`."""
 
     retry_after_s: float = 2.0
+
+
+class WorkerLost(Unavailable):
+    """The attention worker that had taken the sequence died, was cut off, or makes no progress."""
 
 
 class DeadlineExceeded(MoesaicError):

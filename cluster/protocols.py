@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from cluster.semantics.statistics import ExpertStatistics
 from cluster.types import (
     ExpertHostStatus,
+    ExpertMemoryStatus,
     ExpertsReport,
     GenerationRequest,
     Phase,
@@ -14,6 +16,11 @@ from cluster.types import (
     TokenChunk,
     WorkerStatus,
 )
+
+if TYPE_CHECKING:
+    from cluster.scheduler.diagnose import Diagnosis
+    from cluster.scheduler.plan import PlacementPlan
+    from cluster.scheduler.status import DrainLine, SchedulerStatus
 
 
 class AttentionWorkerClient(Protocol):
@@ -68,10 +75,18 @@ class LearnedShare(NamedTuple):
     blob: bytes
 
 
+class VersionedState(NamedTuple):
+    """What the scheduler left to remember: a number that only grows, and the state as its owner writes it."""
+
+    version: int
+    blob: bytes
+
+
 class StateStore(Protocol):
     """Aggregated activation statistics and learned state, shared by all processes of a cluster.
 
-    Never on the token path. Implementations raise `ConnectionError` when they cannot be reached.
+    Never on the token path. Implementations raise `ConnectionError` when they cannot be reached. Two kinds of counts:
+    `activations` are exact and only grow, for people; `statistics` fade and know clusters of prompts, for decisions.
     """
 
     @property
@@ -108,4 +123,77 @@ class StateStore(Protocol):
 
     def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
         """Shares of a kind of state of the model `fingerprint`, the last published first."""
+        ...
+
+    def add_statistics(
+        self, fingerprint: str, delta: ExpertStatistics, prompts: Sequence[bytes], *, half_life_s: float
+    ) -> None:
+        """Add activations counted just now to the decayed sums of their version of the clusters, all or none.
+
+        Kept are the newest two versions; what is of an older one is dropped.
+
+        Args:
+            prompts: embeddings of some prompts that came since the last call (cluster/stats/recent_prompts.py).
+        Raises:
+            ValueError: another shape than the version had before, or an embedding too long.
+        """
+        ...
+
+    def statistics(self, fingerprint: str, clusters_version: int, *, half_life_s: float) -> ExpertStatistics | None:
+        """Decayed sums of all workers as of now; None if there is nothing of that version."""
+        ...
+
+    def recent_prompts(self, fingerprint: str) -> list[bytes]:
+        """Embeddings of the last prompts that workers sent, the latest first."""
+        ...
+
+    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
+        """Leave what a worker or host says of its expert memory; replaces its last report, is forgotten in a minute."""
+        ...
+
+    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
+        """The last reports of those who reported within the minute, by owner."""
+        ...
+
+    def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
+        """Keep a state unless one of this or a later version is kept; whether it was taken.
+
+        To put the same version again is harmless, and makes good what a restarted server lost.
+        """
+        ...
+
+    def get_state(self, fingerprint: str, name: str) -> VersionedState | None:
+        """The state of the highest version that was put."""
+        ...
+
+
+class SchedulerClient(Protocol):
+    """The scheduler, for pages and people. Every method raises Unavailable while it is away."""
+
+    async def status(self) -> SchedulerStatus:
+        """What it knows of workers, hosts, prompts and placement."""
+        ...
+
+    async def plan(self) -> PlacementPlan:
+        """What it would move now; nothing is moved.
+
+        Raises:
+            Unavailable: there are no expert hosts, or not enough is known yet.
+        """
+        ...
+
+    async def diagnose(self) -> Diagnosis:
+        """What routing and placement could gain, from the statistics so far."""
+        ...
+
+    async def drain(self, node: str) -> DrainLine:
+        """Empty a node: nothing new goes there, and its hosts' experts move away; what is left there now.
+
+        Raises:
+            InvalidRequest: no such node; names those there are.
+        """
+        ...
+
+    async def undrain(self, node: str) -> DrainLine:
+        """Use a node again. Raises as `drain`."""
         ...

@@ -51,6 +51,7 @@ class StartupPhase(StrEnum):
     LOADING = "loading dense weights"
     CALIBRATING = "calibrating kernels"
     CONNECTING = "connecting to expert hosts"
+    WARMING_UP = "fetching the experts used most"
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"

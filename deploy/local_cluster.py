@@ -7,10 +7,11 @@ like machines. Everything is found again through one state directory.
     python deploy/local_cluster.py run --node 1 --state DIR -- moesaic serve --ray-address 10.77.0.11:6379
     python deploy/local_cluster.py kill --node 2 --state DIR    kill -9 every process of a node
     python deploy/local_cluster.py cut --node 2 --state DIR     unplug its network; `heal` plugs it in again
+    python deploy/local_cluster.py join --node 2 --state DIR    start a killed node again; a new one has the next number
     python deploy/local_cluster.py down --state DIR             end everything
 
-Node i has the Ray resource `node-i`: with `ray.worker_resources` and `ray.host_resources` a configuration says what
-runs where.
+Node i has the Ray resources `node-i` and one `place`: with `ray.worker_resources` and `ray.host_resources` a
+configuration says what runs where; who needs a `place` has a node that nobody else has who needs one.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 _PORT = 6379
-_START_TIMEOUT_S = 90.0
+_START_TIMEOUT_S = 240.0  # a busy machine starts Ray slowly
+_KILL_TIMEOUT_S = 10.0
 _HEALTH = {  # a dead node is noticed after (period + timeout) x threshold = 15 s
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -46,6 +50,7 @@ class Cluster:
     tag: str
     subnet: str
     num_nodes: int
+    cpus: int = 2
 
     @property
     def address(self) -> str:
@@ -73,7 +78,7 @@ class Cluster:
         }
 
     def save(self) -> None:
-        facts = {"tag": self.tag, "subnet": self.subnet, "num_nodes": self.num_nodes}
+        facts = {"tag": self.tag, "subnet": self.subnet, "num_nodes": self.num_nodes, "cpus": self.cpus}
         (self.state / "cluster.json").write_text(json.dumps(facts))
 
     @classmethod
@@ -92,18 +97,23 @@ def up(state: Path, num_nodes: int, cpus: int) -> Cluster:
     state = state.resolve()
     state.mkdir(parents=True, exist_ok=True)
     number = secrets.randbelow(200) + 20
-    cluster = Cluster(state, f"m{number}", f"10.77.{number}", num_nodes)
+    cluster = Cluster(state, f"m{number}", f"10.77.{number}", num_nodes, cpus)
     cluster.save()
     token = state / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
-    _ip("link", "add", f"{cluster.tag}br", "type", "bridge")
-    _ip("addr", "add", f"{cluster.subnet}.1/24", "dev", f"{cluster.tag}br")
-    _ip("link", "set", f"{cluster.tag}br", "up")
-    for node in range(1, num_nodes + 1):
-        _add_node(cluster, node)
-        _start_raylet(cluster, node, cpus)
-    _wait_for_nodes(cluster)
+    try:
+        _ip("link", "add", f"{cluster.tag}br", "type", "bridge")
+        _ip("addr", "add", f"{cluster.subnet}.1/24", "dev", f"{cluster.tag}br")
+        _ip("link", "set", f"{cluster.tag}br", "up")
+        for node in range(1, num_nodes + 1):
+            _add_node(cluster, node)
+            _start_raylet(cluster, node)
+        for node in range(2, num_nodes + 1):
+            _wait_until(partial(_has_joined, cluster, node), cluster, f"node {node}")
+    except BaseException:
+        down(cluster)
+        raise
     return cluster
 
 
@@ -112,11 +122,34 @@ def run(cluster: Cluster, node: int, command: list[str]) -> int:
     return subprocess.call([*_enter(cluster, node), *_absolute(command)], env=cluster.environment())
 
 
+def start(cluster: Cluster, node: int, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a command inside a node, in a session of its own; what it prints goes to `log`."""
+    return subprocess.Popen(
+        [*_enter(cluster, node), *_absolute(command)],
+        env=cluster.environment(),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def processes(cluster: Cluster, node: int) -> dict[int, str]:
+    """Command lines of a node's processes, by process id; Ray writes what they are into theirs."""
+    found: dict[int, str] = {}
+    for pid in _processes(cluster, node):
+        with contextlib.suppress(OSError):
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
 def kill(cluster: Cluster, node: int) -> None:
     """End every process of a node at once, as a power cut does."""
-    for pid in _processes(cluster, node):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+    while (pids := _processes(cluster, node)) and time.monotonic() < deadline_s:  # again: one may just have forked
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def set_link(cluster: Cluster, node: int, *, is_up: bool) -> None:
@@ -124,13 +157,23 @@ def set_link(cluster: Cluster, node: int, *, is_up: bool) -> None:
     _ip("link", "set", cluster.link(node), "up" if is_up else "down")
 
 
+def join(cluster: Cluster, node: int) -> Cluster:
+    """Start a node that was killed, or that the others gave up while it was cut off; or add one. Returns when it has
+    joined."""
+    if node > cluster.num_nodes:
+        cluster = replace(cluster, num_nodes=node)
+        cluster.save()
+        _add_node(cluster, node)
+    kill(cluster, node)
+    _wait_until(lambda: not is_alive(cluster, node), cluster, f"the end of what node {node} was")
+    _wait_until(partial(_has_joined, cluster, node), cluster, f"node {node}")
+    return cluster
+
+
 def down(cluster: Cluster) -> None:
     """End all nodes and remove the network."""
     for node in range(1, cluster.num_nodes + 1):
-        deadline_s = time.monotonic() + 10
-        while _processes(cluster, node) and time.monotonic() < deadline_s:
-            kill(cluster, node)
-            time.sleep(0.1)
+        kill(cluster, node)
         _ip("netns", "del", cluster.namespace(node), check=False)
         _ip("link", "del", cluster.link(node), check=False)
     _ip("link", "del", f"{cluster.tag}br", check=False)
@@ -148,15 +191,15 @@ def _add_node(cluster: Cluster, node: int) -> None:
     _ip("-n", namespace, "link", "set", "lo", "up")
 
 
-def _start_raylet(cluster: Cluster, node: int, cpus: int) -> None:
+def _start_raylet(cluster: Cluster, node: int) -> None:
     ray = Path(sys.executable).with_name("ray")
     where = (
         ["--head", f"--port={_PORT}", "--include-dashboard=false"] if node == 1 else [f"--address={cluster.address}"]
     )
     start = [
-        *(str(ray), "start", *where, f"--node-ip-address={cluster.node_ip(node)}", f"--num-cpus={cpus}"),
+        *(str(ray), "start", *where, f"--node-ip-address={cluster.node_ip(node)}", f"--num-cpus={cluster.cpus}"),
         *("--object-store-memory=200000000", "--disable-usage-stats", "--block"),
-        f'--resources={{"node-{node}": 1000}}',
+        f'--resources={{"node-{node}": 1000, "place": 1}}',
     ]
     script = (
         'mount -t tmpfs -o size=1g tmpfs /dev/shm && mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && exec "$@"'
@@ -173,6 +216,7 @@ def _start_raylet(cluster: Cluster, node: int, cpus: int) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    _wait_until(lambda: bool(_processes(cluster, node)), cluster, f"node {node}")
     if node == 1:
         _wait_until(lambda: _answers(cluster), cluster, "the head node")
 
@@ -180,22 +224,25 @@ def _start_raylet(cluster: Cluster, node: int, cpus: int) -> None:
 def _answers(cluster: Cluster) -> bool:
     probe = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1).close()"
     command = [*_enter(cluster, 1), sys.executable, "-c", probe, cluster.node_ip(1), str(_PORT)]
-    return bool(_processes(cluster, 1)) and subprocess.run(command, capture_output=True).returncode == 0
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _wait_for_nodes(cluster: Cluster) -> None:
+def _has_joined(cluster: Cluster, node: int) -> bool:
+    """Whether a node is there. A raylet that gave up, as on a busy machine it does after 30 s, is started again."""
+    if not _processes(cluster, node):
+        _start_raylet(cluster, node)
+    return is_alive(cluster, node)
+
+
+def is_alive(cluster: Cluster, node: int) -> bool:
+    """Whether Ray counts the node as one of the cluster."""
     probe = (
-        "import ray, sys, time\n"
+        "import ray, sys\n"
         "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
-        "end = time.monotonic() + 60\n"
-        "while sum(n['Alive'] for n in ray.nodes()) < int(sys.argv[2]):\n"
-        "    assert time.monotonic() < end, ray.nodes()\n"
-        "    time.sleep(0.2)\n"
+        "sys.exit(not any(n['Alive'] and n['NodeManagerAddress'] == sys.argv[2] for n in ray.nodes()))\n"
     )
-    command = [*_enter(cluster, 1), sys.executable, "-c", probe, cluster.address, str(cluster.num_nodes)]
-    done = subprocess.run(command, env=cluster.environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"not all nodes joined: {done.stderr[-1000:]}")
+    command = [*_enter(cluster, 1), sys.executable, "-c", probe, cluster.address, cluster.node_ip(node)]
+    return subprocess.run(command, env=cluster.environment(), capture_output=True).returncode == 0
 
 
 def _enter(cluster: Cluster, node: int) -> list[str]:
@@ -235,7 +282,7 @@ def _ip(*arguments: str, check: bool = True) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["up", "run", "kill", "cut", "heal", "down"])
+    parser.add_argument("action", choices=["up", "run", "kill", "cut", "heal", "join", "down"])
     parser.add_argument("--state", type=Path, default=Path("/tmp/moesaic-local-cluster"), help="where it is remembered")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--cpus", type=int, default=2, help="of each node, as Ray counts them")
@@ -253,6 +300,8 @@ def main() -> int:
         down(cluster)
     elif options.action == "kill":
         kill(cluster, options.node)
+    elif options.action == "join":
+        join(cluster, options.node)
     else:
         set_link(cluster, options.node, is_up=options.action == "heal")
     return 0

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("moesaic", deadline=None)  # a busy machine is no defect
+settings.load_profile("moesaic")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; servers under test inherit it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with servers after the quick ones."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch in one thread: tensors of tests are tiny, more threads only wait for each other on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

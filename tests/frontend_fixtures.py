@@ -8,7 +8,7 @@ import pytest
 from fakes import FakeAttentionWorker
 from fastapi import FastAPI
 
-from cluster.config import FrontendConfig
+from cluster.config_sections import FrontendConfig
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_app import create_app
 from cluster.frontend.tokenizer import Tokenizer

@@ -19,6 +19,7 @@ from live_server import poll
 from actors.engine.build import EngineParts, HostAccess, build_engine
 from actors.engine.engine import Engine, StepOutput
 from actors.expert_host import ExpertHost
+from actors.experts.memory.peer import Peers
 from actors.experts.memory.remote import Shelves
 from cluster.config import load_config
 from cluster.loadgen.prompts import BUNDLED_PROMPTS
@@ -179,12 +180,24 @@ def engine_parts(
 
 @contextmanager
 def expert_hosts(
-    path: Path, num: int, *, host_cache: str = "auto", dtype: str = "float32", max_model_len: int = 384
+    path: Path,
+    num: int,
+    *,
+    spares: int = 0,
+    host_cache: str = "auto",
+    dtype: str = "float32",
+    max_model_len: int = 384,
+    peers: Peers | None = None,
 ) -> Iterator[list[ExpertHost]]:
-    """Ready expert hosts in threads of this process: everything of a host but its process."""
+    """Ready expert hosts in threads of this process: everything of a host but its process.
+
+    Args:
+        spares: so many more, that own nothing yet.
+        peers: how they get experts from each other.
+    """
     info = load_model_info(str(path), max_model_len=max_model_len)
     overrides = {"model": {"dtype": dtype}, "experts": {"hosts": num, "host_cache": host_cache, "host_threads": 1}}
-    hosts = [ExpertHost(load_config(None, overrides), info, i) for i in range(num)]
+    hosts = [ExpertHost(load_config(None, overrides), info, i, peers=peers) for i in range(num + spares)]
     try:
         for host in hosts:
             host.start("127.0.0.1")

@@ -22,7 +22,7 @@ from actors.experts.remote_dispatch import HostDispatcher
 from cluster.errors import ExpertReadError
 
 NUM_EXPERTS, TOP_K, LAYER = 6, 3, 1
-FAULTS = ("ok", "send", "receive", "failed", "stale", "shape")
+FAULTS = ("ok", "send", "receive", "failed", "stale", "shape", "slow", "late")
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Host:
     epoch: int = 1
     received: list[DispatchFrame] = field(default_factory=list)
     computed: list[DispatchFrame] = field(default_factory=list)
+    is_slow: bool = False  # what it is slow with does not come yet
 
 
 class MemoryChannel:
@@ -51,6 +52,7 @@ class MemoryChannel:
             owned={layer: tuple(sorted(host.owned)) for layer in (0, 1)},
         )
         self.waiting: dict[int, tuple[DispatchFrame, str]] = {}
+        self.abandoned: set[int] = set()
         self._host = host
         self._sequence = 0
         self._closed = False
@@ -74,6 +76,8 @@ class MemoryChannel:
             self._host.epoch += 1
         if frame.epoch != self._host.epoch:
             return self._refusal(sequence, RefusalReason.STALE_EPOCH)
+        if fault == "late":
+            return self._refusal(sequence, RefusalReason.LATE)
         if fault == "failed":
             return self._refusal(sequence, RefusalReason.FAILED)
         ids, weights = torch.from_numpy(frame.expert_ids), torch.from_numpy(frame.weights)
@@ -83,6 +87,21 @@ class MemoryChannel:
             return CombineFrame(sequence=sequence, rows=rows[:, 1:], busy_us=1)
         self._host.computed.append(frame)
         return CombineFrame(sequence=sequence, rows=rows, busy_us=1)
+
+    def wait_for(self, sequence: int, deadline_s: float) -> bool:
+        return sequence not in self.waiting or self.waiting[sequence][1] != "slow"
+
+    def abandon(self, sequence: int) -> None:
+        self.abandoned.add(sequence)
+
+    def settle(self) -> bool:
+        if self._closed:
+            raise HostLost("the connection is gone")
+        if not self._host.is_slow:
+            for sequence in self.abandoned:
+                del self.waiting[sequence]
+            self.abandoned.clear()
+        return not self.abandoned
 
     def close(self) -> None:
         self._closed = True
@@ -97,12 +116,12 @@ class InlineLinks(HostLinks):
     def __init__(self, hosts: Sequence[Host], *, reconnects: bool) -> None:
         self.reconnects = True
         self.now_s = 0.0
-        self._hosts = hosts
+        self.hosts = hosts
 
         def connect(endpoint: HostEndpoint) -> ExpertChannel:
             if not self.reconnects:
                 raise ConnectionError("gone")
-            return MemoryChannel(hosts[int(endpoint.host_id)])
+            return MemoryChannel(self.hosts[int(endpoint.host_id)])
 
         def locate(index: int) -> HostEndpoint:
             return HostEndpoint(host_id=str(index), socket_name="", grpc_address="", secret="")
@@ -164,7 +183,7 @@ class Worker:
             self.fallbacks.append(CountingBackend(open_store(file, slots=TOP_K, min_experts=TOP_K), compute))
             return self.fallbacks[-1]
 
-        self.local = LocalMemory(self.backend, fallback, recorder)
+        self.local = LocalMemory(self.backend, fallback, recorder, clock=lambda: self.links.now_s)
         self.dispatcher = HostDispatcher(self.links, self.local, recorder, num_experts=NUM_EXPERTS, timeout_s=1.0)
 
     def choices(self) -> list[int]:

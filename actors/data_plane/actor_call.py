@@ -41,6 +41,7 @@ class ActorCallChannel:
         self._host = host
         self._checked = checked
         self._asked: dict[int, Any] = {}
+        self._abandoned: list[Any] = []
         self._sequence = 0
         try:
             value: Any = ray.get(host.welcome_json.remote(worker_id, fingerprint), timeout=CONNECT_TIMEOUT_S)
@@ -69,5 +70,17 @@ class ActorCallChannel:
         except (RayError, FrameError) as error:
             raise HostLost(f"host {self.welcome.host_id}: {error}") from error
 
+    def wait_for(self, sequence: int, deadline_s: float) -> bool:
+        return bool(ray.wait([self._asked[sequence]], timeout=remaining_s(deadline_s))[0])
+
+    def abandon(self, sequence: int) -> None:
+        self._abandoned.append(self._asked.pop(sequence))
+
+    def settle(self) -> bool:
+        if self._abandoned:
+            self._abandoned = ray.wait(self._abandoned, num_returns=len(self._abandoned), timeout=0)[1]
+        return not self._abandoned
+
     def close(self) -> None:
         self._asked.clear()
+        self._abandoned.clear()

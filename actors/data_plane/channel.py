@@ -99,6 +99,25 @@ class ExpertChannel(Protocol):
         """
         ...
 
+    def wait_for(self, sequence: int, deadline_s: float) -> bool:
+        """Wait until the answer to the frame `sequence` can be received; False at the deadline. The connection stands.
+
+        True also if it is gone: receiving says so.
+        """
+        ...
+
+    def abandon(self, sequence: int) -> None:
+        """Nobody wants the answer to the frame `sequence` any more: it is dropped when it comes."""
+        ...
+
+    def settle(self) -> bool:
+        """Whether every abandoned answer has come by now; does not wait.
+
+        Raises:
+            HostLost: the connection is gone.
+        """
+        ...
+
     def close(self) -> None:
         """End the connection; idempotent."""
         ...

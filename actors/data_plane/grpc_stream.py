@@ -1,7 +1,7 @@
 """Carrier two: one bidirectional gRPC stream for each (worker, host), for hosts that share no memory with the worker.
 
 The worker's engine is a plain thread, so the synchronous API is used: a reader thread hands answers to the engine.
-Knows protobuf and gRPC; its messages are those of `frames.py`, field by field.
+Knows gRPC; its messages are made in grpc_messages.py.
 """
 
 from __future__ import annotations
@@ -14,19 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-import numpy as np
 
 from actors.data_plane.channel import CONNECT_TIMEOUT_S, Hello, HostEndpoint, HostLost, Welcome, remaining_s
-from actors.data_plane.frames import (
-    MAX_FRAME_BYTES,
-    MAX_MESSAGE_BYTES,
-    Answer,
-    CombineFrame,
-    DispatchFrame,
-    FrameError,
-    RefusalFrame,
-    RefusalReason,
-    refusal_reason,
+from actors.data_plane.frames import MAX_FRAME_BYTES, Answer, DispatchFrame, FrameError, RefusalFrame, RefusalReason
+from actors.data_plane.grpc_messages import (
+    answer_message,
+    dispatch_message,
+    read_answer,
+    read_dispatch,
+    read_welcome,
+    welcome_message,
 )
 from actors.host.batching_pool import DispatchTask
 from cluster.rpc import expert_pb2 as pb
@@ -58,6 +55,7 @@ class GrpcChannel:
         """Raises OSError if the host cannot be reached, MoesaicError if it refuses us."""
         self._outgoing: queue.SimpleQueue[pb.DispatchRequest | None] = queue.SimpleQueue()
         self._arrived: dict[int, Answer] = {}
+        self._abandoned: set[int] = set()
         self._news = threading.Condition()
         self._ended: str | None = None
         self._sequence = 0
@@ -75,7 +73,7 @@ class GrpcChannel:
         patience = threading.Timer(CONNECT_TIMEOUT_S, self._call.cancel)  # a stream's own timeout would end it later
         patience.start()
         try:
-            self.welcome = _from_welcome(next(self._call))
+            self.welcome = read_welcome(next(self._call))
         except (grpc.RpcError, StopIteration, FrameError) as error:
             self.close()
             code, details = (error.code(), error.details()) if isinstance(error, grpc.Call) else (None, repr(error))
@@ -93,17 +91,32 @@ class GrpcChannel:
     def send(self, frame: DispatchFrame) -> None:
         if self._ended is not None:
             raise HostLost(f"host {self._host_id}: {self._ended}")
-        self._outgoing.put(pb.DispatchRequest(frame=_to_frame(frame)))
+        self._outgoing.put(pb.DispatchRequest(frame=dispatch_message(frame)))
 
     def receive(self, sequence: int, deadline_s: float) -> Answer:
+        there = self.wait_for(sequence, deadline_s)
         with self._news:
-            there = self._news.wait_for(
-                lambda: sequence in self._arrived or self._ended is not None, remaining_s(deadline_s)
-            )
             if sequence in self._arrived:
                 return self._arrived.pop(sequence)
         self.close()
         raise HostLost(f"host {self._host_id}: {self._ended if there else 'no answer in time'}")
+
+    def wait_for(self, sequence: int, deadline_s: float) -> bool:
+        with self._news:
+            return self._news.wait_for(
+                lambda: sequence in self._arrived or self._ended is not None, remaining_s(deadline_s)
+            )
+
+    def abandon(self, sequence: int) -> None:
+        with self._news:
+            if self._arrived.pop(sequence, None) is None:
+                self._abandoned.add(sequence)
+
+    def settle(self) -> bool:
+        with self._news:
+            if self._ended is not None:
+                raise HostLost(f"host {self._host_id}: {self._ended}")
+            return not self._abandoned
 
     def close(self) -> None:
         self._outgoing.put(None)
@@ -116,9 +129,12 @@ class GrpcChannel:
         reason = "the stream ended"
         try:
             for response in self._call:
-                answer = _from_response(response)
+                answer = read_answer(response)
                 with self._news:
-                    self._arrived[answer.sequence] = answer
+                    if answer.sequence in self._abandoned:
+                        self._abandoned.discard(answer.sequence)
+                    else:
+                        self._arrived[answer.sequence] = answer
                     self._news.notify_all()
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
@@ -193,10 +209,10 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self.streams.add(answers)
         try:
-            yield pb.DispatchResponse(welcome=_to_welcome(welcome))
+            yield pb.DispatchResponse(welcome=welcome_message(welcome))
             threading.Thread(target=self._take_frames, args=(request_iterator, answers), daemon=True).start()
             while (answer := answers.get()) is not None:
-                yield _to_response(answer)
+                yield answer_message(answer)
         finally:
             self.streams.discard(answers)
 
@@ -204,7 +220,7 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         try:
             for request in requests:
                 try:
-                    self._submit(DispatchTask(_from_frame(request.frame), answers.put))
+                    self._submit(DispatchTask(read_dispatch(request.frame), answers.put))
                 except FrameError as error:
                     answers.put(_refused(request.frame.sequence, error.message))
         except grpc.RpcError:  # the worker has gone
@@ -215,85 +231,3 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
 
 def _refused(sequence: int, message: str) -> RefusalFrame:
     return RefusalFrame(sequence=sequence, reason=RefusalReason.DAMAGED, epoch=0, message=message)
-
-
-def _to_frame(frame: DispatchFrame) -> pb.DispatchFrame:
-    is_bf16 = frame.rows.dtype == np.uint16
-    return pb.DispatchFrame(
-        sequence=frame.sequence,
-        step=frame.step,
-        layer=frame.layer,
-        micro_batch=frame.micro_batch,
-        epoch=frame.epoch,
-        deadline_us=frame.deadline_us,
-        num_rows=len(frame.rows),
-        top_k=frame.expert_ids.shape[1],
-        row_type=pb.ROW_TYPE_BFLOAT16 if is_bf16 else pb.ROW_TYPE_FLOAT32,
-        rows=frame.rows.tobytes(),
-        expert_ids=frame.expert_ids.tobytes(),
-        weights=frame.weights.tobytes(),
-    )
-
-
-def _from_frame(frame: pb.DispatchFrame) -> DispatchFrame:
-    T, K = frame.num_rows, frame.top_k
-    dtype = {pb.ROW_TYPE_BFLOAT16: np.dtype(np.uint16), pb.ROW_TYPE_FLOAT32: np.dtype(np.float32)}.get(frame.row_type)
-    if dtype is None or not T or not K or len(frame.rows) % (T * dtype.itemsize) or not frame.rows:
-        raise FrameError(f"dispatch frame of {T} rows, {K} choices, {len(frame.rows)} bytes of type {frame.row_type}")
-    if len(frame.expert_ids) != T * K * 8 or len(frame.weights) != T * K * 4:
-        raise FrameError(f"{len(frame.expert_ids)} bytes of ids and {len(frame.weights)} of weights for {T} x {K}")
-    return DispatchFrame(
-        sequence=frame.sequence,
-        epoch=frame.epoch,
-        step=frame.step,
-        layer=frame.layer,
-        micro_batch=frame.micro_batch,
-        deadline_us=frame.deadline_us,
-        rows=np.frombuffer(bytearray(frame.rows), dtype).reshape(T, -1),
-        expert_ids=np.frombuffer(bytearray(frame.expert_ids), np.int64).reshape(T, K),
-        weights=np.frombuffer(bytearray(frame.weights), np.float32).reshape(T, K),
-    )
-
-
-def _to_response(answer: Answer) -> pb.DispatchResponse:
-    if isinstance(answer, CombineFrame):
-        rows = answer.rows
-        combine = pb.CombineFrame(
-            sequence=answer.sequence, num_rows=len(rows), rows=rows.tobytes(), busy_us=answer.busy_us
-        )
-        return pb.DispatchResponse(combine=combine)
-    refusal = pb.Refusal(
-        sequence=answer.sequence,
-        reason=pb.RefusalReason.ValueType(int(answer.reason)),
-        epoch=answer.epoch,
-        message=answer.message[:MAX_MESSAGE_BYTES],
-    )
-    return pb.DispatchResponse(refusal=refusal)
-
-
-def _from_response(response: pb.DispatchResponse) -> Answer:
-    kind = response.WhichOneof("kind")
-    if kind == "combine":
-        combine = response.combine
-        if not combine.num_rows or len(combine.rows) % (4 * combine.num_rows):
-            raise FrameError(f"{len(combine.rows)} bytes for {combine.num_rows} rows")
-        rows = np.frombuffer(bytearray(combine.rows), np.float32).reshape(combine.num_rows, -1)
-        return CombineFrame(sequence=combine.sequence, rows=rows, busy_us=combine.busy_us)
-    if kind != "refusal":
-        raise FrameError(f"a message of kind {kind} where an answer belongs")
-    refusal = response.refusal
-    reason = refusal_reason(refusal.reason)
-    return RefusalFrame(sequence=refusal.sequence, reason=reason, epoch=refusal.epoch, message=refusal.message)
-
-
-def _to_welcome(welcome: Welcome) -> pb.HostWelcome:
-    owned = [pb.OwnedExperts(layer=layer, experts=experts) for layer, experts in welcome.owned.items()]
-    return pb.HostWelcome(host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned)
-
-
-def _from_welcome(response: pb.DispatchResponse) -> Welcome:
-    if response.WhichOneof("kind") != "welcome":
-        raise FrameError("the host's first message is no welcome")
-    welcome = response.welcome
-    owned = {entry.layer: tuple(entry.experts) for entry in welcome.owned}
-    return Welcome(host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned)

@@ -74,8 +74,10 @@ class SharedMemoryChannel:
         self._free = list(range(slots.num_slots))
         self._slot_of: dict[int, int] = {}
         self._arrived: dict[int, Answer] = {}
+        self._abandoned: set[int] = set()
         self._held: int | None = None  # slot whose answer the caller is reading
         self._sequence = 0
+        self._ended: str | None = None  # why the connection is gone
 
     def next_sequence(self) -> int:
         self._sequence += 1
@@ -95,25 +97,44 @@ class SharedMemoryChannel:
             raise self._lost(str(error)) from error
 
     def receive(self, sequence: int, deadline_s: float) -> Answer:
-        self._release()
-        answer = self._arrived.pop(sequence, None)
-        while answer is None:
-            answer = self._next_answer(deadline_s)
-            if answer.sequence != sequence:
-                self._arrived[answer.sequence] = answer
-                answer = None
+        if not self.wait_for(sequence, deadline_s):
+            raise self._lost("no answer in time")
+        if sequence not in self._arrived:
+            raise self._lost(self._ended or "the connection ended")
         self._held = self._slot_of.pop(sequence)
-        return answer
+        return self._arrived.pop(sequence)
+
+    def wait_for(self, sequence: int, deadline_s: float) -> bool:
+        self._release()
+        try:
+            while sequence not in self._arrived:
+                if not self._take_next(remaining_s(deadline_s)):
+                    return False
+        except HostLost as error:
+            self._ended = error.message
+        return True
+
+    def abandon(self, sequence: int) -> None:
+        self._abandoned.add(sequence)
+        if self._arrived.pop(sequence, None) is not None:
+            self._drop(sequence)
+
+    def settle(self) -> bool:
+        self._release()
+        while self._abandoned and self._take_next(0.0):
+            pass
+        return not self._abandoned
 
     def close(self) -> None:
         self._socket.close()
 
-    def _next_answer(self, deadline_s: float) -> Answer:
+    def _take_next(self, timeout_s: float) -> bool:
+        """Take the next answer in, whosever it is; False if none came in time."""
         try:
-            self._socket.settimeout(remaining_s(deadline_s))
+            self._socket.settimeout(timeout_s)
             wake = self._socket.recv(WAKE.size)
-        except TimeoutError as error:
-            raise self._lost("no answer in time") from error
+        except (TimeoutError, BlockingIOError):
+            return False
         except OSError as error:
             raise self._lost(str(error)) from error
         if len(wake) != WAKE.size:
@@ -127,7 +148,15 @@ class SharedMemoryChannel:
             raise self._lost(f"it could not read a frame: {answer.message}")
         if self._slot_of.get(answer.sequence) != slot:
             raise self._lost(f"answer {answer.sequence} came in slot {slot}, where it was not asked")
-        return answer
+        if answer.sequence in self._abandoned:
+            self._drop(answer.sequence)
+        else:
+            self._arrived[answer.sequence] = answer
+        return True
+
+    def _drop(self, sequence: int) -> None:
+        self._abandoned.discard(sequence)
+        self._free.append(self._slot_of.pop(sequence))
 
     def _release(self) -> None:
         if self._held is not None:
@@ -136,7 +165,8 @@ class SharedMemoryChannel:
 
     def _lost(self, reason: str) -> HostLost:
         self.close()
-        return HostLost(f"host {self.welcome.host_id}: {reason}")
+        prefix = f"host {self.welcome.host_id}: "
+        return HostLost(prefix + reason.removeprefix(prefix))
 
 
 def connect_shared_memory(

@@ -1,9 +1,9 @@
 """Chooses sequences and rows for the next step: continuous batching with chunked prefill.
 
 Knows lengths, blocks and budgets; knows no tensors and no clock. Decoding sequences go first (one
-row each), the rest of the row budget goes to prompts, first come first served. When KV blocks run
-out the youngest running sequence is preempted: its blocks are freed and it is recomputed later
-from its own tokens, generated ones included.
+row each), the rest of the row budget goes to prompts: first come first served, or in the order that co-batching
+chooses. When KV blocks run out the youngest running sequence is preempted: its blocks are freed and it is recomputed
+later from its own tokens, generated ones included, before anybody else joins.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from actors.engine.kv_blocks import KvBlocks
 from actors.engine.sequence import Sequence, SequenceState
 from cluster.errors import Overloaded
+from cluster.scheduler.cobatching import CoBatching
 
 _MAX_SCORED_ROWS = 64  # rows of a step that are scored against the whole vocabulary: logits are 0.6 MB each at 150,000
 
@@ -44,8 +45,18 @@ class ScheduledRows:
 class Batcher:
     """Waiting and running sequences, and who gets rows in the next step."""
 
-    def __init__(self, blocks: KvBlocks, *, max_batch_tokens: int, max_running: int, max_queue: int) -> None:
+    def __init__(
+        self,
+        blocks: KvBlocks,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        max_queue: int,
+        co_batching: CoBatching | None = None,
+    ) -> None:
+        """Args: co_batching: chooses who of the waiting joins; None: who came first."""
         self.blocks = blocks
+        self.co_batching = co_batching or CoBatching(max_overtaken=0)
         self.num_preemptions = 0
         self._max_batch_tokens = max_batch_tokens
         self._max_running = min(max_running, max_batch_tokens)  # every running sequence gets a row each step
@@ -62,22 +73,33 @@ class Batcher:
         return len(self._running)
 
     @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that are not computed yet. May be asked from another thread: it looks at copies."""
+        running = [sequence.num_pending for sequence in list(self._running)]
+        waiting = [len(sequence.tokens) for sequence in list(self._waiting)]
+        return sum(num - 1 for num in running if num > 1) + sum(waiting)
+
+    @property
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence.
+        """Queue a sequence; one that goes on where another worker stopped comes first and is never refused.
 
         Raises:
             Overloaded: it would have to wait, and `max_queue` sequences wait already.
         """
         ahead = len(self._waiting) + len(self._running)
-        if ahead >= self._max_running + self._max_queue:
+        if ahead >= self._max_running + self._max_queue and not sequence.num_generated:
             raise Overloaded(
                 f"the queue is full: {len(self._running)} sequences running, {len(self._waiting)} waiting "
                 f"(at most {self._max_queue}); try again later"
             )
-        self._waiting.append(sequence)
+        sequence.expected = self.co_batching.expect(sequence.request.embedding, ahead)
+        if sequence.num_generated:
+            self._waiting.appendleft(sequence)
+        else:
+            self._waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence in any state and free its blocks (their content stays reusable)."""
@@ -105,9 +127,10 @@ class Batcher:
         while self._waiting and budget and len(self._running) < self._max_running:
             if self.num_preemptions > preemptions:
                 break  # who was just put out must not come back before somebody finished
-            if self._is_being_computed(self._waiting[0]):
+            place = self._next_place()
+            if self._is_being_computed(self._waiting[place]):
                 break  # the choices of one request: from the next step on their prompt is in the cache
-            rows = self._admit(self._waiting[0], budget)
+            rows = self._admit(place, budget)
             if not rows:
                 break
             planned.append(ScheduledRows(self._running[-1], rows))
@@ -122,8 +145,15 @@ class Batcher:
             sequence.tokens, sequence.blocks, sequence.computed, *sequence.published
         )
 
-    def _admit(self, sequence: Sequence, budget: int) -> int:
-        """Start the sequence if all its tokens find blocks without preempting anyone; returns its first rows."""
+    def _next_place(self) -> int:
+        """Which of the waiting is next to join."""
+        if self._waiting[0].num_generated:  # who was preempted goes first
+            return 0
+        return self.co_batching.choose(self._waiting, self._running)
+
+    def _admit(self, place: int, budget: int) -> int:
+        """Start a waiting sequence if all its tokens find blocks without preempting anyone; returns its first rows."""
+        sequence = self._waiting[place]
         cached = [] if sequence.needs_prompt_logits else self.blocks.match_prefix(sequence.tokens)
         computed = len(cached) * self.blocks.block_size
         rows = _num_rows(sequence, len(sequence.tokens) - computed, budget)
@@ -132,7 +162,8 @@ class Batcher:
             return 0
         needed = self.blocks.blocks_for(computed + rows) - len(cached)
         fresh = [block for _ in range(needed) if (block := self.blocks.allocate()) is not None]
-        self._waiting.popleft()
+        self.co_batching.admit(self._waiting, place)
+        del self._waiting[place]
         sequence.add_blocks(cached + fresh, self.blocks.block_size)
         sequence.computed = computed
         if sequence.num_cached is None:

@@ -23,20 +23,25 @@ from actors.experts.conductor import Conductor
 from actors.experts.dispatch import Dispatcher, LocalDispatcher
 from actors.experts.host_links import HostLinks, Locate
 from actors.experts.local_memory import LocalMemory
+from actors.experts.memory.peer import PeerLink, Peers, peer_source
 from actors.experts.memory.remote import Shelves, remote_source
 from actors.experts.memory.store import ExpertStore
 from actors.experts.recorder import ActivationRecorder
 from actors.experts.remote_dispatch import HostDispatcher
 from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
+from actors.model.expert_layout import ExpertLayout
 from actors.model.fast_modules import speed_up
-from cluster.config import AUTO, MoesaicConfig, parse_size
+from cluster.config import MoesaicConfig
 from cluster.errors import ConfigError
 from cluster.model_info import ModelInfo
+from cluster.scheduler.cobatching import CoBatching
 from cluster.scheduler.placement import even_placement
+from cluster.sizes import AUTO, parse_size
 from cluster.types import StartupPhase
 
 _HOSTS_TIMEOUT_S = 600.0
+_SPARE = 0.125  # of what a host owns: room for replicas, and for what comes before something else may go
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,8 @@ class EngineParts:
     backend: ExpertBackend | None
     conductor: Conductor | None
     links: HostLinks | None
+    layout: ExpertLayout
+    top_k: int
     kernel: str
     dtype: torch.dtype
 
@@ -133,25 +140,51 @@ def build_engine(
         max_batch_tokens=config.attention.max_batch_tokens,
         max_running=config.attention.max_running,
         max_queue=config.attention.max_queue,
+        co_batching=CoBatching() if config.attention.co_batching else None,
     )
-    engine = Engine(runner, batcher, max_model_len=info.max_model_len, eos_token_ids=info.eos_token_ids)
+    engine = Engine(
+        runner, batcher, max_model_len=info.max_model_len, eos_token_ids=info.eos_token_ids, recorder=recorder
+    )
     return EngineParts(
-        engine, dispatcher, recorder, backend, conductor, links, builder.compute.plan.label, loaded.dtype
+        engine,
+        dispatcher,
+        recorder,
+        backend,
+        conductor,
+        links,
+        loaded.layout,
+        loaded.top_k,
+        builder.compute.plan.label,
+        loaded.dtype,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class HostBackend:
+    """The experts of a host, those by layer that it owns at first, and the way from other hosts into its memory."""
+
+    backend: ExpertBackend
+    owned: dict[int, tuple[int, ...]]
+    peers: PeerLink | None
 
 
 def build_host_backend(
-    config: MoesaicConfig, info: ModelInfo, host_index: int, *, threads: int
-) -> tuple[ExpertBackend, dict[int, tuple[int, ...]]]:
-    """The experts of host `host_index`, and which of them it owns, by layer. Raises as build_engine."""
+    config: MoesaicConfig, info: ModelInfo, host_index: int, *, threads: int, peers: Peers | None = None
+) -> HostBackend:
+    """The experts of host `host_index`; one beyond those configured owns nothing at first. Raises as build_engine."""
     torch.set_num_threads(threads)
     loaded = load_model(info, config.model.dtype, dense=False)
     builder = BackendBuilder(config.experts, loaded, load_native(threads=threads))
     builder.calibrate()
     layout, num_hosts = loaded.layout, config.experts.hosts
-    owned = even_placement(layout.layers, layout.num_experts, num_hosts)[host_index]
-    share = sum(len(experts) for experts in owned.values()) / len(layout.experts)
-    return builder.build(builder.budget(config.experts.host_cache, kv_bytes=0, share=share)), owned
+    shares = even_placement(layout.layers, layout.num_experts, num_hosts)
+    owned = shares[host_index] if host_index < num_hosts else dict.fromkeys(layout.layers, ())
+    largest = max(sum(len(experts) for experts in share.values()) for share in shares) / len(layout.experts)
+    budget = builder.budget(config.experts.host_cache, kv_bytes=0, share=min(1.0, largest * (1 + _SPARE)))
+    links: list[PeerLink] = []
+    sources = () if peers is None else (peer_source(peers, links.append),)
+    backend = builder.build(budget, sources=sources)
+    return HostBackend(backend, owned, links[0] if links else None)
 
 
 def _local_backend(config: MoesaicConfig, builder: BackendBuilder) -> ExpertBackend | None:

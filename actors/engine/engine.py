@@ -5,6 +5,7 @@ Knows sequences and steps; knows nothing of clients, text or Ray.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from actors.engine.logits import score_tokens
 from actors.engine.sampling import sample
 from actors.engine.sequence import Sequence, SequenceState
 from actors.engine.step import StepFailed
+from actors.engine.step_times import StepTimes
 from cluster.errors import InvalidRequest, MoesaicError
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenLogprob
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.engine.model_runner import ModelRunner  # imports transformers: seconds that a fake runner need not wait
+    from actors.experts.recorder import ActivationRecorder
+    from cluster.semantics.knowledge import Knowledge
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,22 @@ class EngineCounters:
 class Engine:
     """Sequences in, tokens out."""
 
-    def __init__(self, runner: ModelRunner, batcher: Batcher, *, max_model_len: int, eos_token_ids: Seq[int]) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        batcher: Batcher,
+        *,
+        max_model_len: int,
+        eos_token_ids: Seq[int],
+        recorder: ActivationRecorder | None = None,
+    ) -> None:
+        """Args: recorder: tells kinds of prompts apart; None: they are not."""
         self.runner = runner
         self.batcher = batcher
         self.max_model_len = max_model_len
         self.counters = EngineCounters()
+        self.times = StepTimes()
+        self._recorder = recorder
         self._eos = tuple(eos_token_ids)
         self._sequences: dict[RequestId, Sequence] = {}
 
@@ -66,18 +81,32 @@ class Engine:
 
         Raises:
             Overloaded: the queue is full.
-            InvalidRequest: no prompt, or longer than the context.
+            InvalidRequest: no prompt, or longer than the context; or nothing is left to generate.
         """
         if not request.prompt_ids or len(request.prompt_ids) >= self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {len(request.prompt_ids)} tokens; 1 to {self.max_model_len - 1} are possible"
             )
+        room = min(request.sampling.max_tokens, self.max_model_len - len(request.prompt_ids))
+        if len(request.emitted_ids) >= room:
+            raise InvalidRequest(f"the request has its {len(request.emitted_ids)} tokens already")
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request id {request.request_id} is in use")
         sequence = Sequence(request)
         self.batcher.add(sequence)
+        if self._recorder is not None:
+            sequence.cluster = self._recorder.take_in(request.embedding)
         self._sequences[request.request_id] = sequence
-        self.counters.prompt_tokens += len(request.prompt_ids)
+        if not request.emitted_ids:  # what another worker began was counted there
+            self.counters.prompt_tokens += len(request.prompt_ids)
+
+    def set_knowledge(self, knowledge: Knowledge) -> None:
+        """Tell kinds of prompts apart by this from the next step on, also those under way."""
+        if self._recorder is not None:
+            self._recorder.set_knowledge(knowledge)
+            for sequence in self._sequences.values():
+                sequence.cluster = self._recorder.cluster_of(sequence.request.embedding)
+        self.batcher.co_batching.set_knowledge(knowledge)
 
     def abort(self, request_id: RequestId) -> None:
         """Stop a sequence and free its blocks; unknown ids are ignored."""
@@ -85,6 +114,8 @@ class Engine:
         if sequence is not None:
             self.batcher.finish(sequence)
             self.runner.forget(request_id)
+            if self._recorder is not None and self.batcher.is_idle:
+                self._recorder.settle()
 
     def abort_all(self) -> list[RequestId]:
         """Stop everything; the ids stopped."""
@@ -98,6 +129,7 @@ class Engine:
         planned = self.batcher.plan()
         if not planned:
             return []
+        began_s = time.perf_counter()
         try:
             logits_RV = self.runner.execute(planned)
         except StepFailed as failure:  # nothing of the step counts: the others compute the same rows again
@@ -105,6 +137,8 @@ class Engine:
                 self.abort(request_id)
             return [StepOutput(i, -1, None, None, 0, error=failure.error) for i in failure.request_ids]
         self.counters.steps += 1
+        num_rows, num_decode = sum(rows.num_rows for rows in planned), sum(rows.decodes for rows in planned)
+        self.times.note(num_decode, num_rows - num_decode, time.perf_counter() - began_s)
         sampling = [rows for rows in planned if rows.samples]
         if len(logits_RV) > len(sampling):
             logits_RV = _score_prompts(planned, logits_RV)

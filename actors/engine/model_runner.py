@@ -57,6 +57,7 @@ class ModelRunner:
             for layer in loaded.attention
         ]
         self.signals: SignalTap | None = None
+        self.num_layers_run = 0  # MoE layers, of all steps: a sign of progress within a long step
         self._cache = PackedCache(self)
         self._current: StepInputs | None = None
         bind(self.model, self)
@@ -110,6 +111,7 @@ class ModelRunner:
                     results[i] = passed
                     active.remove(i)
                     continue
+                self.num_layers_run += 1
                 asked[i] = passed
                 if signals is not None:
                     signals.gate(passed, step.num_rows)
@@ -126,7 +128,7 @@ class ModelRunner:
         """The suspension point: hands the work to whoever drives this forward."""
         driver = greenlet.getcurrent().parent
         assert driver is not None, "experts outside a driven forward"
-        return driver.switch(ExpertWork(layer, hidden, topk_ids, topk_weights))
+        return driver.switch(ExpertWork(layer, hidden, topk_ids, topk_weights, self._step().clusters))
 
     def _forward(self, step: StepInputs) -> Tensor:
         # The whole model, not its decoder and head: some families scale or cap their logits.

@@ -21,12 +21,15 @@ class SequenceState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """tokens = prompt + generated; the first `computed` have their keys and values in the blocks.
+    """tokens = prompt + generated, here or by an earlier worker; the first `computed` have their keys and values in the
+    blocks.
 
     num_cached: prompt tokens found in the KV cache when first admitted; what a preempted sequence finds
-    of itself later does not count.
+    of itself later does not count, nor what one finds that an earlier worker began.
     counts: what penalties are computed from; None when there are none.
     prompt_logprobs: those of the prompt tokens scored so far, until the first token takes them along.
+    expected, overtaken: for co-batching, see cluster/scheduler/cobatching.py.
+    cluster: kind of prompt that its rows are counted for (actors/experts/recorder.py), -1 for none.
     """
 
     request: GenerationRequest
@@ -40,13 +43,19 @@ class Sequence:
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     counts: TokenCounts | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    expected: np.ndarray | None = None
+    overtaken: int = 0
+    cluster: int = -1
 
     def __post_init__(self) -> None:
         if not self.tokens:
-            self.tokens = list(self.request.prompt_ids)
+            self.tokens = [*self.request.prompt_ids, *self.request.emitted_ids]
         sampling = self.request.sampling
         if sampling.has_penalties:
             self.counts = TokenCounts(self.request.prompt_ids if sampling.repetition_penalty != 1 else ())
+            self.counts.add(self.request.emitted_ids)
+        if self.request.emitted_ids:
+            self.num_cached = 0
 
     @property
     def num_generated(self) -> int:

@@ -42,6 +42,7 @@ class StepInputs:
     num_single: spans of one row, whatever they are: attention is computed for all of them at once.
     num_decode: of them, those that extend an answer; the others are the last row of a prompt.
     scored_rows: those whose logits are wanted, in the order of the rows that were scheduled.
+    clusters: int32, the cluster of prompts of each row but padding, -1 for none.
     """
 
     token_ids: Tensor
@@ -55,6 +56,7 @@ class StepInputs:
     decode_slots: Tensor
     decode_starts: Tensor
     decode_ends: Tensor
+    clusters: Tensor
 
 
 def packed_order(rows: Seq[ScheduledRows]) -> list[ScheduledRows]:
@@ -69,12 +71,14 @@ def pack_rows(rows: Seq[ScheduledRows], buckets: Seq[int] = ()) -> StepInputs:
     positions: list[int] = []
     write: list[np.ndarray] = []
     spans: list[Span] = []
+    clusters: list[int] = []
     for item in ordered:
         sequence, first = item.sequence, item.sequence.computed
         last = first + item.num_rows
         spans.append(Span(len(tokens), len(tokens) + item.num_rows, sequence.slots[:last]))
         tokens.extend(sequence.tokens[first:last])
         positions.extend(range(first, last))
+        clusters.extend([sequence.cluster] * item.num_rows)
         write.append(sequence.slots[first:last])
     num_rows = len(tokens)
     padding = next((bucket for bucket in buckets if bucket >= num_rows), num_rows) - num_rows
@@ -97,4 +101,5 @@ def pack_rows(rows: Seq[ScheduledRows], buckets: Seq[int] = ()) -> StepInputs:
         decode_slots=torch.from_numpy(np.concatenate(decode)),
         decode_starts=torch.from_numpy(ends - lengths),
         decode_ends=torch.from_numpy(ends),
+        clusters=torch.tensor(clusters, dtype=torch.int32),
     )

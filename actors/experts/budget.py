@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from cluster.config import AUTO, parse_cache_size
+from cluster.sizes import AUTO, parse_cache_size
 
 _SHARE = 0.7  # of free memory: the rest is for the process itself, activations and other programs
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -22,7 +22,8 @@ from actors.experts.predict.meter import CostMeter
 from actors.experts.reader import ExpertReader
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
-from cluster.config import AUTO, ExpertsConfig, parse_cache_size
+from cluster.config_sections import ExpertsConfig
+from cluster.sizes import AUTO, parse_cache_size
 
 FormedLink = Callable[[SlotForm, RamArena], Link]
 _FIRST_GUESS_S = 1e-3  # of a load's and a layer's time, until they are measured
@@ -51,8 +52,12 @@ class BackendBuilder:
             return expert_budget(AUTO, total_bytes=-int(-self.total_bytes * share // 1), kv_bytes=kv_bytes)
         return expert_budget(setting, total_bytes=self.total_bytes, kv_bytes=kv_bytes)
 
-    def build(self, budget_bytes: int, *, has_host_tier: bool = True) -> ExpertBackend:
+    def build(
+        self, budget_bytes: int, *, has_host_tier: bool = True, sources: tuple[FormedLink, ...] = ()
+    ) -> ExpertBackend:
         """A backend whose memory hears no gates: where the policy needs them, it evicts what was used longest ago.
+
+        Args: sources: links to prefer to the disk.
 
         Raises:
             ConfigError: the budget does not hold one token's experts; names the minimum.
@@ -61,7 +66,7 @@ class BackendBuilder:
         name = self._config.eviction if self._config.eviction in WITHOUT_GATES else "lru"
         policies = build_policies(name, self._context(form, budget_bytes, CostMeter(load_s=0, layer_s=0)))
         host_bytes = self._host_bytes(form) if has_host_tier else 0
-        store = self._store(form, policies.scorer, budget_bytes=budget_bytes, host_bytes=host_bytes)
+        store = self._store(form, policies.scorer, budget_bytes=budget_bytes, host_bytes=host_bytes, sources=sources)
         return ExpertBackend(store, self.compute)
 
     def build_conducted(

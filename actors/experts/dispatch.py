@@ -22,12 +22,16 @@ from actors.experts.recorder import ActivationRecorder
 
 @dataclass(frozen=True, slots=True)
 class ExpertWork:
-    """What one MoE layer asks for: rows, the gate's choice and its weights."""
+    """What one MoE layer asks for: rows, the gate's choice and its weights.
+
+    clusters_T: int32, the cluster of prompts that each row belongs to, -1 for none; None: none of the rows has one.
+    """
 
     layer: int
     hidden_TD: Tensor
     topk_ids_TK: Tensor
     topk_weights_TK: Tensor
+    clusters_T: Tensor | None = None
 
 
 class Dispatcher(Protocol):
@@ -62,7 +66,7 @@ class LocalDispatcher:
     def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
         """Compute at once; see Dispatcher."""
         ids_TK = work.topk_ids_TK[:num_rows]
-        self.recorder.record(work.layer, ids_TK, num_decode)
+        self.recorder.record(work, num_rows, num_decode)
         hidden, weights_TK = work.hidden_TD, work.topk_weights_TK[:num_rows]
         out = self._backend.partial_sums(work.layer, hidden[:num_rows], ids_TK, weights_TK, hidden.dtype)
         return lambda: padded(out, len(hidden))

@@ -1,7 +1,8 @@
 """Which hosts own which experts, and the connections to them: made, watched and made again beside the engine.
 
-The engine's thread reads `routes`, a snapshot that is replaced as a whole, and reports lost channels; a thread of its
-own looks hosts up and connects. Knows endpoints and ownership; knows no rows.
+The engine's thread reads `routes`, a snapshot that is replaced as a whole, and reports channels that are lost or slow;
+a thread of its own looks hosts' welcomes, or by a placement where that
+is newer. Knows endpoints and ownership; knows no rows.
 """
 
 from __future__ import annotations
@@ -10,47 +11,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
-
-from actors.data_plane.channel import ExpertChannel, HostEndpoint, Welcome
+from actors.data_plane.channel import ExpertChannel, HostEndpoint, HostLost, Welcome
+from actors.experts.host_link import HostLink, make_routes
+from actors.experts.routes import Routes
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.observability.logs import log_event
+from cluster.scheduler.plan import Placement
 
 _LOG = logging.getLogger(__name__)
-_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-_STABLE_S = 5.0  # a connection that lasted this long starts the back-off anew
+_OTHERS_S = 30.0  # from the first connection on, a start waits this long for the others
 
 Locate = Callable[[int], HostEndpoint]
 Connect = Callable[[HostEndpoint], ExpertChannel]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Routes:
-    """Live channels, and by layer for each expert the index of the channel to its owner, or -1.
-
-    `is_whole`: there is one channel, and it leads to all experts.
-    """
-
-    channels: tuple[ExpertChannel, ...]
-    owner: dict[int, np.ndarray]
-    is_whole: bool
-
-
-@dataclass(slots=True)
-class _Link:
-    """One host, as this worker sees it."""
-
-    channel: ExpertChannel | None = None
-    reason: str = "not connected yet"  # why there is no channel
-    failures: int = 0  # in a row: attempts, and connections that did not last
-    connected_s: float = 0.0
-    retry_s: float = 0.0  # not tried before
-
-
 class HostLinks:
-    """Connections of one worker to `num_hosts` hosts."""
+    """Connections of one worker to hosts: those that it starts with, later those of the placement."""
 
     def __init__(
         self,
@@ -69,7 +46,10 @@ class HostLinks:
         self._layers = tuple(layers)
         self._num_experts = num_experts
         self._clock = clock
-        self._links = [_Link() for _ in range(num_hosts)]
+        self._links = {index: HostLink() for index in range(num_hosts)}
+        self._placement: Placement | None = None
+        self._left: list[ExpertChannel] = []  # of hosts that are out of the placement; the engine's thread ends them
+        self._num_slow = 0
         self._wake = threading.Event()
         self._changed = threading.Condition()
         self._stopped = False
@@ -79,43 +59,81 @@ class HostLinks:
 
     @property
     def degraded(self) -> tuple[str, ...]:
-        """Hosts that are away, in words."""
+        """Hosts that are away or too slow, in words."""
         with self._changed:
-            return tuple(
+            away = [
                 f"expert host {i} is away ({link.reason}); its experts are read from the checkpoint here"
-                for i, link in enumerate(self._links)
+                for i, link in self._links.items()
                 if link.channel is None
-            )
+            ]
+            slow = [
+                f"expert host {i} is slow; others compute for it"
+                for i, link in self._links.items()
+                if link.slow_since_s is not None
+            ]
+        return (*away, *slow)
 
     @property
     def carriers(self) -> tuple[str, ...]:
         """How each host is reached: the carrier's name, or `away`."""
         with self._changed:
-            return tuple("away" if link.channel is None else link.channel.carrier for link in self._links)
+            return tuple("away" if link.channel is None else link.channel.carrier for link in self._links.values())
 
     @property
     def is_complete(self) -> bool:
-        """Whether all hosts are connected."""
+        """Whether all hosts are connected and answer."""
         return len(self.routes.channels) == len(self._links)
 
+    @property
+    def epoch(self) -> int:
+        """Of the placement that is followed; 0: none, hosts' welcomes are."""
+        return 0 if self._placement is None else self._placement.epoch
+
     def start(self, timeout_s: float) -> None:
-        """Connect to all hosts, then keep connected.
+        """Connect to all hosts, then keep connected. Some of them will do, if the others take much longer.
 
         Raises:
             ConfigError: a host could not start, and why.
-            Unavailable: not all answered in time; names the first and its reason.
+            Unavailable: none answered in time, or not all in less; names the first and its reason.
         """
         self._thread.start()
+        end_s = time.monotonic() + timeout_s
         with self._changed:
-            self._changed.wait_for(lambda: self._fatal is not None or self.is_complete, timeout_s)
+            self._changed.wait_for(lambda: self._fatal is not None or self.routes.channels, timeout_s)
+            others_s = min(_OTHERS_S, max(0.0, end_s - time.monotonic()))
+            self._changed.wait_for(lambda: self._fatal is not None or self.is_complete, others_s)
             failure: MoesaicError | None = self._fatal
-            missing = next((i for i, link in enumerate(self._links) if link.channel is None), None)
-            if failure is None and missing is not None:
+            missing = next((i for i, link in self._links.items() if link.channel is None), None)
+            is_over = not self.routes.channels or time.monotonic() >= end_s
+            if failure is None and missing is not None and is_over:
                 reason = self._links[missing].reason
                 failure = Unavailable(f"expert host {missing} after {timeout_s:.0f} s: {reason}")
         if failure is not None:
             self.close()
             raise failure
+
+    def set_placement(self, placement: Placement) -> None:
+        """Follow a placement from the next layer on: connect to its hosts, let go of others. From any thread.
+
+        Frames under way are not disturbed: hosts take the epoch before until every worker has switched.
+        """
+        with self._changed:
+            if placement.epoch <= self.epoch:
+                return
+            self._placement = placement
+            wanted = {index for index, owned in placement.hosts.items() if any(owned.values())}
+            for index in set(self._links) - wanted:
+                channel = self._links.pop(index).channel
+                if channel is not None:
+                    self._left.append(channel)
+            for index in wanted - set(self._links):
+                self._links[index] = HostLink()
+            self._links = dict(sorted(self._links.items()))
+            for link in self._links.values():
+                link.behind = None
+            self._count_slow()
+            self.routes = self._make_routes()
+        self._wake.set()
 
     def lose(self, channel: ExpertChannel, reason: str) -> None:
         """Take a channel out of the routes; it is connected anew in the background."""
@@ -125,6 +143,56 @@ class HostLinks:
             log_event(_LOG, logging.WARNING, "expert host lost", host=index, reason=reason)
             self._wake.set()
 
+    def suspect(self, channel: ExpertChannel) -> None:
+        """A host took too long: ask others until it has answered all it was asked."""
+        with self._changed:
+            link = next((link for link in self._links.values() if link.channel is channel), None)
+            if link is not None and link.slow_since_s is None:
+                link.slow_since_s = self._clock()
+                self._count_slow()
+                self.routes = self._make_routes()
+
+    def review(self, timeout_s: float) -> None:
+        """Take slow hosts back that have answered by now, and give up those that did not within `timeout_s`.
+
+        Of the engine's thread, as all use of channels.
+        """
+        if self._left:
+            with self._changed:
+                left, self._left = self._left, []
+            for channel in left:
+                channel.close()
+        if not self._num_slow:
+            return
+        for link in list(self._links.values()):
+            channel, since_s = link.channel, link.slow_since_s
+            if channel is None or since_s is None:
+                continue
+            try:
+                is_settled = channel.settle()
+            except HostLost as error:
+                self.lose(channel, error.message)
+                continue
+            if is_settled:
+                with self._changed:
+                    link.slow_since_s = None
+                    self._count_slow()
+                    self.routes = self._make_routes()
+            elif self._clock() - since_s > timeout_s:
+                self.lose(channel, "no answer in time")
+
+    def refused(self, channel: ExpertChannel, epoch: int, timeout_s: float) -> None:
+        """A host is at `epoch` and not at that of the frame: learn what it owns now, or wait for it to catch up."""
+        with self._changed:
+            link = next((link for link in self._links.values() if link.channel is channel), None)
+            if link is None:
+                return
+            if epoch <= max(self.epoch, channel.welcome.epoch):
+                link.behind = epoch
+                self.routes = self._make_routes()
+                return
+        self.renew(channel, timeout_s)
+
     def renew(self, channel: ExpertChannel, timeout_s: float) -> bool:
         """Connect anew to a host that lives and has a new plan, and wait for it; False if it did not come in time."""
         index = self._take_out(channel, "a new plan", at_once=True)
@@ -132,18 +200,20 @@ class HostLinks:
             return True  # renewed or lost already
         self._wake.set()
         with self._changed:
-            return self._changed.wait_for(lambda: self._links[index].channel is not None or self._stopped, timeout_s)
+            return self._changed.wait_for(
+                lambda: self._stopped or index not in self._links or self._links[index].channel is not None, timeout_s
+            )
 
     def connect_due(self) -> float | None:
         """Try the hosts that are away and whose time it is; seconds until the next one's, None if none is away."""
         now = self._clock()
         with self._changed:
-            due = [i for i, link in enumerate(self._links) if link.channel is None and link.retry_s <= now]
+            due = [i for i, link in self._links.items() if link.channel is None and link.retry_s <= now]
         for index in due:
             self._try(index)
         now = self._clock()
         with self._changed:
-            waits = [link.retry_s - now for link in self._links if link.channel is None]
+            waits = [link.retry_s - now for link in self._links.values() if link.channel is None]
         return max(0.0, min(waits)) if waits else None
 
     def close(self) -> None:
@@ -154,9 +224,9 @@ class HostLinks:
             self._thread.join(timeout=10)
         with self._changed:
             self._changed.notify_all()
-            for link in self._links:
-                if link.channel is not None:
-                    link.channel.close()
+            for channel in (*self._left, *(link.channel for link in self._links.values())):
+                if channel is not None:
+                    channel.close()
 
     def _run(self) -> None:
         while not self._stopped:
@@ -169,25 +239,23 @@ class HostLinks:
         """The index of the host whose channel it was. A host that keeps being lost is tried less and less often."""
         channel.close()
         with self._changed:
-            index = next((i for i, link in enumerate(self._links) if link.channel is channel), None)
+            index = next((i for i, link in self._links.items() if link.channel is channel), None)
             if index is None:
                 return None
-            link, now = self._links[index], self._clock()
-            link.channel, link.reason = None, reason
-            if at_once or now - link.connected_s >= _STABLE_S:
-                link.failures = 0
-            link.retry_s = now if at_once else now + _back_off(link.failures)
-            link.failures += 0 if at_once else 1
+            self._links[index].disconnect(reason, self._clock(), at_once=at_once)
+            self._count_slow()
             self.routes = self._make_routes()
         return index
 
     def _try(self, index: int) -> None:
-        link = self._links[index]
+        link = self._links.get(index)
+        if link is None:
+            return
         try:
             channel = self._connect(self._locate(index))
         except Exception as error:  # noqa: BLE001 - top loop: whatever it is, the host is tried again
             with self._changed:
-                self._put_off(link, str(error) or repr(error))
+                link.put_off(str(error) or repr(error), self._clock())
                 if isinstance(error, ConfigError):  # it will not start, however long one waits
                     self._fatal = error
                     self._changed.notify_all()
@@ -195,35 +263,24 @@ class HostLinks:
                 log_event(_LOG, logging.ERROR, "connecting to an expert host failed", host=index, error=error)
             return
         with self._changed:
-            if self._stopped or not self._fits(channel.welcome):
+            is_wanted = self._links.get(index) is link and not self._stopped
+            if not is_wanted or not self._fits(channel.welcome):
                 channel.close()
-                self._put_off(link, f"it has {channel.welcome.num_experts} experts a layer, or other layers")
+                reason = f"it has {channel.welcome.num_experts} experts a layer, or other layers"
+                link.put_off(reason, self._clock())
                 return
-            link.channel, link.connected_s = channel, self._clock()
+            link.connect(channel, self._clock())
             self.routes = self._make_routes()
             self._changed.notify_all()
         log_event(_LOG, logging.INFO, "expert host connected", host=index, carrier=channel.carrier)
-
-    def _put_off(self, link: _Link, reason: str) -> None:
-        link.reason = reason
-        link.failures += 1
-        link.retry_s = self._clock() + _back_off(link.failures)
 
     def _fits(self, welcome: Welcome) -> bool:
         last = max((expert for experts in welcome.owned.values() for expert in experts), default=0)
         has_layers = set(welcome.owned) <= set(self._layers)
         return welcome.num_experts == self._num_experts and last < self._num_experts and has_layers
 
+    def _count_slow(self) -> None:
+        self._num_slow = sum(link.slow_since_s is not None for link in self._links.values())
+
     def _make_routes(self) -> Routes:
-        channels = [link.channel for link in self._links if link.channel is not None]
-        owner = {layer: np.full(self._num_experts, -1, dtype=np.int16) for layer in self._layers}
-        for index, channel in reversed(list(enumerate(channels))):  # the first owner of a replica wins
-            for layer, experts in channel.welcome.owned.items():
-                owner[layer][list(experts)] = index
-        is_whole = len(channels) == 1 and all((experts == 0).all() for experts in owner.values())
-        return Routes(tuple(channels), owner, is_whole)
-
-
-def _back_off(failures: int) -> float:
-    """Seconds until the next attempt after so many failures before it."""
-    return 0.0 if failures == 0 else _RETRY_S[min(failures, len(_RETRY_S)) - 1]
+        return make_routes(self._links, self._placement, self._layers, self._num_experts)

@@ -17,35 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.data_plane.channel import ExpertChannel, HostLost, checked_rows
+from actors.data_plane.channel import HostLost, checked_rows
 from actors.data_plane.frames import CombineFrame, DispatchFrame, FrameError, RefusalReason
 from actors.experts.dispatch import ExpertWork, padded
-from actors.experts.host_links import HostLinks, Routes
+from actors.experts.host_links import HostLinks
 from actors.experts.local_memory import LocalMemory
+from actors.experts.parts import Part, Sent, as_wire
 from actors.experts.recorder import ActivationRecorder
+from actors.experts.routes import Routes
 from cluster.errors import MoesaicError
+from cluster.scheduler.placement.replica_choice import NOBODY, choose_replicas
 
 _MAX_ROUNDS = 4  # of asking hosts; then the rows are computed here
 _GRACE_S = 0.05  # to fetch an answer that lay there while the worker was busy
-_NEW_PLAN_TIMEOUT_S = 2.0
 _RENEW_TIMEOUT_S = 2.0
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """Rows and choices of one layer that one owner is to compute. `rows` None: all of them."""
-
-    rows: np.ndarray | None
-    ids_tK: np.ndarray
-    weights_tK: np.ndarray
-    channel: ExpertChannel | None = None
-    frame: DispatchFrame | None = None
-    deadline_s: float = 0.0  # time.monotonic
 
 
 @dataclass(slots=True)
 class DataPlaneCounters:
-    """Since start, of one worker. `wait_s`: steps waited for hosts; `host_s`: of it, hosts computed."""
+    """Since start, of one worker. `wait_s`: steps waited for hosts; `host_s`: of it, hosts computed.
+
+    hedged: parts that a host was too slow for; they are among those redispatched.
+    """
 
     layers: int = 0
     frames: int = 0
@@ -54,6 +47,7 @@ class DataPlaneCounters:
     send_s: float = 0.0
     host_s: float = 0.0
     redispatched: int = 0
+    hedged: int = 0
     fallbacks: int = 0
 
 
@@ -73,16 +67,17 @@ class HostDispatcher:
         self.links = links
         self.local = local
         self.counters = DataPlaneCounters()
-        self._num_experts = num_experts
-        self._timeout_s = timeout_s
+        self.num_experts = num_experts
+        self.timeout_s = timeout_s
         self._step = 0
 
     def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
         """Send rows to hosts, compute what is here; see Dispatcher."""
         ids_TK = work.topk_ids_TK[:num_rows]
-        self.recorder.record(work.layer, ids_TK, num_decode)
+        self.recorder.record(work, num_rows, num_decode)
+        self.links.review(self.timeout_s)
         if self.local.fallback is not None and self.links.is_complete:
-            self.local.release_fallback()
+            self.local.release_unused()
         return _LayerRun(self, work, ids_TK.numpy(), num_rows).start()
 
     def close(self) -> None:
@@ -95,14 +90,6 @@ class HostDispatcher:
         self._step += 1
         return self._step
 
-    @property
-    def timeout_s(self) -> float:
-        return self._timeout_s
-
-    @property
-    def num_experts(self) -> int:
-        return self._num_experts
-
 
 class _LayerRun:
     """One layer of one micro-batch under way."""
@@ -112,11 +99,11 @@ class _LayerRun:
         self._layer = work.layer
         self._hidden = work.hidden_TD
         self._x_TD = work.hidden_TD[:num_rows].contiguous()
-        self._wire_TD = _as_wire(self._x_TD)
+        self._wire_TD = as_wire(self._x_TD)
         self._ids_TK = ids_TK
         self._weights_TK = work.topk_weights_TK[:num_rows].float().numpy()
         self._total: Tensor | None = None
-        self._sent: list[_Part] = []
+        self._sent: list[Part] = []
 
     def start(self) -> Callable[[], Tensor]:
         if len(self._ids_TK):
@@ -127,19 +114,17 @@ class _LayerRun:
     def _begin(self) -> None:
         owner = self._owner
         began = time.perf_counter()
-        if owner.local.fallback is not None and owner.links.is_complete:
-            owner.local.release_fallback()
         here = owner.local.resident(self._layer)
         ids, none = self._ids_TK, owner.num_experts
         is_here = None if here is None else here[ids]
         if is_here is None or not is_here.any():
-            self._send(_Part(None, ids, self._weights_TK))
+            self._send(Part(None, ids, self._weights_TK))
         else:
-            self._send(_masked(_Part(None, ids, self._weights_TK), ~is_here, none))
+            self._send(Part(None, ids, self._weights_TK).masked(~is_here, none))
         owner.counters.layers += 1
         owner.counters.send_s += time.perf_counter() - began
         if is_here is not None and is_here.any():
-            self._compute_here(_masked(_Part(None, ids, self._weights_TK), is_here, none))
+            self._compute_here(Part(None, ids, self._weights_TK).masked(is_here, none))
             if owner.links.routes.channels:
                 owner.local.admit(self._layer, np.unique(ids[~is_here]))
         elif here is not None:
@@ -153,7 +138,7 @@ class _LayerRun:
         """
         with self._settled_on_error():
             for round_ in range(1, _MAX_ROUNDS + 1):
-                failed: list[_Part] = []
+                failed: list[Part] = []
                 while self._sent:
                     part = self._sent.pop(0)
                     if not self._collect(part):
@@ -181,39 +166,35 @@ class _LayerRun:
                     self._collect(self._sent.pop())
             raise
 
-    def _send(self, part: _Part) -> None:
-        """Give a part to the owners of its experts; what nobody owns now is computed here."""
+    def _send(self, part: Part) -> None:
+        """Give a part to owners of its experts; what nobody owns now is computed here."""
         routes, none = self._owner.links.routes, self._owner.num_experts
-        if part.rows is not None or none in part.ids_tK:
-            self._send_split(part, routes)
+        if not part.ids_tK.size:
             return
-        owners = routes.owner[self._layer][part.ids_tK]
+        if routes.is_whole and part.rows is None and not (part.ids_tK == none).any():
+            self._give(part, routes, 0)
+            return
+        replicas, ids = routes.replicas[self._layer], part.ids_tK
+        owners = choose_replicas(ids, replicas, routes.costs()) if replicas.replicated else replicas.sole[ids]
         first = int(owners.flat[0])
-        if first >= 0 and (routes.is_whole or (owners == first).all()):
-            self._give(part, routes.channels[first])
-        else:
-            self._send_split(part, routes)
+        if first >= 0 and (owners == first).all():
+            self._give(part, routes, first)
+            return
+        for position in range(len(routes.channels)):
+            if (owners == position).any():
+                self._give(part.masked(owners == position, none), routes, position)
+        if (owners == NOBODY).any():
+            self._fall_back(part.masked(owners == NOBODY, none))
 
-    def _send_split(self, part: _Part, routes: Routes) -> None:
-        none = self._owner.num_experts
-        table = np.append(routes.owner[self._layer], np.int16(-2))  # the last: a choice that is not part of this
-        owners = table[part.ids_tK]
-        for index, channel in enumerate(routes.channels):
-            if (owners == index).any():
-                self._give(_masked(part, owners == index, none), channel)
-        if (owners == -1).any():
-            self._fall_back(_masked(part, owners == -1, none))
-
-    def _fall_back(self, part: _Part) -> None:
+    def _fall_back(self, part: Part) -> None:
         self._owner.counters.fallbacks += 1
         self._compute_here(part)
 
-    def _give(self, part: _Part, channel: ExpertChannel) -> None:
-        owner = self._owner
-        part.channel = channel
-        part.frame = DispatchFrame(
+    def _give(self, part: Part, routes: Routes, position: int) -> None:
+        owner, channel = self._owner, routes.channels[position]
+        frame = DispatchFrame(
             sequence=channel.next_sequence(),
-            epoch=channel.welcome.epoch,
+            epoch=routes.epochs[position],
             step=owner.next_step(),
             layer=self._layer,
             micro_batch=0,
@@ -222,32 +203,35 @@ class _LayerRun:
             expert_ids=part.ids_tK,
             weights=part.weights_tK,
         )
-        part.deadline_s = time.monotonic() + owner.timeout_s
+        has_others = routes.has_replicas and routes.have_others(self._layer, part.experts(owner.num_experts), position)
         try:
-            channel.send(part.frame)
+            channel.send(frame)
+            part.sent = Sent(channel, frame, routes.times[position], time.monotonic(), has_others)
         except HostLost as error:
             owner.links.lose(channel, error.message)
-            part.channel = None
+            part.sent = None
         owner.counters.frames += 1
-        owner.counters.rows += len(part.frame.rows)
+        owner.counters.rows += len(frame.rows)
         self._sent.append(part)
 
-    def _collect(self, part: _Part) -> bool:
+    def _collect(self, part: Part) -> bool:
         """Add a part's sums; False if its host did not give them."""
-        channel, frame, owner = part.channel, part.frame, self._owner
-        if channel is None or frame is None:
+        sent, owner = part.sent, self._owner
+        if sent is None:
             return False
+        part.sent = None
         began = time.perf_counter()
         try:
-            deadline_s = max(part.deadline_s, time.monotonic() + _GRACE_S)
-            answer = checked_rows(frame, channel.receive(frame.sequence, deadline_s))
+            if not self._is_answered(part, sent):
+                return False
+            answer = checked_rows(sent.frame, sent.channel.receive(sent.frame.sequence, time.monotonic() + _GRACE_S))
         except (HostLost, FrameError) as error:
-            owner.links.lose(channel, error.message)
+            owner.links.lose(sent.channel, error.message)
             return False
         finally:
             owner.counters.wait_s += time.perf_counter() - began
         if isinstance(answer, CombineFrame):
-            owner.counters.host_s += answer.busy_us / 1e6
+            self._learn(part, sent, answer.busy_us / 1e6)
             self._add(part.rows, torch.from_numpy(answer.rows))
             return True
         if answer.reason is RefusalReason.FAILED:  # it would fail again; here the error, if any, has a cause
@@ -255,12 +239,46 @@ class _LayerRun:
             self._compute_here(part)
             return True
         if answer.reason is RefusalReason.STALE_EPOCH:
-            owner.links.renew(channel, _RENEW_TIMEOUT_S)
+            owner.links.refused(sent.channel, answer.epoch, _RENEW_TIMEOUT_S)
+        elif answer.reason is RefusalReason.LATE:
+            owner.links.suspect(sent.channel)
         else:
-            owner.links.lose(channel, answer.message)
+            owner.links.lose(sent.channel, answer.message)
         return False
 
-    def _compute_here(self, part: _Part) -> None:
+    def _is_answered(self, part: Part, sent: Sent) -> bool:
+        """Wait for a part's answer as long as that is the cheapest; then others take it, and the answer is dropped.
+
+        Where others have the experts, that is a few times what its host usually takes. Where they would have to be
+        read here, it is as long again as reading takes: so waiting costs at most twice what the better choice would.
+        """
+        owner, rows = self._owner, len(sent.frame.rows)
+        end_s = sent.sent_s + owner.timeout_s
+        until_s = max(sent.sent_s + sent.times.patience_s(rows, owner.timeout_s), time.monotonic() + _GRACE_S)
+        if sent.channel.wait_for(sent.frame.sequence, until_s):
+            return True
+        if not sent.has_others:
+            until_s += owner.local.read_s(len(part.experts(owner.num_experts)))
+            if sent.channel.wait_for(sent.frame.sequence, min(until_s, end_s)):
+                return True
+        waited_s = time.monotonic() - sent.sent_s
+        if waited_s >= owner.timeout_s:
+            raise HostLost(f"host {sent.channel.welcome.host_id}: no answer in time")
+        sent.times.observe(rows, waited_s)
+        sent.channel.abandon(sent.frame.sequence)
+        owner.links.suspect(sent.channel)
+        owner.counters.hedged += 1
+        return False
+
+    def _learn(self, part: Part, sent: Sent, busy_s: float) -> None:
+        owner = self._owner
+        owner.counters.host_s += busy_s
+        sent.times.observe(len(sent.frame.rows), time.monotonic() - sent.sent_s, busy_s)
+        if owner.links.routes.has_replicas:  # else there is nothing to choose by it
+            num_choices = int(np.count_nonzero(part.ids_tK != owner.num_experts))
+            sent.times.cost.observe(len(part.experts(owner.num_experts)), num_choices, busy_s)
+
+    def _compute_here(self, part: Part) -> None:
         x_tD = self._x_TD if part.rows is None else self._x_TD[torch.from_numpy(part.rows)]
         ids, weights = torch.from_numpy(part.ids_tK), torch.from_numpy(part.weights_tK)
         self._add(part.rows, self._owner.local.partial_sums(self._layer, x_tD, ids, weights))
@@ -275,19 +293,3 @@ class _LayerRun:
             self._total += sums_tD
         else:
             self._total[torch.from_numpy(rows)] += sums_tD
-
-
-def _masked(part: _Part, keep_tK: np.ndarray, none: int) -> _Part:
-    """The choices of `part` where `keep_tK`, and only the rows that have one."""
-    chosen: np.ndarray = np.any(keep_tK, axis=1)
-    index = np.flatnonzero(chosen)
-    if len(index) == len(chosen):
-        rows, keep, ids, weights = part.rows, keep_tK, part.ids_tK, part.weights_tK
-    else:
-        rows = index if part.rows is None else part.rows[index]
-        keep, ids, weights = keep_tK[index], part.ids_tK[index], part.weights_tK[index]
-    return _Part(rows, np.where(keep, ids, none), np.where(keep, weights, np.float32(0.0)))
-
-
-def _as_wire(x_TD: Tensor) -> np.ndarray:
-    return x_TD.view(torch.uint16).numpy() if x_TD.dtype == torch.bfloat16 else x_TD.numpy()

@@ -35,11 +35,20 @@ class BatchingPool:
         self._max_rows = max_rows
         self._clock = clock
         self._waiting: deque[DispatchTask] = deque()
-        self.epoch = 1
+        self.epoch = 1  # the published one: what a refusal names
         self.num_refused = 0
+        self._taken: tuple[int, ...] = (1,)
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def set_epochs(self, epoch: int, taken: tuple[int, ...]) -> None:
+        """Take frames of these epochs from now on. Args: epoch: the published one. May be called from any thread."""
+        self.epoch, self._taken = epoch, taken
+
+    def has_older(self, epoch: int) -> bool:
+        """Whether frames of earlier epochs wait. May be called from any thread."""
+        return any(task.frame.epoch < epoch for task in tuple(self._waiting))
 
     def add(self, task: DispatchTask) -> None:
         """Queue a frame."""
@@ -70,7 +79,7 @@ class BatchingPool:
 
     def _is_refused(self, task: DispatchTask) -> bool:
         frame = task.frame
-        if frame.epoch != self.epoch:
+        if frame.epoch not in self._taken:
             message = f"the frame was routed by plan epoch {frame.epoch}, this host is at {self.epoch}"
             task.refuse(RefusalReason.STALE_EPOCH, self.epoch, message)
         elif self._clock() - task.arrived_s > frame.deadline_us / 1e6:

@@ -19,6 +19,7 @@ from actors.host.batching_pool import BatchingPool, DispatchTask
 from actors.host.handler import HostHandler
 from cluster.errors import MoesaicError
 from cluster.observability.logs import log_event
+from cluster.scheduler.batch_cost import BatchCost
 
 _LOG = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.5
@@ -27,19 +28,31 @@ _IDLE_POLL_S = 0.5
 class DeviceOwner:
     """Runs until stopped. Changes to what it uses go through `call`, between two batches."""
 
-    def __init__(self, handler: HostHandler, pool: BatchingPool, backend: ExpertBackend) -> None:
+    def __init__(
+        self, handler: HostHandler, pool: BatchingPool, backend: ExpertBackend, costs: BatchCost | None = None
+    ) -> None:
+        """Args: costs: learns what batches cost that had their experts in memory."""
         self.busy_s = 0.0
         self.num_batches = 0
         self.num_refused = 0
         self._handler = handler
         self._pool = pool
         self._backend = backend
+        self._costs = costs
+        self._stall_s = 0.0
+        self._began_s: float | None = None  # of the batch under way, monotonic
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="device-owner", daemon=True)
 
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def stalled_s(self) -> float:
+        """How long the batch under way has taken so far; 0 without one."""
+        began_s = self._began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     def start(self) -> None:
         """Begin to compute."""
@@ -66,7 +79,9 @@ class DeviceOwner:
             self._add(task)
         batch = self._pool.take()
         if batch:
+            self._began_s = time.monotonic()
             self._compute(batch)
+            self._began_s = None
 
     def _add(self, task: DispatchTask) -> None:
         # The ids are copied before they are checked: a worker that breaks could still write to those it shares.
@@ -97,6 +112,17 @@ class DeviceOwner:
             rows = len(task.frame.rows)
             task.reply(CombineFrame(sequence=task.frame.sequence, rows=sums[at : at + rows], busy_us=int(busy_s * 1e6)))
             at += rows
+        if self._costs is not None:
+            self._learn(self._costs, batch, busy_s)
+
+    def _learn(self, costs: BatchCost, batch: list[DispatchTask], busy_s: float) -> None:
+        stall_s = self._backend.store.counters.total_stall_s
+        if stall_s == self._stall_s:  # else it waited for experts: that is not what they cost
+            num_experts = self._backend.store.grid.num_experts
+            rows_E = sum(np.bincount(task.frame.expert_ids.ravel(), minlength=num_experts + 1) for task in batch)
+            rows_E = np.asarray(rows_E)[:num_experts]
+            costs.observe(int(np.count_nonzero(rows_E)), int(rows_E.sum()), busy_s)
+        self._stall_s = stall_s
 
     def _partial_sums(self, frames: list[DispatchFrame]) -> np.ndarray:
         first = frames[0]

@@ -394,10 +394,26 @@ int64_t moesaic_group(const int64_t *ids, int64_t P, int64_t E, int64_t *order, 
     return n;
 }
 
-/* Add P gate choices to counts [2, E]: the first `num_decode` of them to its second row, the rest to its first. */
-void moesaic_count_choices(const int64_t *ids, int64_t P, int64_t num_decode, int64_t E, int64_t *counts) {
-    for (int64_t p = 0; p < num_decode; p++) counts[E + ids[p]]++;
-    for (int64_t p = num_decode; p < P; p++) counts[ids[p]]++;
+/* Count what the first T rows of a step's layers chose: n of the L layers, `layers` says which, each with choices ids[i]
+ * and routing weights weights[i], [T, K]. The first `num_decode` rows decode (phase 1), the others are prefill (phase 0).
+ * totals [L, 2, E] has the choices; values [C, 2, L, E, 2] has the choices and the sums of their weights, by the rows'
+ * clusters: -1, and all rows where there are none, is the last of C. */
+void moesaic_count_choices(const int64_t *layers, const int64_t *const *ids, const void *const *weights, int dtype, int64_t n,
+                           const int32_t *clusters, int64_t T, int64_t K, int64_t num_decode, int64_t C, int64_t L,
+                           int64_t E, int64_t *totals, double *values) {
+    for (int64_t t = 0; t < T; t++) {
+        int64_t phase = t < num_decode, cluster = clusters && clusters[t] >= 0 ? clusters[t] : C - 1;
+        for (int64_t i = 0; i < n; i++) {
+            int64_t *total = totals + (layers[i] * 2 + phase) * E;
+            double *of_cluster = values + ((cluster * 2 + phase) * L + layers[i]) * E * 2;
+            for (int64_t p = t * K; p < (t + 1) * K; p++) {
+                int64_t expert = ids[i][p];
+                total[expert]++;
+                of_cluster[2 * expert] += 1.0;
+                of_cluster[2 * expert + 1] += load1(weights[i], p, dtype);
+            }
+        }
+    }
 }
 
 /* Write T rows of keys [Gk, T, Ck] and values [Gv, T, Cv], given by their strides in elements, into their slots. */

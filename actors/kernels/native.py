@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import mmap
+import struct
 import time
 from collections.abc import Sequence
 
@@ -61,7 +62,7 @@ class NativeKernels:
         self._combine = _bind(library, "moesaic_combine", "pplllpi")
         self._group = _bind(library, "moesaic_group", "pll" + "p" * 4, returns=ctypes.c_int64)
         # PyDLL keeps the interpreter lock: to give it away and wait for it again takes longer than to count.
-        self._count_choices = _bind(ctypes.PyDLL(library._name), "moesaic_count_choices", "plllp")
+        self._count_choices = _bind(ctypes.PyDLL(library._name), "moesaic_count_choices", "pppilpllllllpp")
         self._append_kv = _bind(library, "moesaic_append_kv", "pllllpllllplppi")
         self._rope = _bind(library, "moesaic_rope", "pllpplllpi")
         self._linear = _bind(library, "moesaic_linear", "pipilllpp")
@@ -87,14 +88,35 @@ class NativeKernels:
         )  # fmt: skip
         return buffer[P : P + n].tolist(), buffer[P + E : P + E + n + 1], buffer[:P]
 
-    def count_choices(self, topk_ids: Tensor, counts_2E: Tensor, *, num_decode: int) -> None:
-        """Add gate choices to counts by phase.
+    def count_choices(
+        self,
+        layers: Sequence[int],
+        topk_ids: Sequence[Tensor],
+        topk_weights: Sequence[Tensor],
+        clusters_T: Tensor | None,
+        totals_L2E: Tensor,
+        values_C2LE2: Tensor,
+        *,
+        num_rows: int,
+        num_decode: int,
+    ) -> None:
+        """Add what a step's layers chose to counts by layer and phase; and by cluster of prompts, with its weights.
 
         Args:
-            topk_ids: int64, contiguous, any shape of P elements in [0, E).
-            counts_2E: int64; the first `num_decode` choices go to its second row, the rest to its first.
+            layers: which of L each is. topk_ids, topk_weights: (at least num_rows, K), contiguous, int64 in [0, E), and
+                all of one dtype.
+            clusters_T: int32, contiguous; -1 and None: the last of C.
+            totals_L2E: int64. values_C2LE2: float64, contiguous.
+            num_decode: so many rows count for the second phase, the rest of the first `num_rows` for the first.
         """
-        self._count_choices(topk_ids.data_ptr(), topk_ids.numel(), num_decode, counts_2E.size(1), counts_2E.data_ptr())
+        num, (C, _, L, E, _) = len(layers), values_C2LE2.shape
+        numbers = struct.Struct(f"{num}q")  # arrays of the language, three times as fast as ctypes has them
+        self._count_choices(
+            numbers.pack(*layers), numbers.pack(*[ids.data_ptr() for ids in topk_ids]),
+            numbers.pack(*[weights.data_ptr() for weights in topk_weights]), DTYPE_CODES[topk_weights[0].dtype], num,
+            None if clusters_T is None else clusters_T.data_ptr(), num_rows, topk_ids[0].size(1), num_decode, C, L, E,
+            totals_L2E.data_ptr(), values_C2LE2.data_ptr(),
+        )  # fmt: skip
 
     def experts_ffn(
         self,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from cluster.cli.trace_loads import Rates
     from cluster.config import MoesaicConfig
 
 Model = Annotated[
@@ -102,3 +103,59 @@ def read_config(path: Path | None, overrides: Overrides) -> MoesaicConfig:
     config = load_config(path, overrides)
     load_model_info(config.model.path, served_name=config.model.served_name, max_model_len=config.model.max_model_len)
     return config
+
+
+PlanTrace = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="A recorded trace, instead of a running server.")
+]
+PlanHosts = Annotated[int, typer.Option("--hosts", min=1, help="With --trace: equal expert hosts.")]
+PlanTokens = Annotated[float, typer.Option("--tokens-per-s", min=0, help="With --trace: generated in all.")]
+PlanRows = Annotated[float, typer.Option("--rows", min=1, help="With --trace: decode rows of a host's batch.")]
+PlanPrefillRows = Annotated[float, typer.Option("--prefill-rows", min=1, help="With --trace: prefill rows of one.")]
+PlanExpertMs = Annotated[float, typer.Option("--expert-ms", min=0, help="With --trace: time of a distinct expert.")]
+PlanRowMs = Annotated[float, typer.Option("--row-ms", min=0, help="With --trace: time of one row of an expert.")]
+PlanLink = Annotated[float, typer.Option("--link", min=0.001, help="With --trace: GB/s at which experts are carried.")]
+PlanSpare = Annotated[
+    str, typer.Option("--spare", metavar="PERCENT", help="With --trace: room of a host beyond its even share.")
+]
+
+
+def trace_rates(
+    *,
+    tokens_per_s: float,
+    rows: float,
+    prefill_rows: float,
+    expert_ms: float,
+    row_ms: float,
+    link: float = 1.0,
+    spare: str = "0",
+    horizon_s: float = 600.0,
+    max_moved: str | None = None,
+) -> Rates:
+    """Flags of `plan --trace` and `diagnose --trace` as values.
+
+    Raises:
+        InvalidRequest: names the flag.
+    """
+    from cluster.cli.trace_loads import Rates
+    from cluster.errors import InvalidRequest
+    from cluster.sizes import parse_size
+
+    try:
+        share = float(spare.removesuffix("%")) / (100 if spare.endswith("%") else 1)
+        max_bytes = None if max_moved is None else parse_size(max_moved)
+    except ValueError as error:
+        raise InvalidRequest(f"--spare or --max-moved: {error}") from error
+    if share < 0:
+        raise InvalidRequest(f"--spare {spare}: at least 0")
+    return Rates(
+        tokens_per_s=tokens_per_s,
+        rows=rows,
+        prefill_rows=prefill_rows,
+        expert_s=expert_ms / 1e3,
+        row_s=row_ms / 1e3,
+        bytes_per_s=link * 1e9,
+        spare=share,
+        horizon_s=horizon_s,
+        max_bytes=max_bytes,
+    )

@@ -59,9 +59,9 @@ def replay(
 ) -> None:
     """Hit rates, bytes and times of policies over a trace: discrete events, the live policy code."""
     from actors.experts.trace import load_trace
-    from cluster.config import parse_size
     from cluster.replay.result import with_bounds
     from cluster.replay.sweep import Sweep, learn_past, replay_cells
+    from cluster.sizes import parse_size
 
     try:
         size = None if expert_bytes is None else parse_size(expert_bytes)

@@ -50,12 +50,18 @@ def fetch_json(
 
     with translated_http_errors(url):
         response = httpx.get(url.rstrip("/") + path, headers=auth_headers(api_key), timeout=timeout_s)
-    if response.status_code not in accept:
-        raise error_of(response.status_code, response.content)
-    try:
-        return cast("dict[str, Any]", response.json())
-    except ValueError as error:
-        raise Unavailable(f"{url}{path} did not answer with JSON; is this a Moesaic server?") from error
+    return _json_object(url, path, response, accept)
+
+
+def post_json(
+    url: str, path: str, body: dict[str, Any], *, api_key: str | None, timeout_s: float = 10.0
+) -> dict[str, Any]:
+    """POST a JSON object and read the answer's. Raises as `fetch_json`."""
+    import httpx
+
+    with translated_http_errors(url):
+        response = httpx.post(url.rstrip("/") + path, json=body, headers=auth_headers(api_key), timeout=timeout_s)
+    return _json_object(url, path, response, (200,))
 
 
 def fetch_model_name(url: str, *, api_key: str | None) -> str:
@@ -97,6 +103,15 @@ def error_of(status_code: int, body: bytes) -> MoesaicError:
         if isinstance(error, dict):
             message = str(cast("dict[str, Any]", error).get("message") or message)
     return _ERROR_BY_CODE.get(status_code, Unavailable)(message)
+
+
+def _json_object(url: str, path: str, response: httpx.Response, accept: tuple[int, ...]) -> dict[str, Any]:
+    if response.status_code not in accept:
+        raise error_of(response.status_code, response.content)
+    try:
+        return cast("dict[str, Any]", response.json())
+    except ValueError as error:
+        raise Unavailable(f"{url}{path} did not answer with JSON; is this a Moesaic server?") from error
 
 
 async def raise_for_answer(response: httpx.Response) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from cluster.cli import flags
+from cluster.cli.scheduler_lines import scheduler_lines
 from cluster.stats.activation_counts import load_balance
 from cluster.types import Phase, Tier
 
@@ -42,7 +43,7 @@ def status(
 
 
 def fetch_state(url: str, api_key: str | None) -> dict[str, Any]:
-    """What /status, /ready and /experts say, joined.
+    """What /status, /ready, /experts and /scheduler say, joined.
 
     Raises:
         Unavailable: no server there.
@@ -52,8 +53,15 @@ def fetch_state(url: str, api_key: str | None) -> dict[str, Any]:
     status_page = fetch_json(url, "/status", api_key=api_key)
     ready_page = fetch_json(url, "/ready", api_key=api_key, accept=(200, 503))
     experts_page = fetch_json(url, "/experts", api_key=api_key, accept=(200, 503))
+    scheduler_page = fetch_json(url, "/scheduler", api_key=api_key, accept=(200, 404, 503))
     experts = [*experts_page.get("workers", []), *experts_page.get("hosts", [])]
-    return {**status_page, "ready": ready_page, "experts": experts, "cluster": experts_page.get("cluster")}
+    return {
+        **status_page,
+        "ready": ready_page,
+        "experts": experts,
+        "cluster": experts_page.get("cluster"),
+        "scheduler": scheduler_page if "uptime_s" in scheduler_page else None,
+    }
 
 
 def render_state(url: str, state: dict[str, Any]) -> RenderableType:
@@ -73,6 +81,11 @@ def render_state(url: str, state: dict[str, Any]) -> RenderableType:
             parts.append(Text(f"degraded ({worker.get('worker_id')}): {reason}", style="yellow"))
         if worker.get("error"):
             parts.append(Text(f"error ({worker.get('worker_id')}): {worker['error']}", style="red"))
+    if "scheduler" in state:
+        page = cast("dict[str, Any] | None", state["scheduler"])
+        parts += [Text(line) for line in scheduler_lines(page)]
+        for reason in cast("list[str]", page["degraded"] if page else []):
+            parts.append(Text(f"degraded (scheduler): {reason}", style="yellow"))
     parts += _activation_parts(state)
     for experts in cast("list[dict[str, Any]]", state.get("experts", [])):
         parts.append(Text(f"experts of {experts.get('id')}: resident in each layer, hits", style="bold"))

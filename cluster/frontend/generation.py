@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from dataclasses import replace
 from functools import partial
 
-from cluster.config import FrontendConfig
+from cluster.config_sections import FrontendConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, MoesaicError, Overloaded, Unavailable
 from cluster.frontend.choices import interleave
 from cluster.frontend.resolve_sampling import check_token_ids, resolve_sampling, truncated_prompt
@@ -38,8 +38,11 @@ class GenerationService:
         info: ModelInfo,
         config: FrontendConfig,
         metrics: FrontendMetrics,
+        embed: Callable[[Sequence[int]], bytes] = lambda _: b"",
     ) -> None:
+        """Args: embed: what a prompt means, for routing and statistics; no embedding where nobody asks."""
         self._worker = worker
+        self._embed = embed
         self._tokenizer = tokenizer
         self._info = info
         self._timeout_s = config.request_timeout_s
@@ -110,7 +113,13 @@ class GenerationService:
             num_prompt=len(prompt_ids),
             prompt_param=prompt_param,
         )
-        return GenerationRequest(request_id=request_id, prompt_ids=tuple(prompt_ids), sampling=sampling, choice=choice)
+        return GenerationRequest(
+            request_id=request_id,
+            prompt_ids=tuple(prompt_ids),
+            sampling=sampling,
+            choice=choice,
+            embedding=self._embed(prompt_ids),
+        )
 
     def prepare_choices(
         self,

@@ -21,6 +21,7 @@ from cluster.observability.metrics import FrontendMetrics
 
 if TYPE_CHECKING:
     from cluster.frontend.grpc_server import GrpcServer
+    from cluster.frontend.prompt_embedder import PromptEmbedder
     from cluster.frontend.tokenizer import Tokenizer
     from cluster.protocols import AttentionWorkerClient
 
@@ -40,6 +41,7 @@ class GrpcGateway:
         self._config = from_tree(config_tree)
         self._server: GrpcServer | None = None
         self._error: MoesaicError | None = None
+        self._embedder: PromptEmbedder | None = None
         self._settled = asyncio.Event()  # it listens, or why it does not is known
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._start()), loop.create_task(self._follow_application())]
@@ -82,8 +84,8 @@ class GrpcGateway:
         """Listen as soon as there are workers to ask; try again where it fails."""
         while self._server is None:
             try:
-                info, tokenizer = await asyncio.to_thread(self._load)
-                server = self._make_server(await self._find_workers(), info, tokenizer)
+                loaded = await asyncio.to_thread(self._load)
+                server = self._make_server(await self._find_workers(), *loaded)
                 try:
                     await server.start()
                 except MoesaicError:
@@ -98,14 +100,17 @@ class GrpcGateway:
             if self._error is not None:
                 await asyncio.sleep(_RETRY_S)
 
-    def _load(self) -> tuple[ModelInfo, Tokenizer]:
+    def _load(self) -> tuple[ModelInfo, Tokenizer, PromptEmbedder]:
         """Everything that takes time and needs no workers."""
         import cluster.frontend.grpc_server  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        from cluster.frontend.prompt_embedder import PromptEmbedder
         from cluster.frontend.tokenizer import Tokenizer
 
         model = self._config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
-        return info, Tokenizer.load(info.path)
+        if self._embedder is None:
+            self._embedder = PromptEmbedder(info.path, info.vocab_size)
+        return info, Tokenizer.load(info.path), self._embedder
 
     async def _find_workers(self) -> AttentionWorkerClient:
         from actors.gateway import find_workers
@@ -118,12 +123,14 @@ class GrpcGateway:
                 return ServeWorkerClient(handle, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
             await asyncio.sleep(_FIND_EVERY_S)
 
-    def _make_server(self, workers: AttentionWorkerClient, info: ModelInfo, tokenizer: Tokenizer) -> GrpcServer:
+    def _make_server(
+        self, workers: AttentionWorkerClient, info: ModelInfo, tokenizer: Tokenizer, embedder: PromptEmbedder
+    ) -> GrpcServer:
         from cluster.frontend.generation import GenerationService
         from cluster.frontend.grpc_server import GrpcServer
 
         config, metrics = self._config, FrontendMetrics()
-        service = GenerationService(workers, tokenizer, info, config.frontend, metrics)
+        service = GenerationService(workers, tokenizer, info, config.frontend, metrics, embedder.embed)
         attention = config.attention
         max_open = 2 * attention.workers * (attention.max_running + attention.max_queue) + 64
         return GrpcServer(service, workers, info, config.frontend, config.grpc, metrics, max_open=max_open)
@@ -133,15 +140,17 @@ class GrpcGateway:
         from actors.gateway import Gateways, end_this_actor, find_workers
 
         gateways = Gateways(self._config.ray.namespace)
-        seen_s = time.monotonic()
-        while time.monotonic() - seen_s < _ORPHAN_S:
+        missed_s: float | None = None  # since when Serve has said that there is no application
+        while missed_s is None or time.monotonic() - missed_s < _ORPHAN_S:
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
-                if await asyncio.to_thread(find_workers) is not None:
-                    seen_s = time.monotonic()
-                    await asyncio.to_thread(gateways.start_missing, type(self), self._tree)
+                if await asyncio.to_thread(find_workers) is None:
+                    missed_s = missed_s or time.monotonic()
+                    continue
+                missed_s = None
+                await asyncio.to_thread(gateways.start_missing, type(self), self._tree)
             except (RayError, RayServeException) as error:  # Serve's controller is away: nothing is known
-                seen_s = time.monotonic()
+                missed_s = None
                 log_event(_logger(), logging.WARNING, "Serve does not answer", reason=repr(error))
         log_event(_logger(), logging.INFO, "the application is gone; the gRPC gateway ends")
         end_this_actor()

@@ -18,7 +18,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.config import FrontendConfig, GrpcConfig
+from cluster.config_sections import FrontendConfig, GrpcConfig
 from cluster.errors import ConfigError, MoesaicError
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.grpc_calls import ApiKeyInterceptor, Calls

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from cluster.config import FrontendConfig
+from cluster.config_sections import FrontendConfig
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_errors import install_error_responses
 from cluster.frontend.http_middleware import Admission, ApiKey, BodyLimit, RequestContext
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_routes import OpenAIRoutes
 from cluster.frontend.operator_routes import OperatorRoutes
+from cluster.frontend.scheduler_routes import SchedulerRoutes
 from cluster.frontend.tokenize_routes import TokenizeRoutes
 from cluster.model_info import ModelInfo
 from cluster.observability.metrics import FrontendMetrics
-from cluster.protocols import AttentionWorkerClient
+from cluster.protocols import AttentionWorkerClient, SchedulerClient
 
 _GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 _TEXT_PATHS = ("/tokenize", "/detokenize", "/abort_requests")
-_GUARDED_PATHS = ("/v1", "/experts", "/status", *_TEXT_PATHS)
+_SCHEDULER_PATHS = ("/scheduler", "/plan", "/diagnose", "/drain")
+_GUARDED_PATHS = ("/v1", "/experts", "/status", *_SCHEDULER_PATHS, *_TEXT_PATHS)
 
 
 def create_app(
@@ -28,6 +30,7 @@ def create_app(
     config: FrontendConfig,
     metrics: FrontendMetrics,
     *,
+    scheduler: SchedulerClient | None = None,
     per_expert_metrics: bool = False,
 ) -> FastAPI:
     """Build the application. `app.state.requests` is its `OpenRequests`: `begin_drain()`, `num_in_flight`."""
@@ -36,7 +39,8 @@ def create_app(
     app.state.requests = requests
     openai = OpenAIRoutes(service, info, config)
     text = TokenizeRoutes(service, info)
-    operator = OperatorRoutes(worker, requests, metrics, per_expert_metrics=per_expert_metrics)
+    operator = OperatorRoutes(worker, requests, metrics, scheduler=scheduler, per_expert_metrics=per_expert_metrics)
+    central = SchedulerRoutes(scheduler)
     app.add_api_route("/v1/chat/completions", openai.chat, methods=["POST"])
     app.add_api_route("/v1/completions", openai.complete, methods=["POST"])
     app.add_api_route("/v1/models", openai.list_models, methods=["GET"])
@@ -50,6 +54,10 @@ def create_app(
     app.add_api_route("/experts", operator.experts, methods=["GET"])
     app.add_api_route("/experts/cache", operator.set_expert_cache, methods=["POST"])
     app.add_api_route("/status", operator.status, methods=["GET"])
+    app.add_api_route("/scheduler", central.status, methods=["GET"])
+    app.add_api_route("/plan", central.plan, methods=["GET"])
+    app.add_api_route("/diagnose", central.diagnose, methods=["GET"])
+    app.add_api_route("/drain", central.drain, methods=["POST"])
     app.add_api_route("/version", operator.version, methods=["GET"])
     install_error_responses(app)
     # The last one added sees a request first.
@@ -57,6 +65,14 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.api_key is not None:
         app.add_middleware(ApiKey, key=config.api_key.get_secret_value(), guarded=_GUARDED_PATHS)
-    routes = [*_GENERATION_PATHS, *_TEXT_PATHS, "/v1/models", "/experts", "/experts/cache", "/status"]
+    routes = [
+        *_GENERATION_PATHS,
+        *_TEXT_PATHS,
+        "/v1/models",
+        "/experts",
+        "/experts/cache",
+        "/status",
+        *_SCHEDULER_PATHS,
+    ]
     app.add_middleware(RequestContext, metrics=metrics, routes=routes)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,22 +11,36 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import MoesaicConfig, from_tree
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_app import create_app
+from cluster.frontend.prompt_embedder import PromptEmbedder
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.model_info import ModelInfo, load_model_info
 from cluster.observability.logs import configure_logging
 from cluster.observability.metrics import FrontendMetrics
-from cluster.protocols import AttentionWorkerClient
+from cluster.protocols import AttentionWorkerClient, SchedulerClient
 from cluster.types import ExpertHostStatus, WorkerStatus
 
 
 def build_front_end(
-    config: MoesaicConfig, info: ModelInfo, worker: AttentionWorkerClient
+    config: MoesaicConfig,
+    info: ModelInfo,
+    worker: AttentionWorkerClient,
+    scheduler: SchedulerClient | None = None,
+    embed: Callable[[Sequence[int]], bytes] = lambda _: b"",
 ) -> tuple[GenerationService, FastAPI]:
-    """The generation service and the HTTP application over `worker`."""
+    """The generation service and the HTTP application over `worker`.
+
+    Args: scheduler: None in a single process. embed: what a prompt means.
+    """
     metrics = FrontendMetrics()
-    service = GenerationService(worker, Tokenizer.load(info.path), info, config.frontend, metrics)
+    service = GenerationService(worker, Tokenizer.load(info.path), info, config.frontend, metrics, embed)
     return service, create_app(
-        service, worker, info, config.frontend, metrics, per_expert_metrics=config.metrics.per_expert
+        service,
+        worker,
+        info,
+        config.frontend,
+        metrics,
+        scheduler=scheduler,
+        per_expert_metrics=config.metrics.per_expert,
     )
 
 
@@ -33,6 +48,7 @@ class HttpIngress:
     """Serve ingress replica: owns one HTTP application. Its options are in `actors/deployments.py`."""
 
     def __init__(self, config_tree: dict[str, Any], workers: DeploymentHandle[Any]) -> None:
+        from actors.scheduler_link import SchedulerLink
         from actors.worker_client import ServeWorkerClient
 
         configure_logging()
@@ -40,7 +56,8 @@ class HttpIngress:
         model = config.model
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
         self._worker = ServeWorkerClient(workers, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
-        _, self._app = build_front_end(config, info, self._worker)
+        scheduler, embedder = SchedulerLink(config.ray.namespace), PromptEmbedder(info.path, info.vocab_size)
+        _, self._app = build_front_end(config, info, self._worker, scheduler, embedder.embed)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app

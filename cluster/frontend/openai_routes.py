@@ -11,7 +11,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cluster.config import FrontendConfig
+from cluster.config_sections import FrontendConfig
 from cluster.errors import ModelNotFound
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_stream import EventStream, run_while_connected

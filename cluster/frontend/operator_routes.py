@@ -15,8 +15,9 @@ from cluster.errors import ConfigError, InvalidRequest, MoesaicError, Unavailabl
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_schema import ExpertCacheBody, parse_body
 from cluster.observability.metrics import FrontendMetrics
+from cluster.observability.scheduler_metrics import scheduler_metrics_text
 from cluster.observability.worker_metrics import worker_metrics_text
-from cluster.protocols import AttentionWorkerClient
+from cluster.protocols import AttentionWorkerClient, SchedulerClient
 from cluster.types import ClusterActivations, ExpertsReport, StartupPhase, WorkerStatus
 
 _WORKER_TIMEOUT_S = 5.0
@@ -33,11 +34,13 @@ class OperatorRoutes:
         requests: OpenRequests,
         metrics: FrontendMetrics,
         *,
+        scheduler: SchedulerClient | None = None,
         per_expert_metrics: bool = False,
     ) -> None:
         self._worker = worker
         self._requests = requests
         self._metrics = metrics
+        self._scheduler = scheduler
         self._per_expert = per_expert_metrics
 
     async def health(self) -> Response:
@@ -57,7 +60,7 @@ class OperatorRoutes:
         return _json({"phase": phase, "error": error}, 200 if is_ready else 503, headers)
 
     async def metrics_text(self) -> Response:
-        """GET /metrics: ours, the workers' and hosts', and the cluster's expert load."""
+        """GET /metrics: ours, the workers' and hosts', the cluster's expert load, and the scheduler's."""
         try:
             workers = worker_metrics_text(
                 await self._worker_answer(self._worker.worker_statuses()),
@@ -67,7 +70,8 @@ class OperatorRoutes:
             )
         except MoesaicError as failure:
             workers = f"# {failure.message}\n"
-        return Response(self._metrics.text() + workers, headers={"Content-Type": self._metrics.content_type})
+        central = await self._scheduler_metrics()
+        return Response(self._metrics.text() + workers + central, headers={"Content-Type": self._metrics.content_type})
 
     async def experts(self) -> Response:
         """GET /experts: residency and activation by layer, of each process and of the cluster."""
@@ -106,6 +110,14 @@ class OperatorRoutes:
         except metadata.PackageNotFoundError:  # run from a checkout
             version = "unknown"
         return _json({"version": version})
+
+    async def _scheduler_metrics(self) -> str:
+        if self._scheduler is None:
+            return ""
+        try:
+            return scheduler_metrics_text(await self._worker_answer(self._scheduler.status()))
+        except MoesaicError:
+            return scheduler_metrics_text(None)
 
     async def _worker_answer(self, call: Awaitable[Answer]) -> Answer:
         try:

@@ -91,8 +91,13 @@ class DemandMemory:
         self._missing_rows: list[int] = []
         self._counts: list[tuple[int, int, int]] = []  # of each layer: timely, missing, at once
 
-    def use(self, needed: Sequence[int], rows: Sequence[int]) -> None:
-        """A layer needs these experts. Args: rows: tokens of each."""
+    @property
+    def resident(self) -> np.ndarray:
+        """[N] bool; a view of what is resident now."""
+        return np.frombuffer(self._resident, dtype=np.bool_)
+
+    def use(self, needed: Sequence[int], rows: Sequence[int]) -> list[int]:
+        """A layer needs these experts; those that had to be loaded. Args: rows: tokens of each."""
         resident = self._resident
         timely = [index for index in needed if resident[index]]
         missing = [index for index in needed if not resident[index]]
@@ -107,6 +112,7 @@ class DemandMemory:
             # more is needed than fits: of what was computed, what is worth least gives way
             self._make_room(missing[number:], 1)
             self._insert(missing[number])
+        return missing
 
     def finish(self, steps: Sequence[ReplayStep]) -> DemandRun:
         """The trace is over."""

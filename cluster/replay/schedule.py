@@ -60,6 +60,18 @@ class ReplayStep:
                 listener.on_sequence_end(sequence)
 
 
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """What one sequence brings to a step: [L, E] means and counts, as in GateSignal, [L - 1, E] ahead, [D] vector."""
+
+    probs: np.ndarray
+    counts: np.ndarray
+    ahead: np.ndarray
+    vector: np.ndarray
+    num_rows: int
+    is_decode: bool
+
+
 def grid_of(trace: GateTrace) -> Grid:
     """The experts of the traced model."""
     return Grid(trace.model.layers, trace.model.num_experts, trace.model.top_k)
@@ -78,7 +90,10 @@ def build_steps(trace: GateTrace, *, concurrency: int, order: Sequence[int]) -> 
         parts = {index: part for index, it in list(running.items()) if (part := next(it, None)) is not None}
         ended = tuple(index for index in running if index not in parts or parts[index][1])
         if parts:
-            steps.append(_merge([(i, rows[i], part) for i, (part, _) in parts.items()], grid_of(trace), ended))
+            grid = grid_of(trace)
+            steps.append(
+                merge_parts([(i, part_of(rows[i], part, grid)) for i, (part, _) in parts.items()], grid, ended)
+            )
         for index in ended:
             del running[index], rows[index]
         if not running and not parts:
@@ -95,21 +110,32 @@ def _with_end(slices: list[slice]) -> Iterator[tuple[slice, bool]]:
         yield part, number == len(slices)
 
 
-def _merge(parts: list[tuple[int, RequestRows, slice]], grid: Grid, ended: tuple[int, ...]) -> ReplayStep:
-    shape = (len(parts), grid.num_layers, grid.num_experts)
-    probs, counts = np.empty(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    ahead = np.empty((len(parts), grid.num_layers - 1, grid.num_experts), dtype=np.float32)
+def part_of(rows: RequestRows, part: slice, grid: Grid) -> StepPart:
+    """What the gates said of the rows of one forward step of a request."""
+    counts = np.zeros((grid.num_layers, grid.num_experts), dtype=np.float32)
     layer_index = np.arange(grid.num_layers)[:, None]
-    for i, (_, rows, part) in enumerate(parts):
-        probs[i] = rows.probs[part].mean(axis=0, dtype=np.float32)
-        ahead[i] = rows.ahead[part].mean(axis=0, dtype=np.float32)
-        for chosen in rows.chosen[part]:  # distinct within a token, so plain indexing counts right
-            counts[i][layer_index, chosen] += 1
-    is_decode = np.array([bool(rows.is_decode[part].all()) for _, rows, part in parts])
+    for chosen in rows.chosen[part]:  # distinct within a token, so plain indexing counts right
+        counts[layer_index, chosen] += 1
+    return StepPart(
+        rows.probs[part].mean(axis=0, dtype=np.float32),
+        counts,
+        rows.ahead[part].mean(axis=0, dtype=np.float32),
+        rows.vectors[part].mean(axis=0, dtype=np.float32),
+        part.stop - part.start,
+        bool(rows.is_decode[part].all()),
+    )
+
+
+def merge_parts(parts: Sequence[tuple[int, StepPart]], grid: Grid, ended: tuple[int, ...]) -> ReplayStep:
+    """The step that these sequences, given with their numbers, compute together."""
+    probs, counts, ahead = (
+        np.stack([getattr(part, name) for _, part in parts]) for name in ("probs", "counts", "ahead")
+    )
+    is_decode = np.array([part.is_decode for _, part in parts])
     signal = StepSignal(
-        tuple(index for index, _, _ in parts),
-        np.stack([rows.vectors[part].mean(axis=0, dtype=np.float32) for _, rows, part in parts]),
-        np.array([part.stop - part.start for _, _, part in parts]),
+        tuple(number for number, _ in parts),
+        np.stack([part.vector for _, part in parts]),
+        np.array([part.num_rows for _, part in parts]),
         is_decode,
     )
     last = grid.num_layers - 1
@@ -122,8 +148,8 @@ def _merge(parts: list[tuple[int, RequestRows, slice]], grid: Grid, ended: tuple
     return ReplayStep(
         signal,
         gates,
-        tuple(tuple(int(e) for e in of_layer) for of_layer in needed),
-        tuple(tuple(int(n) for n in tokens[row][of_layer]) for row, of_layer in enumerate(needed)),
+        tuple(tuple(of_layer.tolist()) for of_layer in needed),
+        tuple(tuple(tokens[row][of_layer].astype(np.int64).tolist()) for row, of_layer in enumerate(needed)),
         int(is_decode.sum()),
         ended,
     )

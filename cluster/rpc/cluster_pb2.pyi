@@ -73,6 +73,8 @@ class _StartupPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StartupP
     """It finishes what runs and takes nothing new."""
     STARTUP_PHASE_FAILED: _StartupPhase.ValueType  # 7
     """It could not start."""
+    STARTUP_PHASE_WARMING_UP: _StartupPhase.ValueType  # 8
+    """The experts that others use most are being fetched."""
 
 class StartupPhase(_StartupPhase, metaclass=_StartupPhaseEnumTypeWrapper):
     """What a process is doing; everything before READY is start-up."""
@@ -93,6 +95,8 @@ STARTUP_PHASE_DRAINING: StartupPhase.ValueType  # 6
 """It finishes what runs and takes nothing new."""
 STARTUP_PHASE_FAILED: StartupPhase.ValueType  # 7
 """It could not start."""
+STARTUP_PHASE_WARMING_UP: StartupPhase.ValueType  # 8
+"""The experts that others use most are being fetched."""
 Global___StartupPhase: _TypeAlias = StartupPhase  # noqa: Y015
 
 @_typing.final

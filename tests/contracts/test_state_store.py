@@ -1,4 +1,4 @@
-"""What every `StateStore` promises, on the in-memory one and on Redis's protocol with a real Valkey."""
+"""What every `StateStore` promises of exact counts, shares and failures; stores and servers are in conftest.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,27 +25,6 @@ from cluster.stats.redis_store import RedisStore
 from cluster.types import Phase
 
 PREFILL, DECODE = Phase
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    server = start_embedded_valkey(tmp_path_factory.mktemp("valkey"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture(params=["memory", "redis", "fallback"])
-def store(request: pytest.FixtureRequest) -> StateStore:
-    if request.param == "memory":
-        return MemoryStore()
-    server: EmbeddedValkey = request.getfixturevalue("valkey")
-    primary = RedisStore(server.url)
-    return FallbackStore(primary) if request.param == "fallback" else primary
-
-
-@pytest.fixture
-def fingerprint(request: pytest.FixtureRequest) -> str:
-    return request.node.name
 
 
 def test_counts_add_up(store: StateStore, fingerprint: str) -> None:

@@ -25,15 +25,7 @@ from cluster.errors import CheckpointError
 from cluster.model_info import load_model_info
 from cluster.types import SamplingParams
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def _assert_served_exactly(path: Path, *, num_cases: int = 3) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +31,10 @@ from actors.model.checkpoint import load_model
 from cluster.model_info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 DEMO_SMALLEST = str(4 * 102400)  # four experts: one token's top-k in one layer
 RANDOM_SMALLEST = f"{100 * TOP_K / (3 * NUM_EXPERTS) + 0.01:.2f}%"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy in memory where there is one: small caches read 10 GB here, and a slow disk adds nothing to the proof."""
-    shared_memory = Path("/dev/shm")
-    if not os.access(shared_memory, os.W_OK) or shutil.disk_usage(shared_memory).free < 2**27:
-        yield DEMO
-        return
-    copy = Path(tempfile.mkdtemp(prefix="moesaic-identity-", dir=shared_memory))
-    try:
-        yield shutil.copytree(DEMO, copy, dirs_exist_ok=True)
-    finally:
-        shutil.rmtree(copy)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +10,11 @@ from identity import Case, Reference, assert_identical, demo_cases, engine_parts
 from model_builders import DEMO, NUM_EXPERTS, TOP_K, build_checkpoint
 from tokenizers import Tokenizer
 
-from cluster.config import ExpertsConfig
+from cluster.config_sections import ExpertsConfig
 from cluster.model_info import load_model_info
 from cluster.types import Tier
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 TINY_SMALLEST = f"{100 * TOP_K / (3 * NUM_EXPERTS) + 0.01:.2f}%"  # one token's top-k in one layer
 PAIRS = [
@@ -31,28 +27,6 @@ PAIRS = [
     ("moesaic", "none"),
     ("moesaic", "moesaic"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy in memory where there is one: small caches read gigabytes here."""
-    shared_memory = Path("/dev/shm")
-    if not os.access(shared_memory, os.W_OK) or shutil.disk_usage(shared_memory).free < 2**27:
-        yield DEMO
-        return
-    copy = Path(tempfile.mkdtemp(prefix="moesaic-identity-", dir=shared_memory))
-    try:
-        yield shutil.copytree(DEMO, copy, dirs_exist_ok=True)
-    finally:
-        shutil.rmtree(copy)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from identity import Case, demo_cases, engine_parts, generate_greedy, greedy
 from model_builders import DEMO
 from tokenizers import Tokenizer
@@ -15,15 +12,7 @@ from actors.experts.memory.disk import DiskLink
 from cluster.errors import ExpertReadError
 from cluster.types import ExpertId, GenerationRequest, RequestId
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from actors.token_stream import StreamAddress, TokenInbox, TokenOutbox
-from cluster.errors import Overloaded, Unavailable
+import actors.token_outbox as token_outbox
+from actors.engine.progress import Progress
+from actors.token_inbox import TokenInbox
+from actors.token_outbox import TokenOutbox
+from actors.token_stream import StreamAddress
+from cluster.errors import Overloaded, Unavailable, WorkerLost
 from cluster.types import FinishReason, GenerationRequest, RequestId, SamplingParams, TokenChunk
 
 DEADLINE_S = 10.0
@@ -22,6 +26,7 @@ class Source:
         self.ticks: dict[RequestId, asyncio.Queue[int]] = {}
         self.ended: list[RequestId] = []
         self.error: Exception | None = None
+        self.progress = Progress()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenChunk]:
         ticks = self.ticks[request.request_id] = asyncio.Queue()
@@ -48,16 +53,18 @@ def _run(test: Callable[[TokenInbox, TokenOutbox, Source], Awaitable[None]], sou
     async def run() -> None:
         used = source or Source()
         async with asyncio.timeout(DEADLINE_S):
-            await test(TokenInbox("127.0.0.1"), TokenOutbox("w0", used.generate), used)
+            await test(TokenInbox("127.0.0.1"), TokenOutbox("w0", used.generate, lambda: used.progress), used)
 
     asyncio.run(run())
 
 
 async def _start(inbox: TokenInbox, outbox: TokenOutbox, *names: str) -> None:
+    """Submitted, and the worker has said that it has them."""
     for name in names:
         inbox.open(RequestId(name))
         worker = await outbox.submit(_request(name), await inbox.address())
         await inbox.attach(RequestId(name), worker)
+        assert (await inbox.take(RequestId(name))).token_ids == ()
 
 
 async def _until(condition: Callable[[], bool]) -> None:
@@ -80,11 +87,10 @@ def test_chunks_of_several_sequences_arrive_in_order_and_end() -> None:
 
 
 def test_one_step_is_one_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    import actors.token_stream as token_stream
-
     frames: list[object] = []
-    write = token_stream._write
-    monkeypatch.setattr(token_stream, "_write", lambda writer, value: (frames.append(value), write(writer, value)))
+    write = token_outbox.write_frame
+    monkeypatch.setattr(token_outbox, "write_frame", lambda writer, value: (frames.append(value), write(writer, value)))
+    monkeypatch.setattr(token_outbox, "HEARTBEAT_S", DEADLINE_S)
 
     async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
         names = [f"r{i}" for i in range(8)]
@@ -111,14 +117,12 @@ def test_closing_a_stream_stops_its_sequence_and_no_other() -> None:
     _run(test)
 
 
-def test_a_client_that_left_during_submission_is_stopped_at_its_first_token() -> None:
+def test_a_client_that_left_during_submission_is_stopped_before_its_first_token() -> None:
     async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
         inbox.open(RequestId("a"))
         address = await inbox.address()
         inbox.close(RequestId("a"), abort=True)
         await outbox.submit(_request("a"), address)
-        await _until(lambda: len(source.ticks) == 1)
-        source.tick()
         await _until(lambda: source.ended == ["a"])
 
     _run(test)
@@ -137,14 +141,80 @@ def test_errors_of_the_worker_reach_the_stream() -> None:
     _run(test, source)
 
 
-def test_a_lost_worker_ends_its_streams() -> None:
+def test_a_lost_worker_ends_its_streams_after_what_it_said() -> None:
     async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
         await _start(inbox, outbox, "a")
+        await _until(lambda: len(source.ticks) == 1)
+        source.tick()
+        await _until(lambda: not inbox._mailboxes[RequestId("a")].items.empty())
         for link in outbox._links.values():
             link.writer.transport.abort()
-        with pytest.raises(Unavailable, match="lost"):
+        await _until(lambda: inbox.lost == {"w0"})
+        assert (await inbox.take(RequestId("a"))).token_ids == (0,)
+        with pytest.raises(WorkerLost, match="connection is gone"):
             await inbox.take(RequestId("a"))
         await _until(lambda: source.ended == ["a"])
+
+    _run(test)
+
+
+def test_a_silent_worker_has_lost_its_sequences_and_is_told_so_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_outbox, "HEARTBEAT_S", DEADLINE_S)  # as if its event loop stood still
+    source = Source()
+    source.progress = Progress(silence_s=0.3)
+
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        await _start(inbox, outbox, "a")
+        with pytest.raises(WorkerLost, match="said nothing for"):
+            await inbox.take(RequestId("a"))
+        assert inbox.lost == {"w0"}
+
+        inbox.close(RequestId("a"), abort=True)  # the front end gives the sequence to another worker
+        await _until(lambda: source.ended == ["a"])
+
+    _run(test, source)
+
+
+def test_a_worker_that_says_that_it_stands_still_has_lost_its_sequences() -> None:
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        await _start(inbox, outbox, "a")
+        source.progress = Progress(stalled_s=9.0, allowed_s=2.0)
+        with pytest.raises(WorkerLost, match="no progress for 9"):
+            await inbox.take(RequestId("a"))
+        inbox.open(RequestId("b"))
+        worker = await outbox.submit(_request("b"), await inbox.address())
+        with pytest.raises(Unavailable, match="no progress"):
+            await inbox.attach(RequestId("b"), worker)
+
+        source.progress = Progress()
+        await _until(lambda: not inbox.lost)
+
+    _run(test)
+
+
+def test_a_waiting_worker_with_signs_of_life_keeps_its_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_outbox, "HEARTBEAT_S", 0.1)
+    source = Source()
+    source.progress = Progress(stalled_s=5.0, allowed_s=30.0, silence_s=0.5)
+
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        await _start(inbox, outbox, "a")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(inbox.take(RequestId("a")), 1.2)
+        assert not inbox.lost
+
+    _run(test, source)
+
+
+def test_late_tokens_of_a_sequence_that_another_worker_has_are_nobodys() -> None:
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        await _start(inbox, outbox, "a")
+        await _until(lambda: len(source.ticks) == 1)
+        inbox._mailboxes.pop(RequestId("a"))  # given up, and the abort did not get through
+        inbox.open(RequestId("a+1"))
+        source.tick()
+        await _until(lambda: source.ended == ["a"])
+        assert inbox._mailboxes[RequestId("a+1")].items.empty()
 
     _run(test)
 
@@ -153,14 +223,16 @@ def test_a_lost_front_end_stops_what_streamed_to_it() -> None:
     async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
         await _start(inbox, outbox, "a", "b")
         await _until(lambda: len(source.ticks) == 2)
-        for writer in list(inbox._workers.values()):
-            writer.transport.abort()
+        for peer in list(inbox._peers.values()):
+            peer.writer.transport.abort()
         await _until(lambda: sorted(source.ended) == ["a", "b"])
 
     _run(test)
 
 
-def test_a_stranger_is_not_listened_to() -> None:
+def test_a_stranger_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.token_inbox.CONNECT_TIMEOUT_S", 0.5)
+
     async def test(inbox: TokenInbox, outbox: TokenOutbox, _: Source) -> None:
         address = await inbox.address()
         inbox.open(RequestId("a"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,9 @@ from actors.convert.safetensors_files import PlannedTensor, order_loose_tensors,
 from actors.convert.widen import widen_checkpoint
 from cluster.errors import CheckpointError, ConfigError
 
-pytestmark = pytest.mark.slow  # transformers' models take seconds to import
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # transformers' models take seconds to import
 
 DEMO = Path(__file__).parents[2] / "models" / "moesaic-demo"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny: more threads only wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _save_tiny(path: Path, model_type: str, **changes: Any) -> None:

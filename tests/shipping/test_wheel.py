@@ -8,16 +8,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from dockerfile import copy_sources
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_finds_its_embedded_model_away_from_the_checkout(tmp_path: Path) -> None:
-    wheels, prefix, elsewhere = tmp_path / "wheels", tmp_path / "prefix", tmp_path / "elsewhere"
+    source, wheels, prefix, elsewhere = (tmp_path / n for n in ("source", "wheels", "prefix", "elsewhere"))
+    source.mkdir()
+    copy_sources(source)  # what the image is built from is enough
     elsewhere.mkdir()
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), str(REPOSITORY)], check=True, timeout=280)
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(wheels), str(source)], check=True, timeout=280)
     (wheel,) = wheels.glob("moesaic-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     subprocess.run(

@@ -14,6 +14,7 @@ from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.links import Link
 from actors.experts.memory.residents import Residents
 from actors.experts.memory.transfers import Transfer, TransferQueue
+from cluster.errors import ExpertReadError
 
 
 class Stage:
@@ -21,7 +22,7 @@ class Stage:
 
     links: in the order of preference. below: the stage that its link reads from, if that is an arena. priority: [N],
     what is wanted ahead. may_prefetch: whether loads ahead may begin now. fills_up: free slots take what is worth most,
-    wanted or not.
+    wanted or not. failed: loads ahead that ended in an error; not tried again until something else is wanted.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Stage:
         self.below = below
         self.fills_up = fills_up
         self.priority: np.ndarray | None = None
+        self.failed: dict[int, ExpertReadError] = {}
         self.may_prefetch: Callable[[], bool] = lambda: True
         self._counters, self._done = counters, done
         self.queue = TransferQueue(
@@ -86,6 +88,7 @@ class Stage:
     def want(self, priority: np.ndarray | None, *, keeps_begun: bool) -> None:
         """Replace what is wanted ahead. Args: keeps_begun: what is under way may end though nobody wants it now."""
         self.priority = priority
+        self.failed.clear()
         if not keeps_begun:
             for transfer in list(self.queue.transfers.values()):
                 if not transfer.is_demand and (priority is None or priority[transfer.index] <= 0):
@@ -109,6 +112,8 @@ class Stage:
         if not self.may_prefetch():
             return None
         absent = ~(residents.resident | residents.loading)
+        if self.failed:
+            absent[list(self.failed)] = False
         if self.priority is not None:
             is_open = absent & (self.priority > 0) & self._can_come()
             index = int(np.where(is_open, self.priority, 0).argmax())
@@ -153,4 +158,6 @@ class Stage:
             return
         else:
             self.residents.give_back(transfer.slot)
+            if transfer.error is not None and not transfer.is_demand:
+                self.failed[index] = transfer.error
         self._done(self, transfer)

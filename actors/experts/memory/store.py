@@ -21,6 +21,7 @@ from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.demands import Demands
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.emulated import RamLink
+from actors.experts.memory.kept import KeptExperts
 from actors.experts.memory.links import Link
 from actors.experts.memory.remote import RemoteLink
 from actors.experts.memory.residents import Residents
@@ -82,6 +83,7 @@ class ExpertStore:
         else:
             self._host = None
             self._device = stage("device", device, [make(arena) for make in sources], num_threads=io_threads)
+        self.kept = KeptExperts(form, self._stages, self._lock)
         self._demands = Demands(form, self._stages, self._lock, timeout_s=load_timeout_s)
         self._device.may_prefetch = lambda: self._demands.are_there  # a slot is wanted more than a forecast
         for each in self._stages:
@@ -165,6 +167,12 @@ class ExpertStore:
                 below = priority if below is None else below
                 self._host.want(below, keeps_begun=self._host.residents.num_free > 0)
 
+    def rank(self, indices: Sequence[int]) -> None:
+        """Take residents for used in this order: by recency alone the first would leave first."""
+        with self._lock:
+            for stage in self._stages:
+                stage.residents.order.touch(indices)
+
     def load_ahead(self, expert: ExpertId, *, replaces: Callable[[ExpertId], bool]) -> bool:
         """Begin to load one expert that nobody waits for, one at a time; False if there is no room for it.
 
@@ -242,6 +250,13 @@ class ExpertStore:
         """Average time one expert takes into DEVICE, once it is begun and alone."""
         queue = self._device.queue
         return queue.expert_s / queue.num_threads
+
+    def load_s_from(self, tier: Tier) -> float:
+        """Average time one expert takes from a tier into DEVICE, once begun and alone; 0: none came from there."""
+        if self._host is None or tier is Tier.HOST:
+            return self._device.queue.expert_s_from.get(tier, 0.0) / self._device.queue.num_threads
+        below_s = self._host.queue.expert_s_from.get(tier, 0.0) / self._host.queue.num_threads
+        return below_s and below_s + self.load_s()
 
     def load_cpu_s(self) -> float:
         """Average processor time that takes of this process."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from actors.experts.memory.links import Link
 from cluster.errors import ExpertReadError
+from cluster.types import Tier
 
 _RATE = 0.1  # of the newest chunk in the average
 
@@ -51,7 +52,8 @@ class TransferQueue:
     """Threads that bring experts into one arena.
 
     transfers: under way or waiting, by expert, in the order of beginning. expert_s: average time one takes
-    on one thread, expert_cpu_s: processor time of that. demand_s: thread seconds spent on demands since start.
+    on one thread, expert_s_from: of those that came from a tier, expert_cpu_s: processor time of that. demand_s: thread
+    seconds spent on demands since start.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class TransferQueue:
         self.num_threads = num_threads
         self.transfers: dict[int, Transfer] = {}
         self.expert_s = self.expert_cpu_s = 0.0
+        self.expert_s_from: dict[Tier, float] = {}
         self.demand_s = 0.0
         self.bytes_per_s = bytes_per_s
         self._free_at_s = self._woken_s = time.perf_counter()
@@ -172,7 +175,10 @@ class TransferQueue:
             transfer.landed += 1
             transfer.error = transfer.error or error
             rate = _RATE if self.expert_s else 1.0
-            self.expert_s += rate * (took_s * transfer.num_chunks - self.expert_s)
+            expert_s, tier = took_s * transfer.num_chunks, transfer.link.tier
+            self.expert_s += rate * (expert_s - self.expert_s)
+            before_s = self.expert_s_from.setdefault(tier, expert_s)
+            self.expert_s_from[tier] = before_s + _RATE * (expert_s - before_s)
             self.expert_cpu_s += rate * (cpu_s * transfer.num_chunks - self.expert_cpu_s)
             self.demand_s += took_s if transfer.is_demand else 0.0
             self._moved(transfer, num_bytes)

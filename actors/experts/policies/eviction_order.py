@@ -11,6 +11,8 @@ import numpy as np
 
 from actors.experts.policies.base import Scorer
 
+_KEPT = 1e12  # above any score, and small enough that scores still tell the kept apart
+
 
 class EvictionOrder:
     """The residents of one memory, by the scores of one policy."""
@@ -18,7 +20,8 @@ class EvictionOrder:
     def __init__(self, scorer: Scorer, size: int) -> None:
         """Args: size: experts of the grid."""
         self._scorer = scorer
-        self._bar = np.full(size, np.inf)  # 0 for residents
+        self._bar = np.full(size, np.inf)  # for residents 0, or _KEPT
+        self._kept = np.zeros(size)
         self._last_use = np.zeros(size, dtype=np.int64)
         self._clock = 0
 
@@ -29,12 +32,17 @@ class EvictionOrder:
 
     def on_insert(self, index: int) -> None:
         """An expert became resident."""
-        self._bar[index] = 0.0
+        self._bar[index] = self._kept[index]
         self.touch((index,))
 
     def on_evict(self, index: int) -> None:
         """An expert left."""
         self._bar[index] = np.inf
+
+    def keep(self, kept: np.ndarray) -> None:
+        """From now on these leave after all others. Args: kept: [N] bool."""
+        self._kept = np.where(kept, _KEPT, 0.0)
+        np.copyto(self._bar, self._kept, where=self._bar < np.inf)
 
     def touch(self, indices: Iterable[int]) -> None:
         """Residents are used, in this order, and the scorer is told by somebody else."""

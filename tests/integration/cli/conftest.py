@@ -95,6 +95,26 @@ LAYER = {
 }
 CLUSTER = {"layers": [{"layer": 0, "activations": {"prefill": [3000] + [0] * 7, "decode": [1] * 8}}], "degraded": None}
 
+SCHEDULER = {
+    "uptime_s": 90.4,
+    "routing": "semantic",
+    "placement_mode": "auto",
+    "workers": [{"worker_id": "w0"}],
+    "hosts": [{"host_id": "host-0-1"}],
+    "knowledge": {"version": 5, "num_clusters": 16, "age_s": 3.0, "mutual_information": 0.1234, "support": 900.0},
+    "placement": {
+        "epoch": 3,
+        "num_plans": 7,
+        "num_migrations": 2,
+        "bytes_moved": 3 * 2**20,
+        "balance": 1.25,
+        "reason": "the hosts are level",
+        "migration": "",
+    },
+    "drains": [{"node_id": "0123456789abcdef", "is_empty": False, "left": ["expert host 0: 12 experts"]}],
+    "degraded": [],
+}
+
 
 @dataclass
 class FakeServer:
@@ -117,6 +137,9 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             fake.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if self.path in fake.pages and fake.error is None:
+                self._send(200, fake.pages[self.path])
+                return
             if fake.error is not None:
                 self._send(fake.error[0], {"error": {"message": fake.error[1]}})
                 return
@@ -154,6 +177,7 @@ def server() -> Iterator[FakeServer]:
             "/status": {"workers": [WORKER], "draining": False},
             "/ready": {"status": "ready"},
             "/experts": {"workers": [{"id": "w0", "layers": [LAYER]}], "hosts": [], "cluster": CLUSTER},
+            "/scheduler": SCHEDULER,
         }
     )
     http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 from live_server import free_port
 
-from cluster.config import FrontendConfig, GrpcConfig
+from cluster.config_sections import FrontendConfig, GrpcConfig
 from cluster.errors import ConfigError, Overloaded
 from cluster.frontend.grpc_server import SERVICES, GrpcServer
 from cluster.rpc import cluster_pb2, cluster_pb2_grpc

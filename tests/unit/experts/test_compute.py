@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -13,15 +11,9 @@ from torch import Tensor
 from actors.experts.compute import ExpertCompute, KernelPlan
 from actors.kernels.native import NativeKernels, load_native
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN, INTERMEDIATE = 48, 32
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -18,15 +16,9 @@ from actors.experts.memory.store import ExpertStore
 from actors.experts.recorder import ActivationRecorder
 from actors.kernels.native import load_native
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_EXPERTS, TOP_K = 8, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

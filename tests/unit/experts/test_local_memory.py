@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import hypothesis.strategies as st
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
+from actors.experts.dispatch import ExpertWork
 from actors.experts.local_memory import LocalMemory
 from actors.experts.memory.links import Link
 from actors.experts.memory.store import ExpertStore
@@ -197,6 +199,9 @@ def test_close_waits_for_a_load_ahead(experts: ExpertFile) -> None:
     store, reads = _held_store(experts, 2)
     reads.gate.clear()
     store.load_ahead(ExpertId(0, 0), replaces=lambda _: False)
+    deadline_s = time.monotonic() + 10
+    while not reads.loads and time.monotonic() < deadline_s:
+        time.sleep(0.001)
     _release_later(reads)
 
     store.close()
@@ -221,7 +226,9 @@ class Memory:
         self.local = LocalMemory(backend, fallback, self.recorder)
 
     def use(self, layer: int, expert: int, times: int) -> None:
-        self.recorder.record(layer, torch.full((times, 1), expert), times)
+        ids = torch.full((times, 1), expert)
+        self.recorder.record(ExpertWork(layer, torch.empty(times, 1), ids, torch.ones(times, 1)), times, times)
+        self.recorder.settle()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from actors.experts.dispatch import ExpertWork, LocalDispatcher
 from actors.experts.recorder import ActivationRecorder
 from actors.kernels.native import load_native
 from cluster.errors import ExpertReadError
+from cluster.scheduler.plan import Placement
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +143,92 @@ def test_replicas_are_asked_before_the_checkpoint(
 
     out = worker.dispatcher.start(work, 4, 0)()
 
-    assert torch.equal(out, _local(everything, work, 4))
-    assert (len(hosts[0].computed), len(hosts[1].computed)) == (0, 1)
+    torch.testing.assert_close(out, _local(everything, work, 4), rtol=1e-5, atol=1e-6)
+    assert (len(hosts[0].computed), len(hosts[1].computed)) == (0, 2), "its own part, and that of the other"
     counters = worker.dispatcher.counters
     assert (counters.redispatched, counters.fallbacks, worker.links.num_lost) == (1, 0, 1)
+
+
+def test_host_that_is_slow_is_not_waited_for_and_not_lost(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS), range(NUM_EXPERTS))
+    worker = make_worker(hosts)
+    slow, quick = hosts
+    slow.faults.append("slow")
+    slow.is_slow = True
+    work = _work(4)
+
+    first = worker.dispatcher.start(work, 4, 0)()
+    second = worker.dispatcher.start(work, 4, 0)()
+
+    for out in (first, second):
+        torch.testing.assert_close(out, _local(everything, work, 4), rtol=1e-5, atol=1e-6)
+    assert len(slow.received) == 1, "nothing more is asked of it while it owes an answer"
+    assert len(quick.computed) == 3
+    counters = worker.dispatcher.counters
+    assert (counters.hedged, counters.redispatched, counters.fallbacks) == (1, 1, 0)
+    assert (worker.links.num_lost, worker.links.is_complete) == (0, False)
+    assert "host 0 is slow" in worker.links.degraded[0]
+
+    slow.is_slow = False  # the late answer has come: it is dropped, and the host is as good as before
+    torch.testing.assert_close(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4), rtol=1e-5, atol=1e-6)
+    assert (len(slow.received), worker.links.degraded, counters.hedged) == (2, (), 1)
+    assert worker.nothing_waits()
+
+
+def test_slow_host_without_replicas_is_computed_for_here_and_given_up_in_the_end(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, range(NUM_EXPERTS))
+    hosts[0].faults.append("slow")
+    hosts[0].is_slow = True
+    worker = make_worker(hosts)
+    work = _work(4)
+
+    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
+    assert (worker.dispatcher.counters.hedged, worker.links.num_lost) == (1, 0)
+    worker.links.now_s += 10.0  # longer than a host may take for a layer
+    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
+
+    assert worker.links.num_lost == 1
+    assert worker.links.is_complete, "connected anew"
+
+
+def test_placement_is_followed_host_by_host_and_back_to_a_host_that_is_behind(
+    everything: ExpertBackend, make_worker: Callable[..., Worker]
+) -> None:
+    hosts = _hosts(everything, [0, 1, 2], [3, 4, 5])
+    worker = make_worker(hosts)
+    hosts[1].epoch = 2  # the other one has just been started anew
+    work = _work(8)
+
+    worker.links.set_placement(Placement(epoch=2, hosts={0: {LAYER: (3, 4, 5)}, 1: {LAYER: (0, 1, 2)}}))
+    out = worker.dispatcher.start(work, 8, 0)()
+
+    torch.testing.assert_close(out, _local(everything, work, 8), rtol=1e-5, atol=1e-6)
+    assert worker.links.epoch == 2
+    assert [frame.epoch for frame in hosts[0].received] == [2, 1], "asked again at the epoch that it is at"
+    assert [frame.epoch for frame in hosts[1].received] == [2]
+    asked = {host.index: set(host.computed[-1].expert_ids.flatten().tolist()) - {NUM_EXPERTS} for host in hosts}
+    assert asked[0] <= {3, 4, 5} and asked[1] <= {0, 1, 2}, "by the placement, not by what they said at first"
+    assert (worker.links.num_lost, worker.dispatcher.counters.fallbacks) == (0, 0)
+
+
+def test_hosts_join_and_leave_with_the_placement(everything: ExpertBackend, make_worker: Callable[..., Worker]) -> None:
+    hosts = _hosts(everything, [0, 1, 2], [3, 4, 5], [])
+    worker = make_worker(hosts[:2])
+    worker.links.hosts = hosts
+    hosts[0].epoch = hosts[2].epoch = 2
+    work = _work(8)
+
+    worker.links.set_placement(Placement(epoch=2, hosts={0: {LAYER: (0, 1, 2)}, 2: {LAYER: (3, 4, 5)}}))
+    worker.links.connect_due()
+    out = worker.dispatcher.start(work, 8, 0)()
+
+    torch.testing.assert_close(out, _local(everything, work, 8), rtol=1e-5, atol=1e-6)
+    assert [len(host.received) for host in hosts] == [1, 0, 1]
+    assert (worker.links.is_complete, worker.links.num_lost, worker.links.carriers) == (True, 0, ("memory",) * 2)
 
 
 def test_host_that_fails_every_time_costs_bounded_attempts_and_no_request(

@@ -94,7 +94,7 @@ def test_frame_of_another_plan_is_refused_with_the_plan_of_the_host() -> None:
     pool, answers = _pool(), dict[int, Answer]()
     pool.add(_task(0, answers))
     pool.add(_task(1, answers))
-    pool.epoch = 2
+    pool.set_epochs(2, (2,))
     pool.add(_task(2, answers, epoch=2))
 
     assert _taken(pool) == [2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -36,15 +35,10 @@ FORMS = {
 }
 ISA_LIMITS = (0, 3, 1)  # this machine's best, AVX2 at most, portable
 
-pytestmark = pytest.mark.skipif(load_native() is None, reason="the compiled kernels were not built")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(load_native() is None, reason="the compiled kernels were not built"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")

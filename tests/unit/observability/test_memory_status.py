@@ -15,7 +15,7 @@ from actors.experts.memory.counters import CALIBRATION_BINS, MemoryCounters
 from actors.experts.memory.report import layers_report
 from actors.experts.memory.store import ExpertStore
 from actors.worker_report import calibration, memory_status
-from cluster.config import ExpertsConfig
+from cluster.config_sections import ExpertsConfig
 from cluster.types import CalibrationBin, Tier
 
 NUM_EXPERTS, SLOTS, HOST_SLOTS = 6, 3, 5

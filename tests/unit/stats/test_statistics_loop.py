@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from fakes import MEMORY
 
 from actors.statistics_loop import StatisticsLoop
+from cluster.semantics.statistics import COUNT, ExpertStatistics, no_statistics
 from cluster.stats.activation_counts import Counts, Deltas
 from cluster.stats.fallback_store import FallbackStore
 from cluster.stats.memory_store import MemoryStore
@@ -25,6 +27,7 @@ class _Store(MemoryStore):
         super().__init__()
         self.away: str | None = None
         self.added: list[Deltas] = []
+        self.num_statistics = 0
         self.called = threading.Event()
 
     @property
@@ -43,6 +46,15 @@ class _Store(MemoryStore):
         self.added.append(deltas)
         super().add_activations(fingerprint, deltas)
 
+    def add_statistics(
+        self, fingerprint: str, delta: ExpertStatistics, prompts: Sequence[bytes], *, half_life_s: float
+    ) -> None:
+        self.called.set()
+        if self.away:
+            raise ConnectionError(self.away)
+        self.num_statistics += 1
+        super().add_statistics(fingerprint, delta, prompts, half_life_s=half_life_s)
+
     def wait_for_calls(self, number: int = 2) -> None:
         """With two, a flush began after this was called and has ended."""
         for _ in range(number):
@@ -50,14 +62,24 @@ class _Store(MemoryStore):
             assert self.called.wait(DEADLINE_S)
 
 
-def _counts() -> dict[int, np.ndarray]:
-    return {layer: np.zeros((2, 4), dtype=np.int64) for layer in (0, 7)}
+class _Recorded:
+    """What a recorder has; grows when a test says so."""
+
+    def __init__(self) -> None:
+        self.counts = {layer: np.zeros((2, 4), dtype=np.int64) for layer in (0, 7)}
+        self.statistics = no_statistics(0, 0, (0, 7), 4)
+        self.prompts: list[bytes] = []
+
+    def drain_prompts(self) -> list[bytes]:
+        prompts, self.prompts = self.prompts, []
+        return prompts
 
 
 def test_only_what_changed_goes_out_and_once() -> None:
-    counts, store = _counts(), _Store()
+    recorded, store = _Recorded(), _Store()
+    counts = recorded.counts
     loop = StatisticsLoop(store, "f", interval_s=0.005)
-    loop.start(counts)
+    loop.start(recorded)
     counts[7][0] += (0, 5, 0, 0)
     store.wait_for_calls()
     counts[7][1] += (0, 1, 0, 2)
@@ -75,9 +97,10 @@ def test_only_what_changed_goes_out_and_once() -> None:
 def test_counts_of_the_time_away_arrive_later(
     wrap: Callable[[_Store], _Store | FallbackStore], caplog: pytest.LogCaptureFixture
 ) -> None:
-    counts, store = _counts(), _Store()
+    recorded, store = _Recorded(), _Store()
+    counts = recorded.counts
     loop = StatisticsLoop(wrap(store), "f", interval_s=0.005)
-    loop.start(counts)
+    loop.start(recorded)
     store.wait_for_calls()
     assert loop.degraded == ()
 
@@ -110,7 +133,7 @@ def test_flushes_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatc
     clock = iter(range(1000))
     monkeypatch.setattr("actors.statistics_loop.time.thread_time", lambda: float(next(clock)))
     waits: list[float] = []
-    counts, store = _counts(), _Store()
+    store = _Store()
     loop = StatisticsLoop(store, "f", interval_s=2.0)
 
     class _Stop:
@@ -118,7 +141,61 @@ def test_flushes_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatc
             waits.append(wait_s)
             return len(waits) == 3
 
+        def set(self) -> None:
+            """Ends by itself."""
+
     monkeypatch.setattr(loop, "_stop", _Stop())
-    loop._run(counts, {layer: np.zeros_like(values) for layer, values in counts.items()})
+    loop.start(_Recorded())
+    loop.stop()
 
     assert waits == [2.0, 200.0, 200.0]
+
+
+def test_statistics_and_prompts_of_the_time_away_arrive_later_and_once() -> None:
+    recorded, store = _Recorded(), _Store()
+    loop = StatisticsLoop(store, "f", interval_s=0.005, half_life_s=1e9)
+    loop.start(recorded)
+    store.away = "gone"
+    recorded.statistics.values[0, 1, 0, 2] += (3, 1.5)
+    recorded.prompts = [b"first", b"second"]
+    store.wait_for_calls()
+    assert store.recent_prompts("f") == []
+
+    store.away = None
+    store.wait_for_calls()
+    recorded.statistics.values[0, 1, 0, 2] += (1, 0.5)
+    loop.stop()
+
+    total = store.statistics("f", 0, half_life_s=1e9)
+    assert total is not None
+    assert total.values[0, 1, 0, 2] == pytest.approx([4, 2])
+    assert total.values[..., COUNT].sum() == pytest.approx(4)
+    assert store.recent_prompts("f") == [b"second", b"first"]
+    assert store.num_statistics <= 3, "nothing new, nothing sent"
+
+
+def test_what_was_counted_by_the_last_clusters_goes_there_and_the_rest_to_the_new() -> None:
+    recorded, store = _Recorded(), _Store()
+    loop = StatisticsLoop(store, "f", interval_s=0.005, half_life_s=1e9)
+    loop.start(recorded)
+    store.wait_for_calls()
+    recorded.statistics.values[0, 1, 0, 2] += (3, 1.5)
+    recorded.statistics = no_statistics(1, 2, (0, 7), 4)
+    recorded.statistics.values[1, 1, 0, 2] += (5, 2.5)
+    loop.stop()
+
+    counts = [store.statistics("f", version, half_life_s=1e9) for version in (0, 1)]
+    assert [None if total is None else total.values[:, 1, 0, 2].tolist() for total in counts] == [
+        [pytest.approx([3, 1.5])],
+        [[0, 0], pytest.approx([5, 2.5]), [0, 0]],
+    ]
+
+
+def test_expert_memory_is_reported_by_its_owner() -> None:
+    store = _Store()
+    loop = StatisticsLoop(store, "f", "w1", interval_s=0.005)
+    loop.start(_Recorded(), lambda: MEMORY)
+    store.wait_for_calls()
+    loop.stop()
+
+    assert store.owners("f") == {"w1": MEMORY}

@@ -1,4 +1,4 @@
-"""Which expert host owns which experts. Pure: no clock, no I/O, no randomness."""
+"""Which host owns which experts while nothing is known of their use."""
 
 from __future__ import annotations
 

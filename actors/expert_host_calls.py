@@ -1,0 +1,94 @@
+"""Calls to expert hosts by their number, from any process of the cluster: bounded in time, several hosts at once.
+
+What migrations and other hosts ask of a host. Light to import: the scheduler has no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from actors.experts.memory.remote import RemoteReadError
+from cluster.scheduler.migration import HostCommand, HostEpochs
+from cluster.types import ExpertId
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_PREFIX = "moesaic-expert-host-"
+_CALL_TIMEOUT_S = 3.0
+
+
+def actor_name(index: int) -> str:
+    """The Ray name of host `index`, in the configured namespace."""
+    return f"{_PREFIX}{index}"
+
+
+def host_indices(namespace: str) -> tuple[int, ...]:
+    """Hosts that there are, also those that are starting or being restarted."""
+    entries: Any = ray.util.list_named_actors(all_namespaces=True)
+    names = [entry["name"] for entry in entries if entry["namespace"] == namespace]
+    return tuple(sorted(int(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX)))
+
+
+class RayHosts:
+    """The hosts of a cluster, as migrations call them (HostsControl); from plain threads."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def indices(self) -> Sequence[int]:
+        return host_indices(self._namespace)
+
+    def epochs(self, indices: Sequence[int]) -> Mapping[int, HostEpochs | None]:
+        return self._answers([(index, "epochs", ()) for index in indices])
+
+    def tell(self, commands: Sequence[HostCommand]) -> Mapping[int, HostEpochs | None]:
+        return self._answers([(command.host, "tell", (command,)) for command in commands])
+
+    def _answers(self, calls: Sequence[tuple[int, str, tuple[object, ...]]]) -> dict[int, HostEpochs | None]:
+        answers: dict[int, HostEpochs | None] = dict.fromkeys((index for index, _, _ in calls), None)
+        pending: dict[ray.ObjectRef, int] = {}
+        for index, method, args in calls:
+            try:
+                host = ray.get_actor(actor_name(index), namespace=self._namespace)
+            except ValueError:  # there is none
+                continue
+            pending[getattr(host, method).remote(*args)] = index
+        if pending:
+            for call in ray.wait(list(pending), num_returns=len(pending), timeout=_CALL_TIMEOUT_S)[0]:
+                try:
+                    answers[pending[call]] = ray.get(call)
+                except RayError:  # it is gone, or still loads
+                    continue
+        return answers
+
+
+class RayPeers:
+    """The other hosts of a cluster, as a host takes experts from them (Peers); bytes go through the object store."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def fetch(self, host: int, form: str, expert: ExpertId, timeout_s: float) -> tuple[np.ndarray, int]:
+        try:
+            call = self._actor(host).expert_bytes.remote(form, expert)
+            answer: Any = ray.get(call, timeout=timeout_s)
+        except (ValueError, RayError) as error:
+            reason = f"expert host {host} did not give expert {expert}: {type(error).__name__}"
+            raise RemoteReadError(f"{reason} (deadline {timeout_s:g} s)") from error
+        return answer
+
+    def checksums(self, host: int, form: str, experts: Sequence[ExpertId]) -> Mapping[ExpertId, int]:
+        try:
+            answer: Any = ray.get(self._actor(host).checksums.remote(form, list(experts)), timeout=_CALL_TIMEOUT_S)
+        except (ValueError, RayError):
+            return {}
+        return answer
+
+    def _actor(self, host: int) -> ActorHandle:
+        return ray.get_actor(actor_name(host), namespace=self._namespace)

@@ -1,0 +1,97 @@
+"""Experts that a memory is to have: fetched ahead of need, and evicted after all others. What a host owns.
+
+Knows stages and experts as indices; who owns what is decided elsewhere (actors/host/owned_experts.py).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from actors.experts.memory.slots import SlotForm
+from actors.experts.memory.stage import Stage
+
+_POLL_S = 2e-3
+
+Result = TypeVar("Result")
+
+
+class KeptExperts:
+    """A view of one store; of experts as flat indices of its grid. May be used from any thread."""
+
+    def __init__(self, form: SlotForm, stages: Sequence[Stage], lock: threading.Lock) -> None:
+        """Args: stages: from the fastest down."""
+        self._form, self._stages, self._lock = form, tuple(stages), lock
+        self._fast = stages[0]
+
+    def keep(self, kept: np.ndarray, priority: np.ndarray) -> None:
+        """Have these from now on. Demands still go first, and find a slot even if it is that of a kept one.
+
+        Args:
+            kept: [N] bool; they leave when nothing else can.
+            priority: [N] float32; what is above 0 is fetched while it is absent, larger first, in the slots of what is
+                wanted less.
+        """
+        with self._lock:
+            for stage in self._stages:
+                stage.residents.order.keep(kept)
+            self._fast.want(priority, keeps_begun=True)
+            absent = (priority > 0) & ~self._fast.residents.resident
+            passing = np.where(absent, priority + priority.max(), priority)  # what is above already may leave below
+            for stage in self._stages[1:]:
+                stage.want(passing, keeps_begun=True)
+
+    def absent(self, indices: Sequence[int]) -> list[int]:
+        """Those that are not in the fast tier."""
+        return [index for index in indices if not self._fast.residents.is_resident[index]]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot of the fast tier holds an expert that is wanted."""
+        residents, priority = self._fast.residents, self._fast.priority
+        return not residents.num_free and priority is not None and bool((priority[residents.resident] > 0).all())
+
+    def wait(self, indices: Sequence[int], timeout_s: float, stopped: threading.Event) -> list[int]:
+        """Wait until these are in the fast tier, or there is no room for the rest; those that are not there."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            with self._lock:  # first: what is fetched meanwhile is seen by the second look
+                is_over = self._is_over(indices)
+            absent = self.absent(indices)
+            if not absent or is_over or time.monotonic() > end_s or stopped.wait(_POLL_S):
+                return absent
+
+    def _is_over(self, indices: Sequence[int]) -> bool:
+        """Whether nothing more comes: no room, or no luck. What only gave way to demands is begun again."""
+        if not all(stage.queue.is_idle for stage in self._stages):
+            return False
+        failed = [index for stage in self._stages for index in stage.failed]
+        if self.is_full or all(self._fast.residents.is_resident[index] or index in failed for index in indices):
+            return True
+        for stage in self._stages:
+            stage.queue.wake()
+        return False
+
+    def failure(self, index: int) -> str | None:
+        """Why an expert could not be fetched since it was last asked for; None: it could, or was not."""
+        with self._lock:
+            errors = (stage.failed.get(index) for stage in self._stages)
+            return next((error.message for error in errors if error is not None), None)
+
+    def read(self, index: int, use: Callable[[memoryview], Result]) -> Result | None:
+        """Look at an expert's bytes where they lie; None if it is not in the fast tier. It stays there meanwhile."""
+        residents = self._fast.residents
+        with self._lock:
+            slot = residents.slot_of(index)
+            if slot is None:
+                return None
+            residents.hold((index,))
+        try:
+            return use(residents.arena.view(slot)[: self._form.slot_bytes])
+        finally:
+            with self._lock:
+                residents.release((index,))

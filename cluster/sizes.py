@@ -1,0 +1,34 @@
+"""Sizes as people write them: bytes, "512MiB", or a percentage of a whole. Pure."""
+
+from __future__ import annotations
+
+import re
+
+AUTO = "auto"
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:I?B)?\s*$", re.IGNORECASE)
+_PERCENT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*$")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from "512MiB", "0.5G" or a plain number; all units are powers of 1024.
+
+    Raises:
+        ValueError: not a size.
+    """
+    match = _SIZE.match(str(text))
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write bytes or a number with K, M, G or T (512MiB)")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def parse_cache_size(text: str | int, *, total_bytes: int) -> int:
+    """Bytes from a size, or from a percentage of `total_bytes`."""
+    match = _PERCENT.match(str(text))
+    return int(total_bytes * float(match.group(1)) / 100) if match else parse_size(text)
+
+
+def is_zero(setting: str) -> bool:
+    """Whether a size or percentage is none at all."""
+    return parse_cache_size(setting, total_bytes=10**6) == 0

@@ -1,0 +1,83 @@
+"""One lazily opened connection pool to Redis, its errors as `ConnectionError`, and the names of keys.
+
+The only file that imports redis.
+"""
+
+# redis-py declares **kwargs without types.
+# pyright: reportUnknownMemberType=false
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    import redis
+
+Argument: TypeAlias = str | bytes | int | float
+
+
+class RedisConnection:
+    """Connects on first use and again by itself after a failure."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        """Raises: ConfigError: `url` is not a Redis URL."""
+        self._client = _connect_lazily(url, timeout_s)
+        kwargs = self._client.connection_pool.connection_kwargs
+        host = kwargs.get("host")
+        self.address = f"redis://{host}:{kwargs.get('port', 6379)}" if host else f"unix://{kwargs.get('path')}"
+
+    def ping(self) -> None:
+        """Return if the server answers, raise `ConnectionError` if not."""
+        with self._translated_errors():
+            self._client.ping()
+
+    def script(self, source: str) -> RedisScript:
+        """A Lua script that is sent by its digest once the server knows it."""
+        return RedisScript(self, self._client.register_script(source))
+
+    def run(self, script: Any, keys: Sequence[str], args: Sequence[Argument]) -> Any:
+        """What the script returns, or ConnectionError."""
+        with self._translated_errors():
+            return script(keys=keys, args=args)
+
+    @contextlib.contextmanager
+    def _translated_errors(self) -> Generator[None]:
+        import redis
+
+        try:
+            yield
+        except redis.RedisError as error:
+            raise ConnectionError(f"{self.address}: {error}") from error
+
+
+class RedisScript:
+    """One atomic step on the server."""
+
+    def __init__(self, connection: RedisConnection, script: Any) -> None:
+        self._connection = connection
+        self._script = script
+
+    def __call__(self, keys: Sequence[str], args: Sequence[Argument] = ()) -> Any:
+        """Run it. Raises: ConnectionError."""
+        return self._connection.run(self._script, keys, args)
+
+
+def key_of(fingerprint: str, kind: str) -> str:
+    """The key of one kind of data of the model `fingerprint`."""
+    return f"moesaic:v2:{fingerprint}:{kind}"
+
+
+def _connect_lazily(url: str, timeout_s: float) -> redis.Redis:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        return redis.Redis.from_url(  # no retry inside: additions are not idempotent, and callers probe later
+            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+        )
+    except ValueError as error:
+        raise ConfigError(f"config field redis.url: {error}") from error

@@ -1,0 +1,109 @@
+"""What one writer leaves for others in Redis: shares of what was learned, owners' reports, states.
+
+Knows scripts; the keys are in redis_store.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import cast
+
+from cluster.protocols import LearnedShare, VersionedState
+from cluster.stats.learned_shares import MAX_SHARES, SHARE_TTL_S, check_size
+from cluster.stats.owner_reports import MAX_OWNERS, OWNER_TTL_S, pack_owner, unpack_owner
+from cluster.stats.redis_connection import RedisConnection, key_of
+from cluster.types import ExpertMemoryStatus
+
+_WEIGHT = struct.Struct("<Q")
+
+# KEYS: entries, times. ARGV: owner, value, most entries, seconds that they live.
+_PUBLISH = """
+local clock = redis.call('TIME')
+local now = clock[1] + clock[2] / 1e6
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('ZADD', KEYS[2], string.format('%.6f', now), ARGV[1])
+local oldest = string.format('%.6f', now - ARGV[4])
+for _, owner in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', oldest)) do
+  redis.call('HDEL', KEYS[1], owner)
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', oldest)
+for _, owner in ipairs(redis.call('ZRANGE', KEYS[2], 0, -1 - ARGV[3])) do
+  redis.call('HDEL', KEYS[1], owner)
+end
+redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -1 - ARGV[3])
+for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, ARGV[4] * 1000) end
+"""
+
+# KEYS: entries, times. ARGV: seconds that entries live. The last published first.
+_PUBLISHED = """
+local clock = redis.call('TIME')
+local oldest = string.format('(%.6f', clock[1] + clock[2] / 1e6 - ARGV[1])
+local found = {}
+for _, owner in ipairs(redis.call('ZREVRANGEBYSCORE', KEYS[2], '+inf', oldest)) do
+  local value = redis.call('HGET', KEYS[1], owner)
+  if value then
+    found[#found + 1] = owner
+    found[#found + 1] = value
+  end
+end
+return found
+"""
+
+# KEYS: state. ARGV: version, state.
+_PUT = """
+local kept = redis.call('HGET', KEYS[1], 'version')
+if kept and tonumber(kept) >= tonumber(ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[1], 'version', ARGV[1], 'state', ARGV[2])
+return 1
+"""
+
+_GET = "return redis.call('HMGET', KEYS[1], 'version', 'state')"
+
+
+class RedisStates:
+    """The part of RedisStore for `publish_learned`, `read_learned`, `report_owner`, `owners` and the states."""
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._publish = connection.script(_PUBLISH)
+        self._published = connection.script(_PUBLISHED)
+        self._put = connection.script(_PUT)
+        self._get = connection.script(_GET)
+
+    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+        """StateStore.publish_learned."""
+        check_size(name, blob)
+        value = _WEIGHT.pack(weight) + blob
+        self._publish(_entry_keys(fingerprint, f"learned:{name}"), [owner, value, MAX_SHARES, int(SHARE_TTL_S)])
+
+    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+        """StateStore.read_learned."""
+        return [
+            LearnedShare(owner, _WEIGHT.unpack_from(value)[0], value[_WEIGHT.size :])
+            for owner, value in self._entries(fingerprint, f"learned:{name}", SHARE_TTL_S)
+        ]
+
+    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
+        """StateStore.report_owner."""
+        self._publish(_entry_keys(fingerprint, "owners"), [owner, pack_owner(status), MAX_OWNERS, int(OWNER_TTL_S)])
+
+    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
+        """StateStore.owners."""
+        entries = self._entries(fingerprint, "owners", OWNER_TTL_S)
+        return {owner: status for owner, value in entries if (status := unpack_owner(value)) is not None}
+
+    def put(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
+        """StateStore.put_state."""
+        return bool(self._put([key_of(fingerprint, f"state:{name}")], [version, blob]))
+
+    def get(self, fingerprint: str, name: str) -> VersionedState | None:
+        """StateStore.get_state."""
+        version, blob = cast("list[bytes | None]", self._get([key_of(fingerprint, f"state:{name}")]))
+        return None if version is None or blob is None else VersionedState(int(version), blob)
+
+    def _entries(self, fingerprint: str, kind: str, ttl_s: float) -> list[tuple[str, bytes]]:
+        found = cast("list[bytes]", self._published(_entry_keys(fingerprint, kind), [int(ttl_s)]))
+        return [(owner.decode(), value) for owner, value in zip(found[::2], found[1::2], strict=True)]
+
+
+def _entry_keys(fingerprint: str, kind: str) -> list[str]:
+    return [key_of(fingerprint, kind), key_of(fingerprint, f"{kind}:times")]
