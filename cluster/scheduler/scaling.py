@@ -190,7 +190,7 @@ def wanted_hosts(current: int, load: HostsLoad | None, rules: ScalingRules) -> i
         return None
     busy = sum(load.busy)
     least, most = _band(busy, current - len(load.busy), rules)
-    holding_all = ceil(load.num_experts / load.capacity) if load.capacity else current
+    holding_all = ceil(load.num_experts / load.capacity) if load.capacity >= 1 else current
     if load.stall_share > _MAX_STALL_SHARE and current < holding_all:
         least = max(least, current + 1)
     if busy > _IDLE_LOAD:
