@@ -60,7 +60,7 @@ class RoutingRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingSettings:
-    """Chosen in replay on other prompts than benchmarks/routing.py reports.
+    """Free settings of a router.
 
     band: share of the best's cost. imbalance: requests of a worker over the mean. exploration: share of requests.
     expected_tokens: what an answer is taken to have at most. block_size: tokens of a KV block. prefix_blocks: how many
