@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness import Report, arguments, progress
-from routing_runs import DOMAIN, Cell, Figures, replay
+from routing_runs import DOMAIN, GROUPS, Cell, Figures, replay
 from routing_shift import recovery
 from routing_traces import Workload, load_workload
 
 RANDOM, LEAST, PREFIX, SEMANTIC = "random", "least-loaded", "prefix-affinity", "semantic"
-ROUTINGS = (RANDOM, LEAST, PREFIX, SEMANTIC, DOMAIN)
+ROUTINGS = (RANDOM, LEAST, PREFIX, SEMANTIC, DOMAIN, GROUPS)
 WANTED = {0.5: 0.75, 0.25: 0.85}  # of random's loads, by cache
 WANTED_WITH_ALL = 0.65
 MOST_LOADED, MOST_REQUESTS, NULL = 1.25, 50, 1.02
@@ -59,7 +59,7 @@ def main() -> int:
 def _cells(*, is_quick: bool) -> list[Cell]:
     if is_quick:
         half = [Cell(routing=routing) for routing in ROUTINGS]
-        quarter = [Cell(cache=0.25, routing=routing) for routing in (RANDOM, LEAST, SEMANTIC)]
+        quarter = [Cell(cache=0.25, routing=routing) for routing in (RANDOM, LEAST, SEMANTIC, GROUPS)]
         return [*half, replace(ALL, loop=False), ALL, *quarter]
     cells: list[Cell] = []
     for cache in (0.5, 0.25):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from routing_groups import FixedGroups, group_domains
 from routing_traces import Workload, fresh
 
 from actors.experts.policies.build import PolicyContext, build_policies
@@ -20,6 +21,7 @@ from cluster.scheduler.routing import RouterState
 
 NUM_WORKERS = 4
 DOMAIN = "true domain"  # the semantic router, told the domain of every prompt and what each domain uses
+GROUPS = "domain groups"  # every domain has its worker, whatever waits there: a bound
 EXPERT_BYTES = 32 * 102_400
 LINK_BYTES_PER_S = 4e9
 CLUSTERS = 16
@@ -84,18 +86,27 @@ def run_stream(
 
     Args: known: requests of which the statistics tell at the beginning.
     """
-    learner = DomainLearner(work.grid, work.past) if cell.routing == DOMAIN else None
+    learner = DomainLearner(work.grid, work.past) if cell.routing in (DOMAIN, GROUPS) else None
     learner = learner or OnlineLearner(work.grid, CLUSTERS, known)
     requests = [
         fresh(template, number, learner.embedding(template.domain) if isinstance(learner, DomainLearner) else None)
         for number, template in enumerate(stream)
     ]
-    router = RouterState("semantic" if cell.routing == DOMAIN else cell.routing, np.random.default_rng(seed))
+    router = _router(cell, work, learner, seed)
     clients = FleetSettings(num_clients=_CLIENTS_PER_SLOT * NUM_WORKERS * cell.concurrent)
     Fleet([_worker(cell, work, index) for index in range(NUM_WORKERS)], router, learner, clients).run(
         requests, until=until
     )
     return requests
+
+
+def _router(cell: Cell, work: Workload, learner: DomainLearner | OnlineLearner, seed: int) -> RouterState:
+    if cell.routing == GROUPS:
+        known = learner.knowledge()
+        assert known is not None, "of the past"
+        uses = known.uses.reshape(len(known.uses), -1)
+        return FixedGroups(group_domains(uses, NUM_WORKERS, int(cell.cache * work.grid.size)))
+    return RouterState("semantic" if cell.routing == DOMAIN else cell.routing, np.random.default_rng(seed))
 
 
 def figures(requests: Sequence[FleetRequest]) -> Figures:
