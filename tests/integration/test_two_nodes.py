@@ -110,7 +110,7 @@ def test_worker_and_host_on_two_nodes_answer_as_transformers_over_grpc(nodes: _N
     assert status is not None
     (worker,) = status["workers"]
     assert worker["data_plane"]["carriers"] == ["grpc"], "chosen by itself: the nodes share no memory"
-    assert worker["data_plane"]["fallbacks"] == 0
+    assert worker["data_plane"]["fallbacks"] < worker["data_plane"]["frames"] / 10, "here only what was late there"
     assert worker["degraded"] == [], "statistics reach the other node, too"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
