@@ -195,6 +195,7 @@ class ExpertHost:
             host_resident=_bits(store.in_host, store.grid.layers) if store and store.host_budget_bytes else b"",
             expert_s=self._costs.expert_s,
             row_s=self._costs.row_s,
+            miss_s=store.miss_s() if store else {},
             num_rows=self._handler.num_rows,
             num_batches=owner.num_batches if owner else 0,
             busy_s=owner.busy_s if owner else 0.0,

@@ -1,6 +1,7 @@
 """Which Serve replicas a request goes to, best first: the pure ranking, and what to do where it says nothing.
 
-The ranking knows workers that reported; Serve knows replicas. A replica without a report, one that the ranking left out
+The ranking knows workers that reported; Serve knows replicas. One without a report has just come: it is taken for idle
+but for what was sent to it, so it gets its share at once, after idle ones that are known. One that the ranking left out
 and one that the request avoids come last, in that order: somebody must always be asked, for only a worker's own
 admission refuses a request with a reason. Knows reports and requests; knows no Ray.
 """
@@ -33,6 +34,7 @@ class WorkerChoice:
         self._knowledge: Knowledge | None = None
         self._reported: frozenset[str] = frozenset()
         self._num_sent: dict[str, int] = {}
+        self._num_sent_unknown: dict[str, int] = {}  # to replicas that have not reported
         self._described: tuple[GenerationRequest, RoutingRequest] | None = None  # of the last request
 
     def update(self, view: RoutingView, now_s: float) -> None:
@@ -45,6 +47,7 @@ class WorkerChoice:
         if not view.workers and self._reported:
             return
         self._reported = frozenset(report.replica_id for report, _ in view.workers)
+        self._num_sent_unknown = {r: n for r, n in self._num_sent_unknown.items() if r not in self._reported}
         self._state.update(replace(view, knowledge=self._knowledge), now_s)
 
     def order(self, replica_ids: Sequence[str], request: GenerationRequest | None) -> list[str]:
@@ -56,19 +59,24 @@ class WorkerChoice:
         ranked = self._ranked(request)
         place = {replica_id: i for i, replica_id in enumerate(ranked)}
         avoided = frozenset(request.avoid)
+        fewest = self._fewest_open(ranked)
         # The sort is stable: replicas of which nothing is known take turns, equal ones in random order.
         turns = self._random.sample(replica_ids, len(replica_ids))
         turns.sort(key=lambda replica_id: self._num_sent.get(replica_id, 0))
         last = len(place)
 
-        def key(replica_id: str) -> tuple[bool, int, bool]:
-            return replica_id in avoided, place.get(replica_id, last), replica_id not in self._reported
+        def key(replica_id: str) -> tuple[bool, bool, int, bool]:
+            is_unknown = replica_id not in self._reported
+            is_idle_newcomer = is_unknown and self._num_sent_unknown.get(replica_id, 0) < fewest
+            return replica_id in avoided, not is_idle_newcomer, place.get(replica_id, last), is_unknown
 
         return sorted(turns, key=key)
 
     def note_sent(self, replica_id: str, request: GenerationRequest, now_s: float) -> None:
         """The request was taken there."""
         self._num_sent[replica_id] = self._num_sent.get(replica_id, 0) + 1
+        if replica_id not in self._reported:
+            self._num_sent_unknown[replica_id] = self._num_sent_unknown.get(replica_id, 0) + 1
         if self._reported:
             self._state.note_sent(replica_id, self._description(request), now_s)
 
@@ -77,6 +85,13 @@ class WorkerChoice:
         fewest = min(self._num_sent.values(), default=0)
         # A new one starts level with the others, or it would get everything until it has caught up.
         self._num_sent = {replica_id: self._num_sent.get(replica_id, fewest) for replica_id in replica_ids}
+
+    def _fewest_open(self, ranked: Sequence[str]) -> float:
+        """Requests of the best of those that are known; of any of them if none could be ranked."""
+        open_ = self._state.num_open()
+        if ranked:
+            return open_[ranked[0]]
+        return min(open_.values(), default=0.0)
 
     def _ranked(self, request: GenerationRequest) -> list[str]:
         if not self._reported:

@@ -117,13 +117,13 @@ class WorkerExchange:
 
 def _miss_s(parts: EngineParts, store: ExpertStore | None) -> dict[Tier, float]:
     """What one expert that is not in the fast tier costs, by where it comes from; only what was measured."""
-    costs = {tier: store.load_s_from(tier) for tier in (Tier.HOST, Tier.REMOTE, Tier.DISK)} if store else {}
+    costs = store.miss_s() if store else {}
     dispatcher = parts.dispatcher
     if isinstance(dispatcher, HostDispatcher) and dispatcher.counters.rows:
         # A row waits for its host as a whole: its share of an expert is a k-th of that.
         counters = dispatcher.counters
         costs[Tier.REMOTE] = counters.wait_s / counters.layers / parts.top_k
-    return {tier: cost_s for tier, cost_s in costs.items() if cost_s > 0}
+    return costs
 
 
 def _bits(rows: Sequence[np.ndarray]) -> bytes:

@@ -1,4 +1,4 @@
-"""What a failure costs: three nodes under steady load, and one thing after the other killed, cut off and healed.
+"""What a failure costs: three nodes under steady load, and one thing after the other killed, drained, cut off, healed.
 
 deploy/three_nodes.py makes the cluster (root, iproute2). Greedy float32 streams go through the HTTP and gRPC front ends
 of all nodes; every token is compared with those of transformers. A stream may fail only if its own front end or that
@@ -20,7 +20,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 from drill_load import Case, Door, DoorWatch, SteadyLoad
 from harness import DEMO, REPOSITORY, Report, arguments, one_thread, progress, prompts_of_domains
 
@@ -216,6 +218,30 @@ async def _cut_node(nodes: ThreeNodes) -> set[Door]:
     return _doors_of(nodes, node)
 
 
+async def _drain_node(nodes: ThreeNodes) -> set[Door]:
+    """Empty a node as an operator does: its experts move to the other hosts while serving."""
+    node = _find(nodes, "AttentionWorker")[0]
+    answer = await _post_drain(nodes, node, undo=False)
+    end_s = time.monotonic() + _RECOVERY_TIMEOUT_S
+    while not answer["is_empty"] and time.monotonic() < end_s:
+        await asyncio.sleep(1.0)
+        answer = await _post_drain(nodes, node, undo=False)
+    progress(f"  node {node} drained: empty {answer['is_empty']}, left {answer['left']}; epoch {_epoch(nodes)}")
+    return set()
+
+
+async def _use_again(nodes: ThreeNodes) -> None:
+    for node in range(1, NUM_NODES + 1):
+        await _post_drain(nodes, node, undo=True)
+
+
+async def _post_drain(nodes: ThreeNodes, node: int, *, undo: bool) -> dict[str, Any]:
+    body = {"node": nodes.cluster.node_ip(node), "undo": undo}
+    async with httpx.AsyncClient(trust_env=False, timeout=20) as client:
+        answer = await client.post(f"{nodes.url(1)}/drain", json=body)
+    return answer.raise_for_status().json()
+
+
 async def _join_nodes(nodes: ThreeNodes) -> None:
     """Start again what has gone, as Kubernetes does."""
     for node in range(2, NUM_NODES + 1):
@@ -232,6 +258,7 @@ FAULTS = (
     Fault("HTTP front end killed", _kill_process("ServeReplica", "HttpIngress")),
     Fault("gRPC front end killed", _kill_process("GrpcGateway")),
     Fault("HTTP proxy killed", _kill_process("ProxyActor")),
+    Fault("node drained and used again", _drain_node, _use_again),
     Fault("node partitioned and healed", _cut_node, _join_nodes),
     Fault("node killed", _kill_node, _join_nodes),
 )

@@ -48,6 +48,7 @@ def placement_inputs(
             host_capacity=report.host_capacity,
             expert_s=report.expert_s,
             row_s=report.row_s,
+            miss_s=report.miss_s,
             is_draining=roster.is_leaving(report),
         )
         for report, _ in roster.hosts(now_s)

@@ -9,8 +9,7 @@ Nothing is remembered but the published placement and the one being prepared: co
 They are repeated until they show, and a repeated one does nothing. So a lost answer, a host that starts anew, a
 newcomer and a scheduler that starts anew are all the same case: a host that is not yet where it should be.
 
-Where memory is tight one epoch is not enough: `stages` splits the way so that a host never has to hold more than it
-can, and no expert is ever without a live owner.
+Where memory is tight one epoch is not enough: the way is split into stages (cluster/scheduler/stages.py).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from cluster.scheduler.plan import Placement
+from cluster.scheduler.stages import experts_of, stages
 from cluster.types import ExpertId
 
 _LOST_AFTER_S = 5.0  # a host that says nothing for so long is not waited for
@@ -272,83 +272,6 @@ class Migration:
 
     def _is_lost(self, index: int, now_s: float) -> bool:
         return now_s - self._heard_s.setdefault(index, now_s) > _LOST_AFTER_S
-
-
-def stages(
-    current: Placement, target: Placement, capacities: Mapping[int, int], *, live: Sequence[int]
-) -> tuple[Placement, ...]:
-    """Placements on the way to `target`, the last of which is `target` or as near as memory allows; epochs are 0.
-
-    A host holds an epoch and the next one at the same time, so what it gains in a stage has to fit beside what it has.
-    What has to leave first goes to its new owner first, if need be to any host with room: every expert that a live host
-    owns in `current` is owned in every stage. A host that owns more than it holds is a cache: its room is what it owns.
-
-    Args: capacities: experts that a host holds; one not named holds what it is given. live: hosts whose experts count.
-    """
-    hosts = sorted({*current.hosts, *target.hosts})
-    goal = {host: experts_of(target, host) for host in hosts}
-    owned = {host: experts_of(current, host) if host in live else set[ExpertId]() for host in hosts}
-    room = {host: max(capacities.get(host, 0), len(owned[host]), len(goal[host])) for host in hosts}
-    for host in set(hosts) - set(capacities):
-        room[host] = len(owned[host] | goal[host])
-    result: list[Placement] = []
-    while owned != goal:
-        following = _gained(owned, goal, room)
-        if following == owned:
-            following = _parked(owned, goal, room)
-        if following == owned:  # no room anywhere: experts would have to trade places
-            break
-        owned = following
-        result.append(_placement({host: experts for host, experts in owned.items() if experts or host in target.hosts}))
-    return tuple(result)
-
-
-def experts_of(placement: Placement, host: int) -> set[ExpertId]:
-    """What a host owns."""
-    return {ExpertId(layer, expert) for layer, ids in placement.hosts.get(host, {}).items() for expert in ids}
-
-
-_Owned = dict[int, set[ExpertId]]
-
-
-def _gained(owned: _Owned, goal: _Owned, room: Mapping[int, int]) -> _Owned:
-    """Every host gets of its goal what there is room for; what is not its goal goes once it is elsewhere."""
-    held = set[ExpertId]().union(*owned.values())
-    following: _Owned = {}
-    for host, experts in owned.items():
-        missing = sorted(goal[host] - experts, key=lambda expert: (expert in held, expert))  # without an owner: first
-        following[host] = experts | set(missing[: room[host] - len(experts)])
-    settled = {expert for host, experts in following.items() for expert in experts & goal[host]}
-    kept = set[ExpertId]()
-    for host, experts in following.items():
-        others = experts - goal[host]
-        experts -= {expert for expert in others if expert in settled or expert in kept}
-        kept |= experts - goal[host]
-    return following
-
-
-def _parked(owned: _Owned, goal: _Owned, room: Mapping[int, int]) -> _Owned:
-    """Hosts that are full of what others are to have give one expert each to a host that has room."""
-    following = {host: set(experts) for host, experts in owned.items()}
-    free = {host: room[host] - len(experts) for host, experts in owned.items()}
-    for host, experts in owned.items():
-        place = max(free, key=lambda each: (free[each], -each))
-        if free[place] > 0 and free[host] == 0 and goal[host] - experts and experts - goal[host]:
-            expert = min(experts - goal[host])
-            following[host].discard(expert)
-            following[place].add(expert)
-            free[place] -= 1
-    return following
-
-
-def _placement(owned: Mapping[int, set[ExpertId]]) -> Placement:
-    hosts: dict[int, dict[int, tuple[int, ...]]] = {}
-    for host, experts in owned.items():
-        layers: dict[int, list[int]] = {}
-        for layer, expert in sorted(experts):
-            layers.setdefault(layer, []).append(expert)
-        hosts[host] = {layer: tuple(ids) for layer, ids in layers.items()}
-    return Placement(epoch=0, hosts=hosts)
 
 
 def _num_gained(placements: Sequence[Placement]) -> int:

@@ -148,6 +148,10 @@ class RouterState:
         if place is not None:
             self._sent.add(place, replica_id, Sent(now_s, -1, 0, None))
 
+    def num_open(self) -> dict[str, float]:
+        """Requests that each worker has, as far as is known."""
+        return dict(zip(self._table.replica_ids, self._open().tolist(), strict=True))
+
     def _mix_of(self, report: WorkerReport) -> RequestMix:
         """What a worker's requests use: as it reports, with what was sent since; else as this router remembers."""
         if not report.mix:

@@ -21,8 +21,9 @@ from actors.expert_host import ExpertHost
 from actors.experts.remote_dispatch import HostDispatcher
 from actors.migration import MigrationRunner
 from cluster.frontend.tokenizer import Tokenizer
-from cluster.scheduler.migration import CommandKind, MigrationPhase, experts_of
+from cluster.scheduler.migration import CommandKind, MigrationPhase
 from cluster.scheduler.plan import Placement
+from cluster.scheduler.stages import experts_of
 from cluster.types import ExpertId, GenerationRequest, RequestId
 
 

@@ -258,6 +258,11 @@ class ExpertStore:
         below_s = self._host.queue.expert_s_from.get(tier, 0.0) / self._host.queue.num_threads
         return below_s and below_s + self.load_s()
 
+    def miss_s(self) -> dict[Tier, float]:
+        """`load_s_from` of the tiers that something came from."""
+        costs = {tier: self.load_s_from(tier) for tier in (Tier.HOST, Tier.REMOTE, Tier.DISK)}
+        return {tier: cost_s for tier, cost_s in costs.items() if cost_s > 0}
+
     def load_cpu_s(self) -> float:
         """Average processor time that takes of this process."""
         return self._device.queue.expert_cpu_s

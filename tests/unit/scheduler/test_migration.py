@@ -15,10 +15,9 @@ from cluster.scheduler.migration import (
     HostEpochs,
     Migration,
     MigrationPhase,
-    experts_of,
-    stages,
 )
 from cluster.scheduler.plan import Placement
+from cluster.scheduler.stages import experts_of, stages
 from cluster.types import ExpertId
 
 LAYERS = (0, 3)
@@ -175,7 +174,7 @@ def _owned(draw: st.DrawFn, hosts: int) -> dict[int, set[ExpertId]]:
     return owned
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), hosts=st.integers(1, 4), spare=st.integers(0, 4))
 def test_every_stage_owns_every_expert_and_fits_beside_the_one_before(
     data: st.DataObject, hosts: int, spare: int
@@ -213,6 +212,25 @@ def test_full_hosts_trade_experts_by_way_of_the_one_free_place() -> None:
         host: experts_of(target, host) for host in range(3)
     }
     assert stages(_placement(now), target, {0: 4, 1: 4, 2: 0}, live=(0, 1, 2)) == (), "no place, no way"
+
+
+def test_full_hosts_trade_experts_in_the_place_of_a_replica() -> None:
+    one, two, three = ALL[:3]
+    target = _placement({0: {one, three}, 1: {one, two}})
+
+    steps = stages(_placement({0: {one, two}, 1: {one, three}}), target, {0: 2, 1: 2}, live=(0, 1))
+
+    assert [experts_of(steps[-1], host) for host in (0, 1)] == [{one, three}, {one, two}]
+
+
+def test_what_makes_room_elsewhere_comes_first() -> None:
+    one, two, three = ALL[:3]
+    target = _placement({0: {one, two}, 1: {one, three}})
+
+    steps = stages(_placement({0: {one, three}, 1: {two}}), target, {0: 2, 1: 2}, live=(0, 1))
+
+    assert [experts_of(steps[-1], host) for host in (0, 1)] == [{one, two}, {one, three}]
+    assert experts_of(steps[0], 1) == {two, three}, "the only free place is not for the replica"
 
 
 def test_experts_of_a_lost_host_get_owners_first() -> None:

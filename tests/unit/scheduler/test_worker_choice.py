@@ -54,14 +54,29 @@ def test_unknown_replicas_come_after_known_ones_and_avoided_ones_last() -> None:
     assert order == ["replica-w1", "new", "replica-w0"]
 
 
-def test_full_workers_are_asked_all_the_same_before_those_of_which_nothing_is_known() -> None:
-    choice = WorkerChoice("semantic", block_size=16, seed=0)
+def test_newcomers_get_their_share_before_they_report() -> None:
+    choice, ids = WorkerChoice("semantic", block_size=16, seed=0), ["new", "replica-w0", "replica-w1"]
+    choice.keep(ids)
+    choice.update(_view(w0=2, w1=2), 0.0)
+
+    firsts: list[str] = []
+    for _ in range(6):
+        first = choice.order(ids, generation(embedding=FIRST))[0]
+        choice.note_sent(first, generation(), 0.0)
+        firsts.append(first)
+
+    assert firsts[:2] == ["new", "new"], "as long as it has fewer than who would be taken else"
+    assert 0 < firsts[2:].count("new") < 4
+
+
+def test_newcomers_are_asked_before_full_workers_and_these_all_the_same() -> None:
+    choice, ids = WorkerChoice("semantic", block_size=16, seed=0), ["replica-w0", "replica-w1", "new"]
     choice.update(_view(w0=8, w1=8), 0.0)
 
-    order = choice.order(["new", "replica-w0", "replica-w1"], generation(embedding=FIRST))
+    order = choice.order(ids, generation(embedding=FIRST))
 
-    assert order[-1] == "new"
-    assert set(order[:2]) == {"replica-w0", "replica-w1"}
+    assert order[0] == "new"
+    assert set(order[1:]) == {"replica-w0", "replica-w1"}
 
 
 def test_without_any_view_replicas_take_turns() -> None:
