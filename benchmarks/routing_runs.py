@@ -50,8 +50,9 @@ class Cell:
 class Figures:
     """loads: experts loaded for decode steps, over tokens generated; prompt_loads: those for prompts alone, the same.
 
-    open_ratio, tokens_ratio: of the worker with most over the mean, requests running or waiting and tokens generated.
-    wait_s: 95% of the requests waited less for a slot (virtual time).
+    open_ratio, tokens_ratio: of the worker with most over the mean, all requests running or waiting there while the
+    measured ones arrived, and tokens generated for these. wait_s: 95% of the requests waited less for a slot (virtual
+    time).
     """
 
     loads: float
@@ -70,7 +71,7 @@ def replay(cell: Cell, work: Workload, *, seed: int) -> Figures:
     measured = [work.measured[i] for i in rng.permutation(len(work.measured))]
     stream = [*past, *measured, *past[:_NUM_FILLING]]
     requests = run_stream(cell, work, stream, until=len(past) + len(measured), seed=seed, known=work.past)
-    return figures(requests[len(past) : len(past) + len(measured)])
+    return figures(requests, slice(len(past), len(past) + len(measured)))
 
 
 def run_stream(
@@ -109,12 +110,13 @@ def _router(cell: Cell, work: Workload, learner: DomainLearner | OnlineLearner, 
     return RouterState("semantic" if cell.routing == DOMAIN else cell.routing, np.random.default_rng(seed))
 
 
-def figures(requests: Sequence[FleetRequest]) -> Figures:
-    """Of requests that have ended."""
-    tokens, open_s = np.zeros(NUM_WORKERS), np.zeros(NUM_WORKERS)
+def figures(stream: Sequence[FleetRequest], measured: slice) -> Figures:
+    """Of the measured ones of a stream, which have ended."""
+    requests = stream[measured]
+    tokens = np.zeros(NUM_WORKERS)
     for request in requests:
         tokens[request.worker] += request.num_tokens
-        open_s[request.worker] += request.ended_s - request.arrived_s
+    open_s = _open_s(stream, min(r.arrived_s for r in requests), max(r.arrived_s for r in requests))
     num_tokens = int(tokens.sum())
     took_s = max(request.ended_s for request in requests) - min(request.arrived_s for request in requests)
     return Figures(
@@ -126,6 +128,16 @@ def figures(requests: Sequence[FleetRequest]) -> Figures:
         wait_s=float(np.quantile([request.started_s - request.arrived_s for request in requests], 0.95)),
         num_tokens=num_tokens,
     )
+
+
+def _open_s(stream: Sequence[FleetRequest], begin_s: float, end_s: float) -> np.ndarray:
+    """Seconds that requests were running or waiting at each worker between two times, all requests together."""
+    open_s = np.zeros(NUM_WORKERS)
+    for request in stream:
+        if request.worker >= 0:
+            last_s = request.ended_s if request.ended_s > 0 else end_s
+            open_s[request.worker] += max(0.0, min(last_s, end_s) - max(request.arrived_s, begin_s))
+    return open_s
 
 
 def _worker(cell: Cell, work: Workload, index: int) -> FleetWorker:
