@@ -23,7 +23,7 @@ from served import served
 from transformers import AutoTokenizer
 
 SEMANTIC, LEAST, RANDOM = "semantic", "least-loaded", "random"
-CLIENTS, TOKENS, PROMPT_TOKENS = 8, 64, 48
+CLIENTS, RUNNING, TOKENS, PROMPT_TOKENS = 16, 4, 64, 48  # half of the requests wait: there is a choice to make
 _SETTLE_S = 3.0  # the workers' counters are some seconds old
 
 
@@ -63,7 +63,7 @@ def main() -> int:
 def _config(routing: str, cache: str) -> str:
     return f"""
 model: {{dtype: float32}}
-attention: {{workers: 2, threads: 1, max_running: {CLIENTS // 2}}}
+attention: {{workers: 2, threads: 1, max_running: {RUNNING}}}
 experts: {{cache: "{cache}", host_tier: "100%", link_gb_per_s: 0.1}}
 scheduler: {{routing: {routing}}}
 """

@@ -6,12 +6,17 @@ back (`imbalance`): affinity alone would send a popular kind of prompt to one wo
 
 Score. The milliseconds that taking the request there makes requests wait:
 
-    queue    until a slot is free and the prompts before it are computed, as long as somewhere nobody waits. Where all
-             queue, who waits where is zero-sum, and the share alone counts;
-  + compute  its prompt and its decode steps, in times that the worker measured, less what those waited for experts;
-  + experts  sum over (layer, expert) of P(expert | prompt) x (1 - resident there) x measured cost of the tier it would
-             come from, over the tokens expected, for each of the sequences that wait together for a load;
+    queue    until a slot is free and the prompts before it are computed;
+  + worker   what any prompt costs there: to compute, in times that the worker measured, and to wait for the experts
+             that prompts use on average;
+  + experts  sum over (layer, expert) of (P(expert | prompt) - P(expert)) x (1 - resident there) x measured cost of the
+             tier it would come from, over the tokens expected, for each of the sequences that wait together for a load;
   - prefix   prompt tokens in the KV cache there x the time of a prompt token.
+
+Queue and worker count as long as somewhere nobody waits. Where all queue, every worker gets its share, whatever it
+costs: then who waits where is zero-sum, and all that is left to choose is which prompts go where. What workers measure
+wavers with their neighbours on a machine, by more than prompts differ, so one worker counts as slower than another
+only from `slower` times on: else one would always be preferred until it has its share, and kinds would not part.
 
 P comes from the clusters of past prompts (cluster/semantics). Resident is what is now as far as it stays, and what the
 requests there make of the memory as far as it changes while the answer lasts (request_mix.py): that is what separates
@@ -62,12 +67,13 @@ class RoutingRequest:
 class RoutingSettings:
     """Free settings of a router.
 
-    band: share of the best's cost. imbalance: requests of a worker over the mean. exploration: share of requests.
-    expected_tokens: what an answer is taken to have at most. block_size: tokens of a KV block. prefix_blocks: how many
+    band: share of what an answer costs anyway. slower: time of a worker over the fastest's. imbalance: requests of a
+    worker over the mean. exploration: share of requests. expected_tokens: what an answer is taken to have at most. block_size: tokens of a KV block. prefix_blocks: how many
     are remembered. matched_share: of a prompt, for prefix-affinity to follow it.
     """
 
-    band: float = 0.005
+    band: float = 0.002
+    slower: float = 2.0
     imbalance: float = 1.25
     exploration: float = 0.02
     expected_tokens: int = 128
@@ -197,13 +203,14 @@ class RouterState:
     def _by_cost(self, request: RoutingRequest, places: np.ndarray) -> np.ndarray:
         if self._rng.random() < self.settings.exploration:
             return self._by_load(request, places)
-        costs, open_ = self._costs(request)[places], self._open()[places]
-        if not costs.any():  # nothing was measured yet
+        all_costs, usual_ms = self._costs(request)
+        costs, open_ = all_costs[places], self._open()[places]
+        if usual_ms <= 0 and not costs.any():  # nothing was measured yet
             return self._by_load(request, places)
         share = max(self.settings.imbalance * (open_.mean() + 1 / len(places)), open_.min() + 1)
         stands_back = open_ + 1 > share
         order = np.lexsort((costs, stands_back))
-        equal = order[costs[order] <= costs[order[0]] + self.settings.band * abs(costs[order[0]])]
+        equal = order[costs[order] <= costs[order[0]] + self.settings.band * usual_ms]
         equal = equal[stands_back[equal] == stands_back[order[0]]]
         if len(equal) > 1:
             first, second = self._rng.choice(equal, 2, replace=False).tolist()
@@ -213,25 +220,31 @@ class RouterState:
             order = np.array([first, second, *rest])
         return places[order]
 
-    def _costs(self, request: RoutingRequest) -> np.ndarray:
-        """[W] expected milliseconds."""
+    def _costs(self, request: RoutingRequest) -> tuple[np.ndarray, float]:
+        """[W] expected milliseconds, as far as they count, and what an answer takes on the fastest worker."""
         table, settings, sent = self._table, self.settings, self._sent
         num_tokens = min(request.max_tokens, settings.expected_tokens)
-        waiting = table.num_waiting + np.where(table.num_waiting > 0, sent.counts, 0.0)
-        costs = request.num_tokens * table.prefill_ms
-        if not (waiting > 0).all():
-            answer_ms = settings.expected_tokens * table.step_ms / np.maximum(table.num_running, 1.0)
-            costs = costs + np.where(waiting > 0, (waiting + 1) * answer_ms, 0.0)
-            costs += (table.waiting_tokens + sent.tokens) * table.prefill_ms
-        costs += num_tokens * np.array([self._calibration.compute_ms(name) for name in table.replica_ids])
+        worker_ms = request.num_tokens * table.prefill_ms
+        worker_ms += num_tokens * np.array([self._calibration.compute_ms(name) for name in table.replica_ids])
+        costs = np.zeros(len(table))
         uses = self._uses(request)
         if uses is not None:
-            costs += num_tokens * self._calibration.factor * (table.num_running + 1) * (self._absent_ms @ uses)
+            assert self._knowledge is not None
+            usual = self._knowledge.prior.reshape(-1)
+            load_ms = num_tokens * self._calibration.factor * (table.num_running + 1)
+            worker_ms += load_ms * (self._absent_ms @ usual)
+            costs += load_ms * (self._absent_ms @ (uses - usual))
+        waiting = table.num_waiting + np.where(table.num_waiting > 0, sent.counts, 0.0)
+        if not (waiting > 0).all():
+            costs += np.where(worker_ms > settings.slower * worker_ms.min(), worker_ms - worker_ms.min(), 0.0)
+            answer_ms = settings.expected_tokens * table.step_ms / np.maximum(table.num_running, 1.0)
+            costs += np.where(waiting > 0, (waiting + 1) * answer_ms, 0.0)
+            costs += (table.waiting_tokens + sent.tokens) * table.prefill_ms
         for replica_id, blocks in self._prefixes.num_cached(request.blocks).items():
             place = table.index.get(replica_id)
             if place is not None:
                 costs[place] -= min(blocks * settings.block_size, request.num_tokens) * table.prefill_ms[place]
-        return costs
+        return costs, float(worker_ms.min())
 
     def _at_random(self, request: RoutingRequest, places: np.ndarray) -> np.ndarray:
         return self._rng.permutation(places)

@@ -77,6 +77,30 @@ def test_a_prompt_goes_where_its_experts_are() -> None:
     assert [router.rank(_request(kind))[0] for kind in range(KINDS)] == ["a", "a", "b", "b"]
 
 
+def test_kinds_part_although_one_worker_measures_longer_times() -> None:
+    """Neighbours on a machine make times waver by more than prompts differ: each has its kinds all the same."""
+    usual = {"step_s": 0.02, "num_waiting": 3}
+    for slower in ("a", "b"):
+        workers = [
+            _worker(
+                name,
+                resident=resident,
+                **usual | ({"miss_s": {Tier.DISK: 0.012}, "prefill_token_s": 0.004} if name == slower else {}),
+            )
+            for name, resident in (("a", _resident(0, 1)), ("b", _resident(2, 3)))
+        ]
+        assert [_router(workers).rank(_request(kind))[0] for kind in range(KINDS)] == ["a", "a", "b", "b"]
+
+
+def test_a_much_slower_worker_is_not_taken_as_long_as_nobody_waits() -> None:
+    fast, slow = _worker("a", num_running=1), _worker("b", num_running=1, miss_s={Tier.DISK: 0.03})
+    router = _router([fast, slow])
+
+    assert router.rank(_request(0))[0] == "a"
+    assert {_router([replace(fast, num_waiting=1), replace(slow, num_waiting=1)], seed=i).rank(_request(0))[0]
+            for i in range(20)} == {"a", "b"}  # fmt: skip
+
+
 def test_a_prompt_goes_where_its_prefix_is_when_all_else_is_equal() -> None:
     router = _router([_worker("a"), _worker("b")])
     prompt = _request(None, blocks=block_hashes(range(50)))
