@@ -94,11 +94,7 @@ def test_kinds_part_although_one_worker_measures_longer_times() -> None:
 
 def test_a_much_slower_worker_is_not_taken_as_long_as_nobody_waits() -> None:
     fast, slow = _worker("a", num_running=1), _worker("b", num_running=1, miss_s={Tier.DISK: 0.03})
-    router = _router([fast, slow])
-
-    assert router.rank(_request(0))[0] == "a"
-    assert {_router([replace(fast, num_waiting=1), replace(slow, num_waiting=1)], seed=i).rank(_request(0))[0]
-            for i in range(20)} == {"a", "b"}  # fmt: skip
+    assert _router([fast, slow]).rank(_request(0)) == ["a", "b"]
 
 
 def test_a_prompt_goes_where_its_prefix_is_when_all_else_is_equal() -> None:
