@@ -123,6 +123,14 @@ def wide_model(factor: int) -> Path:
     return target
 
 
+def prompts_of(domain: str) -> list[str]:
+    """The shared prompts of a domain."""
+    file = SHARED_PROMPTS / f"{domain}.jsonl"
+    if not file.is_file():
+        raise SystemExit(f"{file} is not there; this benchmark needs the shared prompts")
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+
+
 def prompts_of_domains(num: int) -> list[str]:
     """`num` prompts, domain after domain: the shared ones when they are there, else the bundled ones."""
     if SHARED_PROMPTS.is_dir():

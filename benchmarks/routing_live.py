@@ -1,10 +1,10 @@
 """Semantic routing, live: how many experts two real workers load for a generated token, by way of routing.
 
 For every way a server of its own starts with empty memories and nothing learned: two attention workers with part of
-the experts each, the others over an emulated link. The same requests in the same order, from clients of a closed loop;
-those of the first part teach it. What is counted are the workers' own counters, prompts included.
+the experts each, the others over an emulated link. The same requests of two kinds in the same order, from clients of a
+closed loop; those of the first part teach it. What is counted are the workers' own counters, prompts included.
 
-    python benchmarks/routing_live.py [--quick] [--json] [--cache 50%] [--routing semantic least-loaded]
+    python benchmarks/routing_live.py [--quick] [--json] [--cache 50%] [--routing semantic least-loaded] [--domains D D]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from harness import DEMO, Report, arguments, progress, prompts_of_domains
+from harness import DEMO, Report, arguments, progress, prompts_of
 from served import served
 from transformers import AutoTokenizer
 
@@ -40,10 +40,11 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--cache", default="50%", help="share of the experts that a worker holds")
     parser.add_argument("--routing", nargs="+", default=[SEMANTIC, LEAST, RANDOM])
+    parser.add_argument("--domains", nargs="+", default=["code_python", "german"], help="files of prompts")
     options = parser.parse_args()
     past, measured = (96, 96) if options.quick else (288, 288)
     report = Report(f"Routing live: 2 workers, {options.cache} of the experts each, {CLIENTS} clients, {TOKENS} tokens")
-    prompts = _prompts(past + measured)
+    prompts = _prompts(past + measured, options.domains)
     loads: dict[str, float] = {}
     for routing in options.routing:
         with tempfile.TemporaryDirectory() as folder:
@@ -69,11 +70,11 @@ scheduler: {{routing: {routing}}}
 """
 
 
-def _prompts(num: int) -> list[list[int]]:
+def _prompts(num: int, domains: list[str]) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    texts = prompts_of_domains(num)
+    texts = [text for domain in domains for text in prompts_of(domain)[: num // len(domains)]]
     random.Random(0).shuffle(texts)
-    return [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in texts]
+    return [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in (texts * num)[:num]]
 
 
 async def _measure(url: str, past: list[list[int]], measured: list[list[int]]) -> dict[str, Any]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from routing_groups import FixedGroups, group_domains
 from routing_traces import Workload, fresh
 
 from actors.experts.policies.build import PolicyContext, build_policies
-from actors.experts.policies.with_mix import WithMix
 from cluster.replay.fleet import Fleet, FleetSettings
 from cluster.replay.fleet_learner import DomainLearner, OnlineLearner
 from cluster.replay.fleet_worker import FleetRequest, FleetWorker
@@ -144,10 +143,9 @@ def _worker(cell: Cell, work: Workload, index: int) -> FleetWorker:
     num_slots = int(cell.cache * work.grid.size)
     co_batching = CoBatching() if cell.co_batching else CoBatching(max_overtaken=0)
     learned = copy.deepcopy(work.learned) if cell.policy == "moesaic" else None
-    context = PolicyContext(grid=work.grid, num_slots=num_slots, embedding_dim=work.dim, learned=learned)
+    mix = co_batching.mix if cell.loop else None
+    context = PolicyContext(grid=work.grid, num_slots=num_slots, embedding_dim=work.dim, learned=learned, mix=mix)
     policies = build_policies(cell.policy, context)
-    if cell.loop:
-        policies = replace(policies, scorer=WithMix(policies.scorer, co_batching.mix))
     return FleetWorker(
         index,
         work.grid,

@@ -108,6 +108,7 @@ def build_engine(
     native_rows = speed_up(loaded.model, native) if native else 0
     check.verify(native, native_rows)
     recorder = ActivationRecorder(loaded.layout.layers, loaded.layout.num_experts, native)
+    co_batching = CoBatching() if config.attention.co_batching else CoBatching(max_overtaken=0)
     backend: ExpertBackend | None
     links: HostLinks | None = None
     conductor: Conductor | None = None
@@ -116,7 +117,8 @@ def build_engine(
         timeout_s, sources = config.experts.load_timeout_s, ()
         if shelves is not None:
             sources = (remote_source(shelves, fingerprint=info.fingerprint, load_timeout_s=timeout_s),)
-        backend, conductor = builder.build_conducted(budget, sources)
+        several = max(config.attention.workers, config.attention.max_workers or 0) > 1
+        backend, conductor = builder.build_conducted(budget, sources, co_batching.mix if several else None)
         dispatcher: Dispatcher = LocalDispatcher(backend, recorder, conductor)
     else:
         backend = _local_backend(config, builder)
@@ -140,7 +142,7 @@ def build_engine(
         max_batch_tokens=config.attention.max_batch_tokens,
         max_running=config.attention.max_running,
         max_queue=config.attention.max_queue,
-        co_batching=CoBatching() if config.attention.co_batching else None,
+        co_batching=co_batching,
     )
     engine = Engine(
         runner, batcher, max_model_len=info.max_model_len, eos_token_ids=info.eos_token_ids, recorder=recorder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from actors.experts.backend import ExpertBackend
@@ -23,6 +24,7 @@ from actors.experts.reader import ExpertReader
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
 from cluster.config_sections import ExpertsConfig
+from cluster.scheduler.request_mix import RequestMix
 from cluster.sizes import AUTO, parse_cache_size
 
 FormedLink = Callable[[SlotForm, RamArena], Link]
@@ -70,18 +72,18 @@ class BackendBuilder:
         return ExpertBackend(store, self.compute)
 
     def build_conducted(
-        self, budget_bytes: int, sources: tuple[FormedLink, ...] = ()
+        self, budget_bytes: int, sources: tuple[FormedLink, ...] = (), mix: RequestMix | None = None
     ) -> tuple[ExpertBackend, Conductor | None]:
         """A backend with the configured policies; who runs the model tells the conductor, if any, what its gates say.
 
-        Args: sources: links to prefer to the disk.
+        Args: sources: links to prefer to the disk. mix: as in PolicyContext.
 
         Raises:
             ConfigError: as in `build`.
         """
         form, config = self._form(), self._config
         meter = CostMeter(load_s=_FIRST_GUESS_S, layer_s=_FIRST_GUESS_S)
-        context = self._context(form, budget_bytes, meter)
+        context = replace(self._context(form, budget_bytes, meter), mix=mix)
         policies = build_policies(f"{config.eviction}+{config.prediction}", context)
         store = partial(
             self._store, form, budget_bytes=budget_bytes, host_bytes=self._host_bytes(form), sources=sources

@@ -68,8 +68,9 @@ class RoutingSettings:
     """Free settings of a router.
 
     band: share of what an answer costs anyway. slower: time of a worker over the fastest's. imbalance: requests of a
-    worker over the mean. exploration: share of requests. expected_tokens: what an answer is taken to have at most. block_size: tokens of a KV block. prefix_blocks: how many
-    are remembered. matched_share: of a prompt, for prefix-affinity to follow it.
+    worker over the mean. exploration: share of requests. expected_tokens: what an answer is taken to have at most.
+    block_size: tokens of a KV block. prefix_blocks: how many are remembered. matched_share: of a prompt, for
+    prefix-affinity to follow it.
     """
 
     band: float = 0.002

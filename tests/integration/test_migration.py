@@ -121,7 +121,7 @@ def test_migration_under_load_changes_no_token_and_moves_what_was_planned(
 ) -> None:
     with _rig(2) as rig:
         rig.answer(cases[:2], {})  # warm: what is owned is in memory
-        target = _rotated(rig.hosts)
+        target = _rotated(rig.hosts, layers=2)
         before = rig.dispatcher.counters.frames
 
         answers = rig.answer(cases, {3: lambda: rig.start(target)})

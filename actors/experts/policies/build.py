@@ -25,6 +25,7 @@ from actors.experts.policies.frequency import LfuScorer, StaticScorer
 from actors.experts.policies.lru import LruPerLayerScorer, LruScorer
 from actors.experts.policies.moesaic import MoesaicScorer
 from actors.experts.policies.mrs import MrsScorer
+from actors.experts.policies.with_mix import WithMix
 from actors.experts.predict.base import Predictor
 from actors.experts.predict.eam import EamPredictor
 from actors.experts.predict.fmoe import FmoePredictor
@@ -35,6 +36,7 @@ from actors.experts.predict.whole_layer import WholeLayerPredictor
 from actors.experts.request_activations import ActivationTracker
 from actors.experts.signals import Grid, SignalListener
 from cluster.errors import ConfigError
+from cluster.scheduler.request_mix import RequestMix
 
 _Listener = TypeVar("_Listener", bound=SignalListener)
 _Value = TypeVar("_Value")
@@ -79,7 +81,7 @@ class PolicyContext:
     embedding_dim: model dim. frequency: [L, E] uses in a trace, for static. map_store: filled beforehand, or None for
     an empty one of the default size. past: followed requests of a trace, or None to start without. learned: moesaic's
     estimate, or None to learn from nothing. costs: of the link, as measured, for who prices prefetch. future: in
-    replay only.
+    replay only. mix: of the worker's requests, where requests are routed by what they use, for moesaic's eviction.
     """
 
     grid: Grid
@@ -91,6 +93,7 @@ class PolicyContext:
     learned: NextUse | None = None
     costs: Callable[[], LinkCosts] | None = None
     future: Future | None = None
+    mix: RequestMix | None = None
     settings: PolicySettings = PolicySettings()
 
     @cached_property
@@ -150,7 +153,8 @@ def _build_scorer(name: str, context: PolicyContext, listeners: dict[int, Signal
         case "fmoe":
             return FmoeScorer(grid, _heard(context.search, listeners))
         case "moesaic":
-            return MoesaicScorer(_heard(context.next_use, listeners))
+            scorer = MoesaicScorer(_heard(context.next_use, listeners))
+            return scorer if context.mix is None else WithMix(scorer, context.mix)
         case "belady":
             return BeladyScorer(_heard(_needed(context.future, name, "the future"), listeners))
         case _:
