@@ -3,7 +3,8 @@
 The engine runs in this process with one thread, all experts resident, and a real Valkey beside it. Three kinds of
 blocks of the same work: timed (clocks around every record call), on (recording by 16 clusters of prompts, and a
 statistics loop that flushes every 2 s) and off (neither). On and off alternate in ABBA order, and their outputs are
-checked equal. The demo model is not widened: the shorter the steps, the larger the share.
+checked equal. In the same way a store whose Valkey was killed is compared with one that is there. The demo model is
+not widened: the shorter the steps, the larger the share.
 
     python benchmarks/activation_statistics.py [--quick] [--json] [--factor 1]
 """
@@ -39,7 +40,7 @@ from cluster.stats.open_store import open_store
 from cluster.types import GenerationRequest, Phase, RequestId, SamplingParams
 
 CONCURRENCY = (1, 8)
-MAX_SHARE = 0.01
+MAX_SHARE, MAX_DOWN = 0.01, 0.02
 SWITCH_INTERVAL_S = 0.0005  # as in the server's workers
 LARGE = (58, 256)  # MoE layers and experts of DeepSeek-V3
 MAX_TOKENS = 1500
@@ -97,6 +98,7 @@ def main() -> int:
             for concurrency in CONCURRENCY:
                 store = open_store(server.url)
                 _compare(report, parts, store, prompts[:concurrency], block_s=block_s, pairs=pairs)
+            _compare_down(report, parts, open_store(server.url), prompts, block_s=block_s, pairs=pairs)
             _large_flush(report, open_store(server.url))
             parts.dispatcher.close()
         finally:
@@ -153,6 +155,40 @@ def _compare(
     report.at_least(f"{name}: throughput on / off, upper end of the interval", high, 1 - MAX_SHARE)
 
 
+def _compare_down(
+    report: Report, parts: EngineParts, store: StateStore, prompts: list[list[int]], *, block_s: float, pairs: int
+) -> None:
+    """A store that was lost while the server ran, against one that is there."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = start_embedded_valkey(Path(folder))
+        lost = open_store(server.url)
+        _run_on(parts, lost, prompts, 16)
+        server.stop()
+    num_tokens = min(MAX_TOKENS, int(block_s * 500 / len(prompts)) + 1)
+    blocks: dict[bool, list[_Block]] = {True: [], False: []}
+    for pair in range(pairs):
+        for is_up in ((True, False), (False, True))[pair % 2]:
+            block = _run_on(parts, store if is_up else lost, prompts, num_tokens, is_up=is_up)
+            blocks[is_up].append(block)
+        progress(
+            f"Redis, pair {pair + 1} of {pairs}: up {blocks[True][-1].speed:.1f}, down {blocks[False][-1].speed:.1f}"
+        )
+    assert len({str(block.tokens) for side in blocks.values() for block in side}) == 1, "an output changed"
+    ratios = [down.speed / up.speed for up, down in zip(blocks[True], blocks[False], strict=True)]
+    low, high = _interval(ratios)
+    up, down = (
+        sum(block.flush_cpu_s for block in blocks[is_up]) / sum(block.elapsed_s for block in blocks[is_up])
+        for is_up in (True, False)
+    )
+    report.rows.append(
+        dict.fromkeys(report.rows[0], "-")
+        | {"work": f"{len(prompts)} sequences, Redis down", "tok/s on": median([b.speed for b in blocks[False]])}
+        | {"flush share": down, "on / off": f"{median(ratios):.4g} of up", "95% interval": f"{low:.3f} to {high:.3f}"}
+    )
+    report.at_most("Redis down: share of step time more than up", down - up, MAX_DOWN)
+    report.at_least("Redis down: throughput down / up, upper end of the interval", high, 1 - MAX_DOWN)
+
+
 def _large_flush(report: Report, store: StateStore) -> None:
     """A flush in which every expert of a large model changed, for 8 of 16 clusters, and how far apart such are."""
     layers, num_experts = LARGE
@@ -175,8 +211,10 @@ def _large_flush(report: Report, store: StateStore) -> None:
     report.at_most(f"{layers} x {num_experts} experts: flushing, share of time", share, MAX_SHARE)
 
 
-def _run_on(parts: EngineParts, store: StateStore, prompts: list[list[int]], num_tokens: int) -> _Block:
-    """With recording and flushing; every count must be in the store afterwards."""
+def _run_on(
+    parts: EngineParts, store: StateStore, prompts: list[list[int]], num_tokens: int, *, is_up: bool = True
+) -> _Block:
+    """With recording and flushing; every count must be in the store afterwards, if it is up."""
     fingerprint = f"run-{time.monotonic_ns()}"
     recorder = ActivationRecorder(*_shape(parts), load_native())
     loop = StatisticsLoop(store, fingerprint)
@@ -185,6 +223,8 @@ def _run_on(parts: EngineParts, store: StateStore, prompts: list[list[int]], num
     block = _run(parts, recorder, prompts, num_tokens)
     flushes, cpu_s = loop.num_flushes, loop.flush_cpu_s
     loop.stop()
+    if not is_up:
+        return _Block(block.elapsed_s, block.tokens, flushes, cpu_s)
     stored = store.activations(fingerprint)
     for index, phase in enumerate(Phase):
         for layer, counts in recorder.counts.items():
