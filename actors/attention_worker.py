@@ -116,10 +116,12 @@ class AttentionWorker:
         )
         self._streams: dict[RequestId, _Stream] = {}
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._on_ready: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self) -> None:
-        """Load the model and step, in a thread of its own."""
+    def start(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Load the model and step, in a thread of its own. Args: on_ready: called there, once."""
+        self._on_ready = on_ready
         self._thread.start()
 
     def stop(self) -> None:
@@ -236,6 +238,7 @@ class AttentionWorker:
             self.error, self.phase = MoesaicError(f"loading {self.info.path} failed: {error}"), StartupPhase.FAILED
             return
         self.parts, self.phase = parts, StartupPhase.READY
+        self._on_ready()
         self.statistics.start(parts.recorder, partial(own_memory_status, parts, self._config.experts))
         while self._apply_commands(parts):
             self._step(parts)

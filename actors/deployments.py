@@ -69,7 +69,7 @@ class AttentionWorkerReplica:
         self._reports = ReportLoop(self._exchange.tell, interval_s=config.scheduler.report_interval_s)
         self._demand = DemandMeter(partial(worker_load, self._worker, config.attention.max_running))
         self._outbox: TokenOutbox | None = None  # made in the event loop that serves requests
-        self._worker.start()
+        self._worker.start(on_ready=self._reports.soon)
         self._reports.start()
 
     async def submit(self, request: GenerationRequest, address: StreamAddress) -> str:

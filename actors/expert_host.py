@@ -199,6 +199,7 @@ class ExpertHost:
             num_rows=self._handler.num_rows,
             num_batches=owner.num_batches if owner else 0,
             busy_s=owner.busy_s if owner else 0.0,
+            stall_s=store.counters.total_stall_s if store else 0.0,
             stalled_s=owner.stalled_s if owner else 0.0,
             memory=self._memory_status(),
         )

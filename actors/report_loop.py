@@ -1,4 +1,6 @@
-"""Tells the scheduler at a steady pace what a process is doing. A scheduler that is away costs age and nothing else.
+"""Tells the scheduler at a steady pace, and when asked to, what a process is doing.
+
+A scheduler that is away costs age and nothing else.
 
 Knows when to tell and since when nobody listened; knows nothing of what is told. A thread of its own: whoever computes
 never waits for it.
@@ -30,7 +32,8 @@ class ReportLoop:
         self._clock = clock
         self._answered_s = clock()
         self._reason: str | None = None
-        self._stop = threading.Event()
+        self._is_stopped = False
+        self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
 
     @property
@@ -45,9 +48,14 @@ class ReportLoop:
         """Tell from now on."""
         self._thread.start()
 
+    def soon(self) -> None:
+        """Tell now, not when the interval is over: something changed that others wait for. From any thread."""
+        self._wake.set()
+
     def stop(self) -> None:
         """Tell no more; waits for an exchange under way."""
-        self._stop.set()
+        self._is_stopped = True
+        self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
@@ -67,6 +75,7 @@ class ReportLoop:
         self._answered_s, self._reason = self._clock(), None
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._is_stopped:
             self.exchange()
-            self._stop.wait(self._interval_s)
+            self._wake.wait(self._interval_s)
+            self._wake.clear()

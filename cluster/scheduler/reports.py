@@ -58,8 +58,9 @@ class HostReport:
     """One expert host now. `index` names it in placements, `host_id` its incarnation (a new one at every start).
 
     capacity: experts that its fast tier holds. expert_s, row_s: measured time of one distinct expert and of one row in
-    a batch. miss_s: of getting an expert that is not in the fast tier, by where it lies. epochs: of the placements
-    whose frames it takes (two while a migration is under way). memory: for the shared statistics.
+    a batch. miss_s: of getting an expert that is not in the fast tier, by where it lies. stall_s: of busy_s, spent
+    waiting for such experts. epochs: of the placements whose frames it takes (two while a migration is under way).
+    memory: for the shared statistics.
     """
 
     host_id: str
@@ -78,6 +79,7 @@ class HostReport:
     num_rows: int = 0
     num_batches: int = 0
     busy_s: float = 0.0
+    stall_s: float = 0.0
     stalled_s: float = 0.0
     memory: ExpertMemoryStatus | None = None
 

@@ -17,7 +17,7 @@ from cluster.errors import ConfigError
 from cluster.scheduler.reports import HostReport, WorkerReport
 
 _BACKLOG_S = 5.0  # prompts that wait are to be computed within this long
-_MAX_STALL_SHARE = 0.15  # of the workers' time; what waits longer for experts wants more memory to hold them
+_MAX_STALL_SHARE = 0.15  # of the time; what waits longer for experts wants more memory to hold them
 _IDLE_LOAD = 0.05  # of one host: then it does not matter what is in memory
 _EDGE = 1e-9  # of rounding: 4 * 0.2 / 0.8 is one
 
@@ -148,8 +148,9 @@ def wanted_workers(current: int, demands: Sequence[WorkerDemand], rules: Scaling
 class HostsLoad:
     """What the expert hosts had to do in the last while.
 
-    busy: share of the time that each computed. stall_share: of the workers' time, waiting for experts that were in no
-    fast memory. capacity: experts that one host holds; 0: not known. num_experts: of the model.
+    busy: share of the time that each computed. stall_share: of the time, spent in workers or in the slowest host on
+    waiting for experts that were in no fast memory. capacity: experts that one host holds; 0: not known. num_experts:
+    of the model.
     """
 
     busy: tuple[float, ...]
@@ -171,10 +172,12 @@ def hosts_load(
     pairs = [(before, after) for before, after in hosts.values() if before.host_id == after.host_id]
     if not pairs or elapsed_s <= 0:
         return None
-    stall_s = [after.stall_s - before.stall_s for before, after in workers.values() if after.steps > before.steps]
+    stalls_s = [after.stall_s - before.stall_s for before, after in workers.values() if after.steps > before.steps]
+    stall_s = sum(stalls_s) / len(stalls_s) if stalls_s else 0.0
+    stall_s = max(stall_s, *(after.stall_s - before.stall_s for before, after in pairs))  # a step waits for the slowest
     return HostsLoad(
         busy=tuple((after.busy_s - before.busy_s) / elapsed_s for before, after in pairs),
-        stall_share=sum(stall_s) / len(stall_s) / elapsed_s if stall_s else 0.0,
+        stall_share=stall_s / elapsed_s,
         capacity=sum(after.capacity for _, after in pairs) / len(pairs),
         num_experts=max((len(after.layers) * after.num_experts for _, after in workers.values()), default=0),
     )

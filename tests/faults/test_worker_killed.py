@@ -80,11 +80,19 @@ def _workers_are_ready(server: LiveServer) -> bool:
 
 
 def _begin(server: LiveServer) -> list[Answer]:
-    """An answer to each prompt, spread over both workers and well under way."""
+    """An answer to each prompt, spread over both workers and well under way: front ends hear of a new worker soon."""
+    return poll(lambda: _spread(server), deadline_s=60, what="answers of both workers")
+
+
+def _spread(server: LiveServer) -> list[Answer] | None:
+    """None, once they are over, if one worker has nothing to lose."""
     answers = [Answer(server, prompt, number) for number, prompt in enumerate(PROMPTS)]
     poll(lambda: min(len(answer.token_ids) for answer in answers) >= 5, deadline_s=30, what="tokens of every answer")
-    assert all(worker["num_running"] for worker in server.get("/status")["workers"]), "one worker has nothing to lose"
-    return answers
+    if all(worker["num_running"] for worker in server.get("/status")["workers"]):
+        return answers
+    for answer in answers:
+        answer.wait()
+    return None
 
 
 def test_workers_that_die_or_stand_still_are_not_noticed() -> None:

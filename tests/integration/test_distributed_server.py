@@ -64,6 +64,10 @@ def _answers(server: LiveServer, cases: list[Case]) -> list[list[int]]:
         return list(pool.map(ask, cases))
 
 
+def _generated(server: LiveServer) -> dict[str, int]:
+    return {worker["worker_id"]: worker["generated_tokens"] for worker in server.get("/status")["workers"]}
+
+
 def _host_processes(server: LiveServer) -> list[psutil.Process]:
     return [p for p in processes_of(server.root) if "ExpertHostActor" in " ".join(p.cmdline())]
 
@@ -74,12 +78,18 @@ def test_two_workers_and_two_hosts_answer_16_requests_as_transformers(
     def num_ready() -> int:
         return sum(worker["phase"] == "ready" for worker in distributed.get("/status")["workers"])
 
+    def both_had_requests() -> bool:
+        _answers(distributed, cases[:4])
+        return all(worker["generated_tokens"] for worker in distributed.get("/status")["workers"])
+
     poll(lambda: num_ready() == 2, deadline_s=60, what="two ready workers")  # a server is ready with its first one
+    poll(both_had_requests, deadline_s=30, what="answers of the second worker, too")  # front ends hear of it soon
+    before = _generated(distributed)
     answers = _answers(distributed, cases)
 
     status = distributed.get("/status")
     assert len(status["workers"]) == 2
-    assert all(worker["generated_tokens"] > 0 for worker in status["workers"]), "both workers must have had requests"
+    assert all(_generated(distributed)[worker] > before[worker] for worker in before), "both must have had requests"
     assert [worker["data_plane"]["carriers"] for worker in status["workers"]] == [["shared memory"] * 2] * 2
     assert [host["num_connections"] for host in status["hosts"]] == [2, 2]
     assert all(host["num_frames"] > 0 for host in status["hosts"])

@@ -42,3 +42,16 @@ def test_it_goes_on_whatever_a_report_raises() -> None:
         assert all(told.acquire(timeout=DEADLINE_S) for _ in range(3))
     finally:
         loop.stop()
+
+
+def test_what_others_wait_for_is_told_at_once() -> None:
+    told = threading.Semaphore(0)
+    loop = ReportLoop(told.release, interval_s=3600)
+    loop.start()
+    try:
+        assert told.acquire(timeout=DEADLINE_S)
+        loop.soon()
+        assert told.acquire(timeout=DEADLINE_S)
+    finally:
+        loop.stop()
+    assert not told.acquire(timeout=0), "stopping tells nothing"

@@ -162,8 +162,16 @@ def test_hosts_that_stall_grow_until_all_experts_fit_and_keep_that_memory_while_
     assert wanted_hosts(2, replace(at_ease, busy=(0.9, 0.9), capacity=400), RULES) == 3, "computing is load, too"
 
 
-def _host(index: int, host_id: str, busy_s: float) -> HostReport:
-    return HostReport(host_id=host_id, index=index, node_id="n", phase=StartupPhase.READY, capacity=50, busy_s=busy_s)
+def _host(index: int, host_id: str, busy_s: float, stall_s: float = 0.0) -> HostReport:
+    return HostReport(
+        host_id=host_id,
+        index=index,
+        node_id="n",
+        phase=StartupPhase.READY,
+        capacity=50,
+        busy_s=busy_s,
+        stall_s=stall_s,
+    )
 
 
 def _worker(steps: int, stall_s: float) -> WorkerReport:
@@ -186,6 +194,13 @@ def test_the_load_of_hosts_is_what_changed_between_two_reports_of_the_same_incar
     assert hosts_load({1: hosts[1]}, {}, 10.0) is None
     idle = hosts_load(hosts, {"w": (_worker(5, 1.0), _worker(5, 1.0))}, 10.0)
     assert idle is not None and idle.stall_share == 0
+
+
+def test_what_a_host_waits_for_its_disk_counts_as_what_steps_wait() -> None:
+    hosts = {0: (_host(0, "a", 1.0), _host(0, "a", 8.0, 6.0)), 1: (_host(1, "b", 1.0, 1.0), _host(1, "b", 2.0, 2.0))}
+    load = hosts_load(hosts, {"w": (_worker(5, 1.0), _worker(9, 3.0))}, 10.0)
+    assert load is not None and load.stall_share == 0.6
+    assert wanted_hosts(2, load, RULES) == 3
 
 
 def test_impossible_rules_are_refused() -> None:
