@@ -31,10 +31,12 @@ _REMEMBERED_S = 30.0  # that a worker went away; by then Serve knows it, too
 
 @dataclass(slots=True, eq=False)
 class _Mailbox:
-    """Chunks of one sequence, from one worker."""
+    """Chunks of one sequence, from one worker. early: by whom and what was said before it was known which worker that
+    is: Serve submits again where it has lost an answer, and then two workers have the sequence."""
 
     worker_id: str | None = None
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue[Item])
+    early: list[tuple[str, Item]] = field(default_factory=list[tuple[str, Item]])
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +105,9 @@ class TokenInbox:
         mailbox = self._mailboxes.get(request_id)
         if mailbox is not None:
             mailbox.worker_id = worker_id
+            early, mailbox.early = mailbox.early, []
+            for sender_id, item in early:
+                self._deliver(sender_id, request_id, item)
         problem = peer.problem(_now_s())
         if problem is not None:
             raise Unavailable(f"the attention worker is not well: {problem}; try again")
@@ -142,7 +147,8 @@ class TokenInbox:
             while True:
                 peer.progress, items = await read_frame(reader)  # type: ignore[misc]
                 peer.heard_s = _now_s()
-                self._deliver(writer, items)
+                for request_id, item in items:
+                    self._deliver(worker_id, request_id, item)
         except (OSError, EOFError, TimeoutError, ValueError) as error:
             reason = repr(error)
         finally:
@@ -150,13 +156,14 @@ class TokenInbox:
             writer.close()
             await self._forget(worker_id, writer)
 
-    def _deliver(self, writer: asyncio.StreamWriter, items: list[tuple[RequestId, Item]]) -> None:
-        for request_id, item in items:
-            mailbox = self._mailboxes.get(request_id)
-            if mailbox is not None:
-                mailbox.items.put_nowait(item)
-            elif isinstance(item, TokenChunk) and item.finish_reason is None:
-                write_frame(writer, request_id)  # the client left meanwhile, or another worker has it now
+    def _deliver(self, sender_id: str, request_id: RequestId, item: Item) -> None:
+        mailbox = self._mailboxes.get(request_id)
+        if mailbox is not None and mailbox.worker_id is None:
+            mailbox.early.append((sender_id, item))
+        elif mailbox is not None and mailbox.worker_id == sender_id:
+            mailbox.items.put_nowait(item)
+        elif isinstance(item, TokenChunk) and item.finish_reason is None and sender_id in self._peers:
+            write_frame(self._peers[sender_id].writer, request_id)  # the client left, or another worker has it
 
     async def _forget(self, worker_id: str, writer: asyncio.StreamWriter) -> None:
         peer = self._peers.get(worker_id)

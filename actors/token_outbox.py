@@ -76,7 +76,10 @@ class _Link:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, request: GenerationRequest, generate: Generate) -> None:
+        """Run it, unless it runs: a submission whose answer was lost comes again."""
         request_id = request.request_id
+        if request_id in self._running:
+            return
         task = asyncio.create_task(self._pump(request_id, generate(request)))
         self._running[request_id] = task
         task.add_done_callback(lambda _: self._running.pop(request_id, None))

@@ -115,11 +115,20 @@ class SteadyLoad:
             stream.ended_s = _now_s()
 
 
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A new client: when it came, how long until some front end had served it; each it tried, and what came of it."""
+
+    came_s: float
+    took_s: float
+    tries: tuple[str, ...]
+
+
 class DoorWatch:
     """A new client every half second: how long it takes until some front end has served it."""
 
     def __init__(self, model: str, doors: Sequence[Door], case: Case) -> None:
-        self.served: list[tuple[float, float]] = []  # when it came, how long it took
+        self.served: list[Visit] = []
         self._model = model
         self._case = Case(case.prompt_ids, case.expected[:1])
         self._doors = list(doors)
@@ -128,7 +137,7 @@ class DoorWatch:
 
     def longest_s(self, since_s: float, until_s: float = float("inf")) -> float:
         """The longest time to an answer of the clients that came from `since_s` to `until_s`; infinite without any."""
-        return max((took_s for came_s, took_s in self.served if since_s <= came_s < until_s), default=float("inf"))
+        return max((v.took_s for v in self.served if since_s <= v.came_s < until_s), default=float("inf"))
 
     async def stop(self) -> None:
         """No more clients; waits for those that are there."""
@@ -144,17 +153,20 @@ class DoorWatch:
 
     async def _come(self, number: int) -> None:
         came_s = _now_s()
+        tries: list[str] = []
         for place in itertools.count(number):
-            door = self._doors[place % len(self._doors)]
+            door, tried_s = self._doors[place % len(self._doors)], _now_s()
             try:
                 async for _ in generate(door, self._model, self._case, lambda: None):
                     pass
-            except Exception:  # noqa: BLE001 - this door is closed
+            except Exception as error:  # noqa: BLE001 - this door is closed
+                tries.append(f"{door.protocol} of node {door.node} {_now_s() - tried_s:.1f} {type(error).__name__}")
                 if _now_s() - came_s > _STREAM_TIMEOUT_S:
                     break
                 continue
+            tries.append(f"{door.protocol} of node {door.node} {_now_s() - tried_s:.1f}")
             break
-        self.served.append((came_s, _now_s() - came_s))
+        self.served.append(Visit(came_s, _now_s() - came_s, tuple(tries)))
 
 
 def generate(door: Door, model: str, case: Case, on_taken: Callable[[], None]) -> AsyncIterator[list[int]]:
@@ -176,7 +188,7 @@ async def _over_http(url: str, model: str, case: Case, on_taken: Callable[[], No
     timeout = httpx.Timeout(_STREAM_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
     try:
         async with (
-            httpx.AsyncClient(timeout=timeout, trust_env=False) as client,
+            httpx.AsyncClient(timeout=timeout, trust_env=False, verify=False) as client,
             client.stream("POST", f"{url}/v1/completions", json=body) as response,
         ):
             if response.status_code != 200:

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -110,7 +109,7 @@ def up(state: Path, num_nodes: int, cpus: int) -> Cluster:
             _add_node(cluster, node)
             _start_raylet(cluster, node)
         for node in range(2, num_nodes + 1):
-            _wait_until(partial(_has_joined, cluster, node), cluster, f"node {node}")
+            _wait_for_node(cluster, node, is_alive=True)
     except BaseException:
         down(cluster)
         raise
@@ -165,8 +164,8 @@ def join(cluster: Cluster, node: int) -> Cluster:
         cluster.save()
         _add_node(cluster, node)
     kill(cluster, node)
-    _wait_until(lambda: not is_alive(cluster, node), cluster, f"the end of what node {node} was")
-    _wait_until(partial(_has_joined, cluster, node), cluster, f"node {node}")
+    _wait_for_node(cluster, node, is_alive=False)
+    _wait_for_node(cluster, node, is_alive=True)
     return cluster
 
 
@@ -227,22 +226,57 @@ def _answers(cluster: Cluster) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _has_joined(cluster: Cluster, node: int) -> bool:
-    """Whether a node is there. A raylet that gave up, as on a busy machine it does after 30 s, is started again."""
-    if not _processes(cluster, node):
-        _start_raylet(cluster, node)
-    return is_alive(cluster, node)
-
-
 def is_alive(cluster: Cluster, node: int) -> bool:
     """Whether Ray counts the node as one of the cluster."""
-    probe = (
-        "import ray, sys\n"
-        "ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
-        "sys.exit(not any(n['Alive'] and n['NodeManagerAddress'] == sys.argv[2] for n in ray.nodes()))\n"
+    return _watch(cluster, node, is_alive=True, timeout_s=0.0).wait() == 0
+
+
+def _wait_for_node(cluster: Cluster, node: int, *, is_alive: bool) -> None:
+    """Return when Ray counts the node as one of the cluster, or counts it no more.
+
+    A raylet that gave up, as on a busy machine it does after 30 s, is started again.
+    """
+    watch = _watch(cluster, node, is_alive=is_alive, timeout_s=_START_TIMEOUT_S)
+    try:
+        while watch.poll() is None:
+            if is_alive and not _processes(cluster, node):
+                _start_raylet(cluster, node)
+            time.sleep(0.5)
+    finally:
+        watch.kill()
+        watch.wait()
+    if watch.returncode:
+        what = "start" if is_alive else "end"
+        raise SystemExit(f"node {node} did not {what}; see {cluster.state}/node-*.log")
+
+
+def _watch(cluster: Cluster, node: int, *, is_alive: bool, timeout_s: float) -> subprocess.Popen[bytes]:
+    """A process that exits with 0 once Ray says so, and with 1 after `timeout_s`: one, since each costs seconds."""
+    script = (
+        "import ray, sys, time\n"
+        "address, ip, is_alive, timeout_s = sys.argv[1:]\n"
+        "end_s = time.monotonic() + float(timeout_s)\n"
+        "while True:\n"
+        "    try:\n"
+        "        ray.init(address=address, logging_level='ERROR', log_to_driver=False, ignore_reinit_error=True)\n"
+        "        found = any(n['Alive'] and n['NodeManagerAddress'] == ip for n in ray.nodes())\n"
+        "        if found == bool(int(is_alive)):\n"
+        "            sys.exit(0)\n"
+        "    except Exception:\n"
+        "        pass\n"
+        "    if time.monotonic() > end_s:\n"
+        "        sys.exit(1)\n"
+        "    time.sleep(0.5)\n"
     )
-    command = [*_enter(cluster, 1), sys.executable, "-c", probe, cluster.address, cluster.node_ip(node)]
-    return subprocess.run(command, env=cluster.environment(), capture_output=True).returncode == 0
+    arguments = [cluster.address, cluster.node_ip(node), str(int(is_alive)), str(timeout_s)]
+    return subprocess.Popen(
+        [*_enter(cluster, 1), sys.executable, "-c", script, *arguments],
+        env=cluster.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _enter(cluster: Cluster, node: int) -> list[str]:

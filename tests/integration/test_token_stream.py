@@ -219,6 +219,40 @@ def test_late_tokens_of_a_sequence_that_another_worker_has_are_nobodys() -> None
     _run(test)
 
 
+def test_of_two_workers_that_got_one_submission_only_the_one_that_answered_for_it_is_heard() -> None:
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        other = Source()
+        inbox.open(RequestId("a"))
+        await TokenOutbox("w1", other.generate).submit(_request("a"), await inbox.address())
+        worker = await outbox.submit(_request("a"), await inbox.address())
+        await _until(lambda: len(other.ticks) == len(source.ticks) == 1)
+        other.tick()  # sooner than the answer that says who has it
+        source.tick()
+        await asyncio.sleep(0.1)
+        await inbox.attach(RequestId("a"), worker)
+        await _until(lambda: other.ended == ["a"])
+        source.tick()
+
+        assert [(await inbox.take(RequestId("a"))).token_ids for _ in range(3)] == [(), (0,), (1,)]
+        assert source.ended == []
+
+    _run(test)
+
+
+def test_a_submission_that_comes_twice_runs_once() -> None:
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        await _start(inbox, outbox, "a")
+        await _until(lambda: len(source.ticks) == 1)
+        source.tick()
+        await outbox.submit(_request("a"), await inbox.address())
+        await asyncio.sleep(0.1)
+        source.tick()
+
+        assert [(await inbox.take(RequestId("a"))).token_ids for _ in range(2)] == [(0,), (1,)]
+
+    _run(test)
+
+
 def test_a_lost_front_end_stops_what_streamed_to_it() -> None:
     async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
         await _start(inbox, outbox, "a", "b")
