@@ -40,27 +40,27 @@ def test_unreachable_redis_degrades_and_recovers(tmp_path: Path) -> None:
     port = free_port()
     with running_server("--redis-url", f"redis://:word@127.0.0.1:{port}/0") as server:
         _generate(server)
-        (reason,) = poll(lambda: server.worker()["degraded"], deadline_s=15, what="degraded")
+        (reason,) = poll(lambda: server.worker()["degraded"], deadline_s=60, what="degraded")
         assert "statistics store" in reason and str(port) in reason
         assert str(port) in server.get("/experts")["cluster"]["degraded"]
         assert server.get("/ready")["phase"] == "ready"
 
         valkey = start_embedded_valkey(tmp_path, port, password="word")
         try:
-            poll(lambda: not server.worker()["degraded"], deadline_s=20, what=lambda: str(server.worker()["degraded"]))
+            poll(lambda: not server.worker()["degraded"], deadline_s=60, what=lambda: str(server.worker()["degraded"]))
             _generate(server)
             poll(
                 lambda: _counted_in_redis(valkey.url) == _counted_by_worker(server) > 0,
-                deadline_s=15,
+                deadline_s=60,
                 what=lambda: f"{_counted_in_redis(valkey.url)} counts in Redis, {_counted_by_worker(server)} made",
             )
             counted = _counted_by_worker(server)
-            poll(lambda: _total(server.get("/experts")["cluster"]["layers"]) == counted, deadline_s=5, what="same page")
+            poll(lambda: _total(server.get("/experts")["cluster"]["layers"]) == counted, deadline_s=30, what="the page")
         finally:
             valkey.stop()
 
-        poll(lambda: server.worker()["degraded"], deadline_s=15, what="degraded again")
-        kept = poll(lambda: server.get("/experts")["cluster"], deadline_s=5, what="last counts")
+        poll(lambda: server.worker()["degraded"], deadline_s=60, what="degraded again")
+        kept = poll(lambda: server.get("/experts")["cluster"], deadline_s=30, what="last counts")
         assert kept["degraded"] and _total(kept["layers"]) == counted
         _generate(server)
         server.stop(signal.SIGTERM)

@@ -152,7 +152,7 @@ def test_lost_host_costs_no_request_and_its_memory_is_given_back_when_it_returns
         assert any("expert host 1" in line for line in dispatcher.links.degraded)
         with expert_hosts(demo, 2) as others:
             hosts[1] = others[1]
-            poll(lambda: not dispatcher.links.degraded, deadline_s=20, what="the host's return")
+            poll(lambda: not dispatcher.links.degraded, deadline_s=60, what="the host's return")
             before = dispatcher.counters.fallbacks
             again = generate_greedy(engine, some, alone=False)
             assert dispatcher.counters.fallbacks == before

@@ -58,7 +58,8 @@ def test_grpc_gives_the_tokens_of_http(channel: grpc.Channel, client: openai.Ope
     for expected, choice in zip(sorted(http.choices, key=lambda choice: choice.index), whole.choices, strict=True):
         assert expected.logprobs is not None
         assert choice.text == expected.text
-        assert [entry.chosen.logprob for entry in choice.logprobs] == pytest.approx(expected.logprobs.token_logprobs)
+        told = [entry.chosen.logprob for entry in choice.logprobs]
+        assert told == pytest.approx(expected.logprobs.token_logprobs, abs=1e-3), "as other rows shared their batches"
         mine = [piece for piece in pieces if piece.index == choice.index]
         assert "".join(piece.text for piece in mine) == choice.text
         assert [token_id for piece in mine for token_id in piece.token_ids] == list(choice.token_ids)
@@ -77,7 +78,7 @@ def test_a_cancelled_call_frees_the_worker(channel: grpc.Channel, server: LiveSe
 
     stream.cancel()
 
-    poll(lambda: server.worker()["num_running"] == 0, deadline_s=5, what="the worker is idle")
+    poll(lambda: server.worker()["num_running"] == 0, deadline_s=30, what="the worker is idle")
 
 
 def test_a_killed_gateway_comes_back(server: LiveServer) -> None:

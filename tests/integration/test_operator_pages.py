@@ -99,7 +99,7 @@ def test_cluster_wide_counts_become_the_only_workers(server: LiveServer) -> None
         own = [{"layer": layer["layer"], "activations": layer["activations"]} for layer in worker["layers"]]
         return page["cluster"]["layers"] == own
 
-    poll(are_equal, deadline_s=15, what="the worker's counts in the cluster's")
+    poll(are_equal, deadline_s=60, what="the worker's counts in the cluster's")
 
 
 def test_status_command_prints_json(server: LiveServer) -> None:

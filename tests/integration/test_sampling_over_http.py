@@ -85,11 +85,11 @@ def test_an_answer_is_aborted_by_the_id_its_client_chose(server: LiveServer) -> 
         answer = httpx.post(f"{server.url}/abort_requests", json={"request_ids": ["to-be-stopped"]}, timeout=10)
         return answer.json()["aborted"] == ["to-be-stopped"]
 
-    poll(aborted, deadline_s=20, what="the request to be found")
+    poll(aborted, deadline_s=60, what="the request to be found")
     asking.join(timeout=20)
     assert answers[0].json()["choices"][0]["finish_reason"] == "abort"
     assert answers[0].json()["usage"]["completion_tokens"] < 1500
-    poll(lambda: server.get("/status")["workers"][0]["num_running"] == 0, deadline_s=10, what="the engine to be idle")
+    poll(lambda: server.get("/status")["workers"][0]["num_running"] == 0, deadline_s=30, what="the engine to be idle")
 
 
 def test_tokenize_counts_what_usage_counts(client: openai.OpenAI, server: LiveServer) -> None:

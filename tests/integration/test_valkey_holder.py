@@ -44,7 +44,7 @@ def test_a_killed_program_comes_back_under_its_url(holder: ValkeyHolder) -> None
 
     os.kill(first.pid, signal.SIGKILL)
 
-    poll(lambda: holder._server is not first and _answers(url), deadline_s=20, what="the program is back")
+    poll(lambda: holder._server is not first and _answers(url), deadline_s=60, what="the program is back")
 
 
 def test_a_restarted_actor_has_the_url_it_had(holder: ValkeyHolder) -> None:
