@@ -52,8 +52,11 @@ class LiveServer:
         return "\n".join((self.root / "log").read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
 
     def get(self, path: str) -> dict[str, Any]:
-        """A JSON page."""
-        return httpx.get(self.url + path, timeout=20).raise_for_status().json()
+        """A JSON page. A worker that is too busy to answer at once makes it a 503, which says to come again."""
+        end_s = time.monotonic() + 30
+        while (answer := httpx.get(self.url + path, timeout=20)).status_code == 503 and time.monotonic() < end_s:
+            time.sleep(float(answer.headers["retry-after"]))
+        return answer.raise_for_status().json()
 
     def worker(self) -> dict[str, Any]:
         """The attention worker's part of /status."""
