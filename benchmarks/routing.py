@@ -37,10 +37,11 @@ def main() -> int:
     parser.add_argument("--past", type=Path, help="trace to warm up with; default: recorded once")
     parser.add_argument("--trace", type=Path, help="trace to measure; default: recorded once")
     parser.add_argument("--seeds", type=int, help="orders of arrival; default 3, quick 1")
+    parser.add_argument("--sequences", type=int, help="on a worker at a time; default 4 and 8, quick 8")
     options = parser.parse_args()
     seeds = range(options.seeds or (1 if options.quick else 3))
     work = load_workload(options.past, options.trace, per_domain=_QUICK_DOMAIN if options.quick else None)
-    results = _replayed(_cells(is_quick=options.quick), work, seeds)
+    results = _replayed(_cells(options.sequences, is_quick=options.quick), work, seeds)
     report = Report("Expert loads per generated token, 4 workers, by way of routing; medians over orders of arrival")
     report.rows = [_row(cell, found, results) for cell, found in results.items()]
     _targets(report, results)
@@ -56,14 +57,16 @@ def main() -> int:
     return report.finish(as_json=options.json)
 
 
-def _cells(*, is_quick: bool) -> list[Cell]:
+def _cells(sequences: int | None, *, is_quick: bool) -> list[Cell]:
+    """Args: sequences: on a worker at a time, or None for those of the plan."""
     if is_quick:
         half = [Cell(routing=routing) for routing in ROUTINGS]
         quarter = [Cell(cache=0.25, routing=routing) for routing in (RANDOM, LEAST, SEMANTIC, GROUPS)]
-        return [*half, replace(ALL, loop=False), ALL, *quarter]
+        cells = [*half, replace(ALL, loop=False), ALL, *quarter]
+        return [replace(cell, concurrent=sequences or cell.concurrent) for cell in cells]
     cells: list[Cell] = []
     for cache in (0.5, 0.25):
-        for concurrent in (4, 8):
+        for concurrent in (sequences,) if sequences else (4, 8):
             at = Cell(cache=cache, concurrent=concurrent)
             cells += [replace(at, routing=routing) for routing in ROUTINGS]
             cells += [replace(at, co_batching=True), replace(at, co_batching=True, loop=True)]
