@@ -32,8 +32,9 @@ ON_DEMAND = "on-demand LRU"
 LLAMA = "llama.cpp"
 LLAMA_RANDOM = "llama.cpp, no read-ahead"
 ACCELERATE = "transformers"
-POLICIES = {OURS: "moesaic+moesaic", ON_DEMAND: "lru+none"}
-MIN_RATIO = {LLAMA: 20.0, ACCELERATE: 10.0, LLAMA_RANDOM: None}  # None: printed beside the targets, without one
+ALONE = "moesaic, nothing ahead"
+POLICIES = {OURS: "moesaic+moesaic", ALONE: "moesaic+none", ON_DEMAND: "lru+none"}
+MIN_RATIO = {LLAMA: 20.0, ACCELERATE: 10.0, LLAMA_RANDOM: None, ALONE: None}  # None: printed beside the targets, without one
 TARGET_CACHE = 0.25
 KV_BYTES = 16 * 2**20
 PROMPT_TOKENS = 32
@@ -113,7 +114,7 @@ class Peers:
         self._dense_bytes, self._routed_bytes = _weight_bytes(self._model)
         self._refusal = why_not_permitted(self._model)
         self._device = disk_of(self._model)
-        self._sides = [OURS, *self._peers(), ON_DEMAND]
+        self._sides = [OURS, *self._peers(), ALONE, ON_DEMAND]
         self._baselines: dict[str, int] = {}
 
     def run(self) -> None:

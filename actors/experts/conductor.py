@@ -21,6 +21,7 @@ from actors.experts.policies.base import PolicySet
 from actors.experts.policies.published import PublishedScores
 from actors.experts.predict.base import BEFORE_FIRST, Forecast
 from actors.experts.predict.meter import CostMeter
+from actors.experts.predict.moesaic import LinkCosts
 from actors.experts.ring import RingPlan, uses_nearly_all
 from actors.experts.signals import GateSignal, StepSignal
 from cluster.observability.logs import log_event
@@ -29,6 +30,7 @@ _LOG = logging.getLogger(__name__)
 _MAX_STEPS_BEHIND = 2
 _STRIDE = 3
 _IN_TIME = 0.5
+_RING_RATE = 0.1  # of the newest layer in what large steps use
 Task = Callable[[], None]
 
 
@@ -64,6 +66,8 @@ class Conductor:
         self.step_s = 0.0
         self._published = published
         self._ring: RingPlan | None = None
+        self._ring_meter = CostMeter(load_s=meter.load_s, layer_s=meter.costs().layer_s)  # large steps
+        self._ring_use = 1.0  # share of a layer's experts that a large step uses
         self._forecast: Forecast | None = None
         self._inline = inline
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
@@ -104,7 +108,8 @@ class Conductor:
         """Gates have spoken, in the order of their layers. Args: times: of one layer on average."""
 
         def hear() -> None:
-            self.meter.note_layer(compute_s=times.compute_s, demand_s=times.demand_s, took_s=times.took_s)
+            meter = self.meter if self._ring is None else self._ring_meter
+            meter.note_layer(compute_s=times.compute_s, demand_s=times.demand_s, took_s=times.took_s)
             self._on_gates(make())
 
         self._tell(hear)
@@ -176,6 +181,9 @@ class Conductor:
         for gate in gates:
             if self._forecast is not None:
                 self._check_forecast(self._forecast, gate)
+            if self._ring is not None:
+                used_share = float((gate.counts.max(axis=0) > 0).mean())
+                self._ring_use += _RING_RATE * (used_share - self._ring_use)
             for listener in self.policies.listeners:
                 listener.on_gate(gate)
         self._look_ahead(gates[-1].row)
@@ -195,14 +203,20 @@ class Conductor:
             self._forecast = None
             self._published.publish(outlook.scores)
             if self.policies.predictor is not None:
-                self.store.want(outlook.ahead, outlook.below)
+                pays = self._ring_use > float(self._costs(self._ring_meter).pays_from(1.0))
+                self.store.want(outlook.ahead if pays else None, outlook.below)
             return
         self._published.publish()
         if self.policies.predictor is not None:
-            self.meter.load_s = self.store.load_s() or self.meter.load_s
-            self.meter.cpu_s = self.store.load_cpu_s()
+            self._costs(self.meter)
             self._forecast = self.policies.predictor.predict(row)
             self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
+
+    def _costs(self, meter: CostMeter) -> LinkCosts:
+        """By a meter, with what a load takes now."""
+        meter.load_s = self.store.load_s() or meter.load_s
+        meter.cpu_s = self.store.load_cpu_s()
+        return meter.costs()
 
     def _check_forecast(self, forecast: Forecast, gate: GateSignal) -> None:
         """Count how the last forecast of a layer came true."""

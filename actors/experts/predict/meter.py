@@ -20,12 +20,14 @@ class CostMeter:
         self._layer_s = layer_s
         self._demand_s = 0.0
         self._took_s = layer_s
+        self._rate = 1.0
 
     def note_layer(self, *, compute_s: float, demand_s: float, took_s: float) -> None:
         """A layer computed for `compute_s`, demand loads held the link for `demand_s`, all of it took `took_s`."""
-        self._layer_s += _RATE * (compute_s - self._layer_s)
-        self._demand_s += _RATE * (demand_s - self._demand_s)
-        self._took_s += _RATE * (took_s - self._took_s)
+        self._layer_s += self._rate * (compute_s - self._layer_s)
+        self._demand_s += self._rate * (demand_s - self._demand_s)
+        self._took_s += self._rate * (took_s - self._took_s)
+        self._rate = max(self._rate / (1 + self._rate), _RATE)  # the mean of all as long as they are few
 
     def costs(self) -> LinkCosts:
         """What was measured so far."""

@@ -2,11 +2,12 @@
 
 Before the first layer the embedding of the step's token speaks for all layers, then every gate for those that follow.
 
-Price. A load started `lead` seconds before its layer hides min(load, lead) of the stall, if the expert is used (p). If
-it is not, the link was held for `load`, which delays a demand load only in so far as the link is busy with those; and
-always by half the chunk that a demand load cannot pre-empt. Either way it takes processor time, which the computation
-may lack. So it is fetched if p * min(load, lead) > (1 - p) * load * max(busy, half a chunk) + processor time. The
-nearest layer goes first: of the others more will be known by then.
+Price. A load started `lead` seconds before its layer hides min(load, lead) of the stall, if the expert is used (p), but
+only in so far as the link would have been idle: one that is always busy moves the same bytes sooner or later. If the
+expert is not used, the link was held for `load`, which delays a demand load in so far as the link is busy with those;
+and always by half the chunk that a demand load cannot pre-empt. Either way it takes processor time, which the
+computation may lack. So it is fetched if p * min(load, lead) * (1 - busy) > (1 - p) * load * max(busy, half a chunk) +
+processor time. The nearest layer goes first: of the others more will be known by then.
 
 Shapes: L MoE layers, E experts of a layer.
 """
@@ -17,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from actors.experts.next_use import NextUse
 from actors.experts.predict.base import BEFORE_FIRST, Forecast
 from actors.experts.signals import Grid
 
 _HALF_CHUNK = 1 / 6
-_COSTS_EVERY = 8  # steps
 _PER_LAYER = 0.5  # a layer further on is worth this much less
 
 
@@ -40,33 +41,31 @@ class LinkCosts:
     busy: float
     cpu_s: float = 0.0
 
+    def pays_from(self, layers_ahead: npt.ArrayLike) -> np.ndarray:
+        """The probability of use from which a fetch so many layers ahead pays; 1 and more: it never does."""
+        hidden_s = np.minimum(self.load_s, np.multiply(layers_ahead, self.layer_s)) * (1 - self.busy)
+        held_s = self.load_s * max(self.busy, _HALF_CHUNK)
+        return (held_s + self.cpu_s) / (held_s + hidden_s)
+
 
 class MoesaicPredictor:
     """Probability of use, priced."""
 
     def __init__(self, grid: Grid, next_use: NextUse, costs: Callable[[], LinkCosts]) -> None:
-        """`next_use` hears the signals. `costs` is asked now and then."""
+        """`next_use` hears the signals. `costs` is asked at every step."""
         self._next_use, self._costs = next_use, costs
         row, layer = np.arange(-1, grid.num_layers)[:, None], np.arange(grid.num_layers)
         # [1 + L, L, 1] from the row asked at to the others: layers until one computes, 1 for the next one
         self._layers_ahead = ((layer - row - 1) % grid.num_layers + 1).astype(np.float32)[..., None]
         self._nearness = _PER_LAYER ** (self._layers_ahead - 1)
-        self._threshold: np.ndarray | None = None
-        self._num_steps = 0
+        self._threshold = self._costs().pays_from(self._layers_ahead)
 
     def predict(self, row: int) -> Forecast | None:
-        self._num_steps += row == BEFORE_FIRST
-        if self._threshold is None or (row == BEFORE_FIRST and self._num_steps % _COSTS_EVERY == 0):
-            self._threshold = self._paying_from(self._costs())
+        if row == BEFORE_FIRST:
+            self._threshold = self._costs().pays_from(self._layers_ahead)
         if self._threshold.min() >= 1:
             return None
         probability = self._next_use.hazards().copy()
         priority = probability * self._nearness[row + 1]
         priority *= probability > self._threshold[row + 1]
         return Forecast(priority, probability)
-
-    def _paying_from(self, costs: LinkCosts) -> np.ndarray:
-        """[1 + L, L, 1] the probability from which a fetch pays."""
-        hidden_s = np.minimum(costs.load_s, self._layers_ahead * costs.layer_s)
-        held_s = costs.load_s * max(costs.busy, _HALF_CHUNK)
-        return (held_s + costs.cpu_s) / (held_s + hidden_s)

@@ -138,6 +138,20 @@ def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scrip
     assert store.resident(1).any(), "the next layer comes ahead"
 
 
+def test_ring_on_a_busy_link_fetches_nothing_that_may_not_be_used(store: ExpertStore, policy: Scripted) -> None:
+    """Half of a layer is used: on a link that is always busy the other half would cost time, on an idle one none."""
+    conductor = _conductor(store, policy, inline=True)
+    wanted: dict[str, bool] = {}
+    for name, times in (("busy", LayerTimes(1e-5, 1.0, 1.0)), ("idle", LayerTimes(1.0, 0.0, 1.0))):
+        for _ in range(100):
+            conductor.begin(lambda: _step(64))
+            conductor.gates(lambda: [_gate(0, *range(NUM_EXPERTS // 2))], times)
+            wanted[name] = store._device.priority is not None
+            conductor.end(1e-3)
+
+    assert wanted == {"busy": False, "idle": True}
+
+
 def test_steps_are_left_out_while_search_is_behind(store: ExpertStore, policy: Scripted) -> None:
     conductor = _conductor(store, policy, inline=False)
     policy.pause.clear()

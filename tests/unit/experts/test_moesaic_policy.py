@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given
 
 from actors.experts.next_use import NextUse
 from actors.experts.policies.eviction_order import EvictionOrder
@@ -143,12 +146,40 @@ def test_token_of_the_step_is_fetched_for_before_the_first_layer(taught: NextUse
 
 def test_busy_link_fetches_no_more_than_an_idle_one(taught: NextUse) -> None:
     idle = forecast(IDLE, taught, token=1, rows_done=2).priority > 0
-    busy = forecast(LinkCosts(load_s=1.0, layer_s=1.0, busy=1.0), taught, token=1, rows_done=2).priority > 0
+    busy = forecast(LinkCosts(load_s=1.0, layer_s=1.0, busy=0.9), taught, token=1, rows_done=2).priority > 0
     assert (busy <= idle).all() and busy.sum() < idle.sum()
 
 
+def test_link_that_is_always_busy_fetches_nothing(taught: NextUse) -> None:
+    """It moves the same bytes sooner or later; a guess that fails is moved for nothing."""
+    costs = LinkCosts(load_s=1.0, layer_s=1.0, busy=1.0)
+    taught.on_step(step_of(1))
+    assert MoesaicPredictor(GRID, taught, lambda: costs).predict(BEFORE_FIRST) is None
+    taught.on_step_end()
+
+
+@given(
+    load_s=st.floats(1e-5, 1),
+    layer_s=st.floats(1e-5, 1),
+    busy=st.floats(0, 1),
+    cpu_s=st.floats(0, 1),
+    ahead=st.integers(1, 60),
+)
+def test_price_rises_with_every_cost_and_falls_with_what_is_hidden(
+    load_s: float, layer_s: float, busy: float, cpu_s: float, ahead: int
+) -> None:
+    costs = LinkCosts(load_s=load_s, layer_s=layer_s, busy=busy, cpu_s=cpu_s)
+    price = float(costs.pays_from(ahead))
+
+    assert price > 0
+    assert float(costs.pays_from(ahead + 1)) <= price
+    if price < 1:
+        assert float(replace(costs, busy=(busy + 1) / 2).pays_from(ahead)) >= price * (1 - 1e-9)
+    assert float(replace(costs, cpu_s=cpu_s + 0.1).pays_from(ahead)) > price
+
+
 def test_nothing_is_fetched_when_it_can_hide_nothing(taught: NextUse) -> None:
-    made = forecast(LinkCosts(load_s=1.0, layer_s=1e-4, busy=1.0), taught, token=1)
+    made = forecast(LinkCosts(load_s=1.0, layer_s=1e-4, busy=0.9), taught, token=1)
     assert not (made.priority > 0).any()
 
 
