@@ -12,7 +12,6 @@ from harness import Report, median, progress
 from offload_steps import Figures
 
 from actors.experts.trace import GateTrace
-from cluster.replay.result import ReplayCell
 from cluster.replay.sweep import Sweep, learn_past, replay_cells
 
 MAX_HIT_POINTS = 0.02
@@ -46,10 +45,15 @@ class Agreement:
     def __init__(self, report: Report, past: GateTrace, held_out: GateTrace, times: ComputeTimes) -> None:
         self._report, self._past, self._held_out, self._times = report, past, held_out, times
         self._live: dict[Key, dict[str, Any]] = {}
+        self._load_cpu_s: dict[Key, float] = {}
 
-    def expect(self, row: dict[str, Any], key: Key) -> None:
-        """A live cell whose replay is wanted; the replay's figures are added to its row."""
+    def expect(self, row: dict[str, Any], key: Key, *, load_cpu_s: float) -> None:
+        """A live cell whose replay is wanted; the replay's figures are added to its row.
+
+        Args: load_cpu_s: processor time of a load, as its price of prefetch had it.
+        """
         self._live[key] = row
+        self._load_cpu_s[key] = load_cpu_s
 
     def finish(self) -> None:
         """Replay them all, add columns and targets."""
@@ -62,16 +66,17 @@ class Agreement:
             base_s=self._times.base_s,
             expert_s=self._times.expert_s,
         )
-        progress(f"replaying {sweep.num_cells} cells")
+        progress(f"replaying {len(self._live)} cells")
         past = learn_past(self._past, sweep)
         wake_s = self._calibrate(sweep)
-        for policy in policies:
-            predict_s = self._forecast_s(policy)
-            for at_once in concurrencies:
-                strides = [row["stride"] for key, row in self._live.items() if (key[0], key[3]) == (policy, at_once)]
-                own = replace(sweep, policies=(policy,), concurrencies=(at_once,), stride=round(median(strides)))
-                for cell in replay_cells(self._held_out, past, replace(own, predict_s=predict_s, wake_s=wake_s)):
-                    self._compare(cell)
+        for key, row in self._live.items():
+            policy, cache, link, at_once = key
+            own = replace(sweep, policies=(policy,), caches=(cache,), links=(link,), concurrencies=(at_once,))
+            own = replace(own, stride=row["stride"], predict_s=self._forecast_s(policy), wake_s=wake_s)
+            own = replace(own, load_cpu_s=self._load_cpu_s[key])
+            (cell,) = replay_cells(self._held_out, past, own)
+            row["replay hit"] = cell.hit_rate
+            row["live/replay TPOT"] = row["p50 ms"] / cell.tpot_ms_p50
         self._add_targets()
 
     def _calibrate(self, sweep: Sweep) -> float:
@@ -82,7 +87,8 @@ class Agreement:
         wanted_ms = self._live[self._first]["p50 ms"]
 
         def replayed_ms(wake_s: float) -> float:
-            return replay_cells(self._held_out, None, replace(alone, wake_s=wake_s))[0].tpot_ms_p50
+            (cell,) = replay_cells(self._held_out, None, replace(alone, wake_s=wake_s))
+            return cell.tpot_ms_p50
 
         # Part of it hides behind the loads that follow, so the gap is no multiple of it.
         low_s, high_s = 0.0, _MAX_WAKE_S
@@ -98,11 +104,6 @@ class Agreement:
     def _forecast_s(self, policy: str) -> float:
         """What search and forecast took after a gate, live."""
         return 1e-3 * median([row["search ms/gate"] for key, row in self._live.items() if key[0] == policy])
-
-    def _compare(self, cell: ReplayCell) -> None:
-        row = self._live[cell.policy, cell.cache, cell.link_gb_per_s, cell.concurrency]
-        row["replay hit"] = cell.hit_rate
-        row["live/replay TPOT"] = row["p50 ms"] / cell.tpot_ms_p50
 
     def _add_targets(self) -> None:
         """The targets are of one sequence at a time and of several alike."""

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,13 @@ class Plan:
 
 FULL = Plan(
     policies=(*ALONE, *AHEAD),
-    caches=(0.25,),
-    links=(1.0, 4.0),
+    caches=(0.25, 0.125, 0.5),
+    links=(2.0,),
     concurrencies=(1, 8),
-    prompts=12,
-    past=72,
+    prompts=10,
+    past=36,
     num_tokens=64,
-    rounds=7,
+    rounds=5,
 )
 QUICK = Plan(
     policies=(OFF, "mrs+none", "mrs+next-gate", "moesaic+none", ON),
@@ -104,12 +105,13 @@ class Live:
         steps = build_steps(past, concurrency=1, order=mixed_order(len(past.requests)))
         agreement = Agreement(self._report, past, held_out, times)
         plan = self._plan
-        for cache in plan.caches:
-            for policy in plan.policies:
-                for link in plan.links:
-                    for concurrency in plan.concurrencies:
-                        row = self._run_cell(policy, cache, link, concurrency, steps)
-                        agreement.expect(row, (policy, cache, link, concurrency))
+        cells = list(product(plan.caches, plan.policies, plan.links, plan.concurrencies))
+        try:
+            for cache, policy, link, concurrency in cells:
+                row, load_cpu_s = self._run_cell(policy, cache, link, concurrency, steps)
+                agreement.expect(row, (policy, cache, link, concurrency), load_cpu_s=load_cpu_s)
+        except KeyboardInterrupt:
+            self._report.notes.append(f"stopped after {len(self._report.rows)} of {len(cells)} cells")
         agreement.finish()
         self._report.notes.append(
             f"HOST full and DEVICE empty at the start of each cell; learned from {plan.past} other prompts; one "
@@ -170,7 +172,8 @@ class Live:
 
     def _run_cell(
         self, policy: str, cache: float, link: float, concurrency: int, past: Sequence[ReplayStep]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], float]:
+        """The row, and the processor time of a load in seconds."""
         with _engine(self._info, policy, cache=cache, link=link) as parts:
             _fill_host(parts)
             _learn(parts, past)
@@ -179,6 +182,7 @@ class Live:
             busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
             stride = parts.conductor.stride if parts.conductor else 1
             num_gates = len(figures.steps) * parts.store.grid.num_layers
+            load_cpu_s = parts.store.load_cpu_s()
         columns = figures.columns()
         progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
         row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
@@ -189,7 +193,7 @@ class Live:
             "stride": stride,
         }
         self._report.rows.append(row)
-        return row
+        return row, load_cpu_s
 
 
 def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:

@@ -34,7 +34,12 @@ LLAMA_RANDOM = "llama.cpp, no read-ahead"
 ACCELERATE = "transformers"
 ALONE = "moesaic, nothing ahead"
 POLICIES = {OURS: "moesaic+moesaic", ALONE: "moesaic+none", ON_DEMAND: "lru+none"}
-MIN_RATIO = {LLAMA: 20.0, ACCELERATE: 10.0, LLAMA_RANDOM: None, ALONE: None}  # None: printed beside the targets, without one
+MIN_RATIO = {
+    LLAMA: 20.0,
+    ACCELERATE: 10.0,
+    LLAMA_RANDOM: None,
+    ALONE: None,
+}  # None: printed beside the targets, without one
 TARGET_CACHE = 0.25
 KV_BYTES = 16 * 2**20
 PROMPT_TOKENS = 32

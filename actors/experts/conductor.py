@@ -216,6 +216,7 @@ class Conductor:
         """By a meter, with what a load takes now."""
         meter.load_s = self.store.load_s() or meter.load_s
         meter.cpu_s = self.store.load_cpu_s()
+        meter.gives_way = self.store.loads_give_way
         return meter.costs()
 
     def _check_forecast(self, forecast: Forecast, gate: GateSignal) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from actors.experts.policies.base import PolicySet
 from actors.experts.predict.base import BEFORE_FIRST
 from actors.experts.predict.meter import CostMeter
+from actors.experts.ring import uses_nearly_all
 from actors.experts.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
 from cluster.replay.machine import Machine
@@ -30,9 +31,9 @@ class Simulator:
         on_transfer: Callable[[Transfer], None] | None = None,
         meter: CostMeter | None = None,
     ) -> None:
-        """Args: meter: told of every layer."""
+        """Args: meter: told of every layer but those of large steps, which go round the ring live."""
         self.outcome = ReplayOutcome()
-        self._meter = meter
+        self._grid, self._meter = grid, meter
         self.policies = policies
         self._machine = machine
         link = Link(
@@ -76,7 +77,7 @@ class Simulator:
         demanded = memory.counters.demand_chunks
         counts = self.outcome.decode if step.is_decode else self.outcome.prefill
         end_s = self._compute(needed, compute_s, counts)
-        if self._meter is not None:
+        if self._meter is not None and not uses_nearly_all(self._grid, int(step.signal.num_rows.sum())):
             self._meter.note_layer(
                 compute_s=machine.base_s + sum(compute_s),
                 demand_s=(memory.counters.demand_chunks - demanded) * memory.link.chunk_s,

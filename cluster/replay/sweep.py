@@ -36,7 +36,7 @@ PolicyBuilder = Callable[[str, PolicyContext], PolicySet]
 class Sweep:
     """What to replay. caches: shares of all experts. links: GB/s. expert_bytes: None: as traced.
 
-    base_s to predict_on_path: of Machine.
+    base_s to predict_on_path: of Machine. load_cpu_s: processor time of a load, for predictors that price it.
     """
 
     policies: Sequence[str]
@@ -49,6 +49,7 @@ class Sweep:
     row_s: float = 1e-5
     predict_s: float = 0.0
     wake_s: float = 0.0
+    load_cpu_s: float = 0.0
     stride: int = 1
     predict_on_path: bool = False
     settings: PolicySettings = field(default_factory=PolicySettings)
@@ -180,6 +181,8 @@ class _Replays:
         machines = [self._machine(num_slots, link) for link in sweep.links]
         layer_s = sweep.base_s + self._grid.top_k * sweep.expert_s
         meters = [CostMeter(load_s=machine.load_s, layer_s=layer_s) for machine in machines]
+        for meter in meters:
+            meter.cpu_s = sweep.load_cpu_s
         context = self._context(num_slots, meters[0])
         sets = [self._build(policy, context)] * len(machines)
         if policy.partition("+")[2] in PRICED:

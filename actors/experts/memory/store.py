@@ -258,6 +258,12 @@ class ExpertStore:
         below_s = self._host.queue.expert_s_from.get(tier, 0.0) / self._host.queue.num_threads
         return below_s and below_s + self.load_s()
 
+    @property
+    def loads_give_way(self) -> bool:
+        """Whether a load ahead into DEVICE can let a demand go first: not if all its chunks are moved at once."""
+        device = self._device
+        return device.queue.num_threads < device.links[-1].num_chunks(0)  # the last link has every expert
+
     def miss_s(self) -> dict[Tier, float]:
         """`load_s_from` of the tiers that something came from."""
         costs = {tier: self.load_s_from(tier) for tier in (Tier.HOST, Tier.REMOTE, Tier.DISK)}

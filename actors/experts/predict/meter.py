@@ -10,13 +10,15 @@ _RATE = 0.02
 class CostMeter:
     """Moving averages over layers of compute time and of the share of time in which the link holds up the steps.
 
-    load_s: one expert over the link, cpu_s: processor time of that; whoever measures them sets them.
+    load_s: one expert over the link, cpu_s: processor time of that, gives_way: see LinkCosts; whoever knows them sets
+    them.
     """
 
     def __init__(self, *, load_s: float, layer_s: float) -> None:
         """Args: layer_s: a first guess of a layer's compute time."""
         self.load_s = load_s
         self.cpu_s = 0.0
+        self.gives_way = True
         self._layer_s = layer_s
         self._demand_s = 0.0
         self._took_s = layer_s
@@ -34,4 +36,6 @@ class CostMeter:
         # A saturated link is busy also with what is fetched ahead: then steps wait most of the time.
         waited = 1 - self._layer_s / self._took_s
         busy = min(max(self._demand_s / self._took_s, waited), 1.0)
-        return LinkCosts(load_s=self.load_s, layer_s=self._layer_s, busy=busy, cpu_s=self.cpu_s)
+        return LinkCosts(
+            load_s=self.load_s, layer_s=self._layer_s, busy=busy, cpu_s=self.cpu_s, gives_way=self.gives_way
+        )

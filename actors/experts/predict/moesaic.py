@@ -2,12 +2,15 @@
 
 Before the first layer the embedding of the step's token speaks for all layers, then every gate for those that follow.
 
-Price. A load started `lead` seconds before its layer hides min(load, lead) of the stall, if the expert is used (p), but
-only in so far as the link would have been idle: one that is always busy moves the same bytes sooner or later. If the
-expert is not used, the link was held for `load`, which delays a demand load in so far as the link is busy with those;
-and always by half the chunk that a demand load cannot pre-empt. Either way it takes processor time, which the
-computation may lack. So it is fetched if p * min(load, lead) * (1 - busy) > (1 - p) * load * max(busy, half a chunk) +
-processor time. The nearest layer goes first: of the others more will be known by then.
+Price. A load started `lead` seconds before its layer hides min(load, lead) of the stall, if the expert is used (p). If
+it is not, the link was held for `load`, which delays a demand load only in so far as the link is busy with those; and
+always by half the chunk that a demand load cannot pre-empt. Either way it takes processor time, which the computation
+may lack. So it is fetched if p * min(load, lead) > (1 - p) * load * max(busy, half a chunk) + processor time. The
+nearest layer goes first: of the others more will be known by then.
+
+That holds where a load ahead gives way. Where all parts of an expert are read at once, as from a disk that wants
+several reads in flight, it goes before whatever is asked for while it lasts: it hides only what the link would have
+idled.
 
 Shapes: L MoE layers, E experts of a layer.
 """
@@ -33,17 +36,20 @@ class LinkCosts:
     """Measured, not constants. load_s: one expert over the link. layer_s: compute time of one layer.
 
     busy: share of the time, 0 to 1, in which demand loads hold the link or steps wait for it. cpu_s: processor time of
-    one load.
+    one load. gives_way: whether a load ahead lets a demand go first, chunk by chunk.
     """
 
     load_s: float
     layer_s: float
     busy: float
     cpu_s: float = 0.0
+    gives_way: bool = True
 
     def pays_from(self, layers_ahead: npt.ArrayLike) -> np.ndarray:
         """The probability of use from which a fetch so many layers ahead pays; 1 and more: it never does."""
-        hidden_s = np.minimum(self.load_s, np.multiply(layers_ahead, self.layer_s)) * (1 - self.busy)
+        hidden_s = np.minimum(self.load_s, np.multiply(layers_ahead, self.layer_s))
+        if not self.gives_way:
+            hidden_s *= 1 - self.busy
         held_s = self.load_s * max(self.busy, _HALF_CHUNK)
         return (held_s + self.cpu_s) / (held_s + hidden_s)
 

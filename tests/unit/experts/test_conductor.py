@@ -138,8 +138,13 @@ def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scrip
     assert store.resident(1).any(), "the next layer comes ahead"
 
 
-def test_ring_on_a_busy_link_fetches_nothing_that_may_not_be_used(store: ExpertStore, policy: Scripted) -> None:
+def test_ring_on_a_busy_link_fetches_nothing_that_may_not_be_used(
+    store: ExpertStore, policy: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half of a layer is used: on a link that is always busy the other half would cost time, on an idle one none."""
+    monkeypatch.setattr(store, "load_s", lambda: 1e-3)
+    monkeypatch.setattr(store, "load_cpu_s", lambda: 1e-4)
+    assert not store.loads_give_way, "three threads, three chunks"
     conductor = _conductor(store, policy, inline=True)
     wanted: dict[str, bool] = {}
     for name, times in (("busy", LayerTimes(1e-5, 1.0, 1.0)), ("idle", LayerTimes(1.0, 0.0, 1.0))):

@@ -146,13 +146,13 @@ def test_token_of_the_step_is_fetched_for_before_the_first_layer(taught: NextUse
 
 def test_busy_link_fetches_no_more_than_an_idle_one(taught: NextUse) -> None:
     idle = forecast(IDLE, taught, token=1, rows_done=2).priority > 0
-    busy = forecast(LinkCosts(load_s=1.0, layer_s=1.0, busy=0.9), taught, token=1, rows_done=2).priority > 0
+    busy = forecast(LinkCosts(load_s=1.0, layer_s=1.0, busy=1.0), taught, token=1, rows_done=2).priority > 0
     assert (busy <= idle).all() and busy.sum() < idle.sum()
 
 
-def test_link_that_is_always_busy_fetches_nothing(taught: NextUse) -> None:
+def test_busy_link_whose_loads_do_not_give_way_fetches_nothing(taught: NextUse) -> None:
     """It moves the same bytes sooner or later; a guess that fails is moved for nothing."""
-    costs = LinkCosts(load_s=1.0, layer_s=1.0, busy=1.0)
+    costs = LinkCosts(load_s=1.0, layer_s=1.0, busy=1.0, gives_way=False)
     taught.on_step(step_of(1))
     assert MoesaicPredictor(GRID, taught, lambda: costs).predict(BEFORE_FIRST) is None
     taught.on_step_end()
@@ -176,10 +176,11 @@ def test_price_rises_with_every_cost_and_falls_with_what_is_hidden(
     if price < 1:
         assert float(replace(costs, busy=(busy + 1) / 2).pays_from(ahead)) >= price * (1 - 1e-9)
     assert float(replace(costs, cpu_s=cpu_s + 0.1).pays_from(ahead)) > price
+    assert float(replace(costs, gives_way=False).pays_from(ahead)) >= price
 
 
 def test_nothing_is_fetched_when_it_can_hide_nothing(taught: NextUse) -> None:
-    made = forecast(LinkCosts(load_s=1.0, layer_s=1e-4, busy=0.9), taught, token=1)
+    made = forecast(LinkCosts(load_s=1.0, layer_s=1e-4, busy=1.0), taught, token=1)
     assert not (made.priority > 0).any()
 
 
