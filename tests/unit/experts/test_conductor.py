@@ -144,7 +144,7 @@ def test_ring_on_a_busy_link_fetches_nothing_that_may_not_be_used(
     """Half of a layer is used: on a link that is always busy the other half would cost time, on an idle one none."""
     monkeypatch.setattr(store, "load_s", lambda: 1e-3)
     monkeypatch.setattr(store, "load_cpu_s", lambda: 1e-4)
-    assert not store.loads_give_way, "three threads, three chunks"
+    assert not store.loads_give_way, "as from a disk"
     conductor = _conductor(store, policy, inline=True)
     wanted: dict[str, bool] = {}
     for name, times in (("busy", LayerTimes(1e-5, 1.0, 1.0)), ("idle", LayerTimes(1.0, 0.0, 1.0))):

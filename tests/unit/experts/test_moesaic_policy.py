@@ -16,6 +16,7 @@ from actors.experts.policies.frequency import StaticScorer
 from actors.experts.policies.lru import LruScorer
 from actors.experts.policies.moesaic import MoesaicScorer
 from actors.experts.predict.base import BEFORE_FIRST, Forecast
+from actors.experts.predict.meter import CostMeter
 from actors.experts.predict.moesaic import LinkCosts, MoesaicPredictor
 from actors.experts.signals import GateSignal, Grid, StepSignal
 
@@ -182,6 +183,18 @@ def test_price_rises_with_every_cost_and_falls_with_what_is_hidden(
 def test_nothing_is_fetched_when_it_can_hide_nothing(taught: NextUse) -> None:
     made = forecast(LinkCosts(load_s=1.0, layer_s=1e-4, busy=1.0), taught, token=1)
     assert not (made.priority > 0).any()
+
+
+def test_young_meter_says_the_mean_of_what_it_saw_and_an_old_one_follows() -> None:
+    meter = CostMeter(load_s=1e-3, layer_s=1.0)
+    for took_s in (2e-3, 4e-3):
+        meter.note_layer(compute_s=1e-3, demand_s=0.0, took_s=took_s)
+    assert meter.costs().layer_s == pytest.approx(1e-3), "nothing of the first guess is left"
+    assert meter.costs().busy == pytest.approx(1 - 1 / 3), "waited for two of three milliseconds"
+
+    for _ in range(1000):
+        meter.note_layer(compute_s=1e-3, demand_s=0.0, took_s=1e-3)
+    assert meter.costs().busy == pytest.approx(0, abs=1e-6)
 
 
 def test_layers_passed_are_forecast_for_the_next_step(taught: NextUse) -> None:

@@ -144,6 +144,13 @@ def test_host_smaller_than_the_model_evicts_and_reads_again(
     assert sum(_misses(small).values()) >= 3 * SIZE - 2
 
 
+def test_loads_give_way_on_a_link_of_one_thread_and_not_where_all_chunks_move_at_once(
+    opened: Callable[..., ExpertStore],
+) -> None:
+    assert opened(slots=2, host_bytes=10**9, host_link=RamLink).loads_give_way
+    assert not opened(slots=2, host_bytes=0, io_threads=8).loads_give_way
+
+
 def test_what_another_node_has_comes_from_there_and_from_disk_when_it_is_lost(
     experts: ExpertFile, opened: Callable[..., ExpertStore]
 ) -> None:
