@@ -7,6 +7,7 @@ they were started in sessions of their own or their parent is gone.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -154,10 +155,17 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on, outside the range from which the system and Ray take theirs: nobody
+    has it by the time the server listens."""
+    for _ in range(1000):
+        port = random.SystemRandom().randint(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port between 20000 and 32000")
 
 
 def processes_of(root: Path) -> set[psutil.Process]:
