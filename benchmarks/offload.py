@@ -46,11 +46,13 @@ def main() -> int:
 def _condensed(row: dict[str, Any]) -> dict[str, Any]:
     """A row for a table: what belongs together in one column."""
     groups = {
+        "cache / GB/s / at a time": ("cache", "GB/s", "at a time"),
         "TPOT ms mean / p50 / p99": ("TPOT mean ms", "p50 ms", "p99 ms"),
         "hit / timely": ("hit", "timely"),
         "MB per token from disk / link": ("MB read/token", "MB link/token"),
         "prefetch used / late / wasted": ("used", "late", "wasted"),
-        "search share / ms a gate": ("search share", "search ms/gate"),
+        "search share / ms a gate / stride": ("search share", "search ms/gate", "stride"),
+        "replay: hit / live over its TPOT": ("replay hit", "live/replay TPOT"),
     }
     first = {names[0]: (title, names) for title, names in groups.items()}
     rest = {name for names in groups.values() for name in names[1:]}
@@ -58,14 +60,16 @@ def _condensed(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.items():
         if name in first:
             title, names = first[name]
-            condensed[title] = " / ".join(_short(row[each]) for each in names if each in row)
+            condensed[title] = "/".join(_short(row[each]) for each in names if each in row)
         elif name not in rest:
             condensed[name] = value
     return condensed
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:.0f}" if value != "-" else "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2g}" if value < 0.1 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _live(options: Any) -> Report:

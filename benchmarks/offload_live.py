@@ -100,7 +100,7 @@ class Live:
             held_out = self._record(resident, self._ids, seed=0)
             with _engine(self._info, ON, cache=1.0) as predicting:
                 _make_resident(predicting)
-                self._compare_resident(resident, predicting)
+                self._compare_resident(predicting)
             times = self._compute_times(resident)
         steps = build_steps(past, concurrency=1, order=mixed_order(len(past.requests)))
         agreement = Agreement(self._report, past, held_out, times)
@@ -134,11 +134,15 @@ class Live:
         sampling = SamplingParams(max_tokens=self._plan.num_tokens, temperature=0.0, ignore_eos=True, seed=seed)
         return record_trace(parts, self._info, requests, sampling)
 
-    def _compare_resident(self, off: EngineParts, on: EngineParts) -> None:
+    def _compare_resident(self, parts: EngineParts) -> None:
+        """Of one engine, predicting or not: two engines differ more than that by where their memory lies."""
         rates: dict[str, list[float]] = {OFF: [], ON: []}
         disk_bytes = 0
+        runner = parts.engine.runner
+        taps = {OFF: None, ON: runner.signals}
         for number in range(-1, self._plan.rounds):
-            for name, parts in ((OFF, off), (ON, on)):
+            for name, tap in taps.items():
+                runner.signals = tap
                 figures = self._figures(parts, self._ordered[:4], concurrency=1)
                 if number >= 0:
                     rates[name].append(figures.decode_rate)

@@ -9,7 +9,7 @@ from harness import Report
 
 
 def plot(target: Path, reports: dict[str, Report]) -> None:
-    """Write a PNG with one panel a part; of several cache sizes the last is drawn for the policies."""
+    """Write a PNG with one panel a part."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,18 +24,22 @@ def plot(target: Path, reports: dict[str, Report]) -> None:
 
 
 def _plot_live(axis: Any, rows: list[dict[str, Any]]) -> None:
-    cache = rows[-1]["cache"]
-    rows = [row for row in rows if row["cache"] == cache and row["at a time"] == 1]
+    rows = [row for row in rows if row["at a time"] == 1]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    links = list(dict.fromkeys(row["GB/s"] for row in rows))
-    height = 0.8 / len(links)
-    for number, link in enumerate(links):
-        times = {row["policy"]: row["TPOT mean ms"] for row in rows if row["GB/s"] == link}
+    settings = sorted({(float(row["cache"].rstrip("%")), row["GB/s"]) for row in rows})
+    height = 0.8 / len(settings)
+    for number, (cache, link) in enumerate(settings):
+        times = {
+            row["policy"]: row["TPOT mean ms"]
+            for row in rows
+            if (float(row["cache"].rstrip("%")), row["GB/s"]) == (cache, link)
+        }
         positions = [i + number * height for i, policy in enumerate(policies) if policy in times]
-        axis.barh(positions, [times[p] for p in policies if p in times], height, label=f"{link} GB/s (emulated)")
+        label = f"{cache:g}% of the experts fit, {link} GB/s"
+        axis.barh(positions, [times[p] for p in policies if p in times], height, label=label)
     axis.set_yticks([i + 0.4 - height / 2 for i in range(len(policies))], policies)
     axis.invert_yaxis()
-    axis.set(xlabel="mean time per output token, ms", title=f"Policies live, cache {cache}, one sequence")
+    axis.set(xlabel="mean time per output token, ms", title="Policies live, emulated link, one sequence")
     axis.legend(fontsize=8)
 
 

@@ -26,6 +26,8 @@ from cluster.scheduler.plan import Placement
 from cluster.scheduler.stages import experts_of
 from cluster.types import ExpertId, GenerationRequest, RequestId
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
