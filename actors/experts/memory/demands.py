@@ -82,12 +82,12 @@ class Demands:
 
     def forget(self) -> None:
         """Nobody wants the rest any more: what is under way is given up."""
-        for index in self._wanted:
+        given_up, self._wanted = self._wanted, {}  # first: a transfer that ends now must ask for nothing
+        self._errors.clear()
+        for index in given_up:
             for stage in self._stages:
                 stage.give_up(index)
-        self._fast.release(self._wanted)
-        self._wanted.clear()
-        self._errors.clear()
+        self._fast.release(given_up)
         for stage in self._stages:
             stage.queue.wake()
 
@@ -95,7 +95,8 @@ class Demands:
         """A transfer has ended, one of these or another that had a slot."""
         if not self._wanted:
             return
-        if transfer.is_demand and transfer.error is not None and not transfer.is_cancelled:
+        is_ours = transfer.is_demand and transfer.index in self._wanted
+        if is_ours and transfer.error is not None and not transfer.is_cancelled:
             self._errors[transfer.index] = transfer.error
         self.advance()
         self._landed.notify_all()

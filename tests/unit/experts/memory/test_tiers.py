@@ -316,6 +316,24 @@ def test_a_load_that_takes_too_long_fails_with_the_file_and_the_store_goes_on(
     assert _wanted(store, experts, 1, [4, 5])
 
 
+def test_what_a_failed_step_still_waited_for_is_not_read(
+    experts: ExpertFile, opened: Callable[..., ExpertStore]
+) -> None:
+    """Nor do its errors reach the next step."""
+    links = Recorded()
+    store = opened(slots=4, wrap=links.wrap, load_timeout_s=0.5, io_threads=1)
+    (disk,) = links.made
+    disk.gate.clear()
+    disk.broken |= {9, 10, 11}
+
+    with pytest.raises(ExpertReadError, match="expert 3 of layer 1"):
+        _wanted(store, experts, 1, [3, 4, 5])
+    threading.Timer(0.02, disk.gate.set).start()
+
+    assert _wanted(store, experts, 0, [0])
+    assert disk.loads == [9, 0], "only what was in a thread already"
+
+
 def test_a_prefetch_that_fails_disturbs_nobody(experts: ExpertFile, opened: Callable[..., ExpertStore]) -> None:
     links = Recorded()
     store = opened(slots=2, wrap=links.wrap)
