@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,13 @@ Key = tuple[str, float, float, int]  # policy, cache, GB/s, sequences at a time
 
 @dataclass(frozen=True, slots=True)
 class ComputeTimes:
-    """Of a layer besides its experts, and of one expert, in seconds."""
+    """Of a layer besides its experts, and of one expert, in seconds.
+
+    search_s: by policy, how much longer a layer takes while the policy's thread searches beside the computation."""
 
     base_s: float
     expert_s: float
+    search_s: dict[str, float] = field(default_factory=dict[str, float])
 
     @classmethod
     def of(cls, alone: Figures, many: Figures, *, num_layers: int) -> ComputeTimes:
@@ -36,7 +39,20 @@ class ComputeTimes:
 
     def text(self) -> str:
         """For a note."""
-        return f"measured {1e3 * self.base_s:.2f} ms a layer and {1e3 * self.expert_s:.2f} ms an expert, resident"
+        text = f"measured {1e3 * self.base_s:.2f} ms a layer and {1e3 * self.expert_s:.2f} ms an expert, resident"
+        if self.search_s:
+            least_s, most_s = min(self.search_s.values()), max(self.search_s.values())
+            text += f"; {1e3 * least_s:.2f} to {1e3 * most_s:.2f} ms a layer more beside the policies' search"
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class LiveMachine:
+    """What a live cell decided by. load_cpu_s: processor time of a load, as its price of prefetch had it. strides:
+    layers between two forecasts, by the number of sequences."""
+
+    load_cpu_s: float
+    strides: Mapping[int, int]
 
 
 class Agreement:
@@ -45,15 +61,12 @@ class Agreement:
     def __init__(self, report: Report, past: GateTrace, held_out: GateTrace, times: ComputeTimes) -> None:
         self._report, self._past, self._held_out, self._times = report, past, held_out, times
         self._live: dict[Key, dict[str, Any]] = {}
-        self._load_cpu_s: dict[Key, float] = {}
+        self._seen: dict[Key, LiveMachine] = {}
 
-    def expect(self, row: dict[str, Any], key: Key, *, load_cpu_s: float) -> None:
-        """A live cell whose replay is wanted; the replay's figures are added to its row.
-
-        Args: load_cpu_s: processor time of a load, as its price of prefetch had it.
-        """
+    def expect(self, row: dict[str, Any], key: Key, seen: LiveMachine) -> None:
+        """A live cell whose replay is wanted; the replay's figures are added to its row."""
         self._live[key] = row
-        self._load_cpu_s[key] = load_cpu_s
+        self._seen[key] = seen
 
     def finish(self) -> None:
         """Replay them all, add columns and targets."""
@@ -72,8 +85,10 @@ class Agreement:
         for key, row in self._live.items():
             policy, cache, link, at_once = key
             own = replace(sweep, policies=(policy,), caches=(cache,), links=(link,), concurrencies=(at_once,))
-            own = replace(own, stride=row["stride"], predict_s=self._forecast_s(policy), wake_s=wake_s)
-            own = replace(own, load_cpu_s=self._load_cpu_s[key])
+            seen = self._seen[key]
+            own = replace(own, strides=seen.strides, predict_s=self._forecast_s(policy), wake_s=wake_s)
+            base_s = self._times.base_s + self._times.search_s.get(policy, 0.0)
+            own = replace(own, load_cpu_s=seen.load_cpu_s, base_s=base_s)
             (cell,) = replay_cells(self._held_out, past, own)
             row["replay hit"] = cell.hit_rate
             row["live/replay TPOT"] = row["p50 ms"] / cell.tpot_ms_p50

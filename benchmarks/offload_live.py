@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from harness import Report, median, progress, prompts_of_domains, wide_model
-from offload_agreement import Agreement, ComputeTimes
-from offload_steps import Figures, MemoryUse, drive, read_bytes_of_process
+from offload_agreement import Agreement, ComputeTimes, LiveMachine
+from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
 
 from actors.deployments import SWITCH_INTERVAL_S
 from actors.engine.build import EngineParts, build_engine
@@ -102,14 +104,17 @@ class Live:
                 _make_resident(predicting)
                 self._compare_resident(predicting)
             times = self._compute_times(resident)
-        steps = build_steps(past, concurrency=1, order=mixed_order(len(past.requests)))
+            steps = build_steps(past, concurrency=1, order=mixed_order(len(past.requests)))
+            for policy in self._plan.policies:
+                if policy != OFF:
+                    times.search_s[policy] = self._search_s(policy, resident, steps)
         agreement = Agreement(self._report, past, held_out, times)
         plan = self._plan
         cells = list(product(plan.caches, plan.policies, plan.links, plan.concurrencies))
         try:
             for cache, policy, link, concurrency in cells:
-                row, load_cpu_s = self._run_cell(policy, cache, link, concurrency, steps)
-                agreement.expect(row, (policy, cache, link, concurrency), load_cpu_s=load_cpu_s)
+                row, seen = self._run_cell(policy, cache, link, concurrency, steps)
+                agreement.expect(row, (policy, cache, link, concurrency), seen)
         except KeyboardInterrupt:
             self._report.notes.append(f"stopped after {len(self._report.rows)} of {len(cells)} cells")
         agreement.finish()
@@ -159,34 +164,49 @@ class Live:
         many = self._figures(parts, self._ordered, concurrency=8)
         return ComputeTimes.of(alone, many, num_layers=parts.store.grid.num_layers)
 
+    def _search_s(self, policy: str, alone: EngineParts, past: Sequence[ReplayStep]) -> float:
+        """How much longer a layer takes beside a policy's search, alternating with one without.
+
+        One expert less than all fits: with all resident nothing is searched."""
+        grid = alone.store.grid
+        with _engine(self._info, policy, cache=1 - 0.5 / grid.size) as parts:
+            _make_resident(parts)
+            _learn(parts, past)
+            more_s: list[float] = []
+            for number in range(-1, 3):
+                each = [self._figures(parts, self._ordered[:3], concurrency=1) for parts in (alone, parts)]
+                if number >= 0:
+                    rates = [figures.decode_rate for figures in each]
+                    more_s.append((1 / rates[1] - 1 / rates[0]) / grid.num_layers)
+        progress(f"{policy}: {1e3 * median(more_s):.3f} ms a layer more beside its search")
+        return max(median(more_s), 0.0)
+
     def _figures(self, parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> Figures:
         figures = Figures()
-        figures.add(
-            list(
-                drive(
-                    parts,
-                    prompts,
-                    num_tokens=self._plan.num_tokens,
-                    concurrency=concurrency,
-                    read_bytes=read_bytes_of_process,
-                )
-            )
-        )
+        figures.add(list(self._drive(parts, prompts, concurrency)))
         return figures
+
+    def _drive(self, parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> Iterator[Step]:
+        num_tokens = self._plan.num_tokens
+        return drive(parts, prompts, num_tokens=num_tokens, concurrency=concurrency, read_bytes=read_bytes_of_process)
 
     def _run_cell(
         self, policy: str, cache: float, link: float, concurrency: int, past: Sequence[ReplayStep]
-    ) -> tuple[dict[str, Any], float]:
-        """The row, and the processor time of a load in seconds."""
+    ) -> tuple[dict[str, Any], LiveMachine]:
         with _engine(self._info, policy, cache=cache, link=link) as parts:
             _fill_host(parts)
             _learn(parts, past)
             busy_s = parts.conductor.busy_s if parts.conductor else 0.0
-            figures = self._figures(parts, self._ordered, concurrency)
+            strides: defaultdict[int, list[int]] = defaultdict(list)
+            steps: list[Step] = []
+            for step in self._drive(parts, self._ordered, concurrency):
+                steps.append(step)
+                strides[len(step.tokens)].append(parts.conductor.stride if parts.conductor else 1)
+            figures = Figures()
+            figures.add(steps)
             busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
-            stride = parts.conductor.stride if parts.conductor else 1
             num_gates = len(figures.steps) * parts.store.grid.num_layers
-            load_cpu_s = parts.store.load_cpu_s()
+            seen = LiveMachine(parts.store.load_cpu_s(), {n: median_low(own) for n, own in strides.items()})
         columns = figures.columns()
         progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
         row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
@@ -194,10 +214,10 @@ class Live:
         row |= {
             "search share": busy_s / figures.elapsed_s,
             "search ms/gate": 1e3 * busy_s / num_gates,
-            "stride": stride,
+            "stride": seen.strides[concurrency],
         }
         self._report.rows.append(row)
-        return row, load_cpu_s
+        return row, seen
 
 
 def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:

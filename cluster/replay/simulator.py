@@ -44,6 +44,7 @@ class Simulator:
         self.memory = ReplayMemory(grid, policies.scorer, link, machine.num_slots)
         self._ledger = StepLedger(self.outcome)
         self._forecast_s = machine.predict_s if policies.predictor is not None else 0.0
+        self._stride = 1
         self._now_s = 0.0
         self._began_s = 0.0
         self._chunks_before = 0
@@ -52,8 +53,9 @@ class Simulator:
         """Replay; a simulator runs once."""
         return run_together([self], steps)[0]
 
-    def begin_step(self, wanted: WantedExperts | None) -> None:
-        """A step begins; `wanted` is what is to be fetched ahead of it."""
+    def begin_step(self, wanted: WantedExperts | None, num_sequences: int) -> None:
+        """A step of so many sequences begins; `wanted` is what is to be fetched ahead of it."""
+        self._stride = self._machine.strides.get(num_sequences, 1)
         self._began_s, self._chunks_before = self._now_s, self._chunks_sent()
         if self.policies.predictor is not None:
             self.memory.begin_step()
@@ -88,7 +90,7 @@ class Simulator:
     def end_layer(self, row: int, wanted: WantedExperts | None, end_s: float) -> None:
         """Fetch ahead while the layer computes, until `end_s`."""
         memory = self.memory
-        if self.policies.predictor is not None and (row + 1) % self._machine.stride:
+        if self.policies.predictor is not None and (row + 1) % self._stride:
             memory.run_until(end_s)  # by the forecast before
         elif self.policies.predictor is not None:
             ready_s = self._now_s
@@ -151,7 +153,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
     for step in steps:
         step.begin(listeners)
         for simulator, wanted in zip(simulators, _wanted(sets, BEFORE_FIRST), strict=True):
-            simulator.begin_step(wanted)
+            simulator.begin_step(wanted, len(step.signal.num_rows))
         for row, gate in enumerate(step.gates):
             for simulator in simulators:
                 simulator.run_to_gate()
