@@ -14,15 +14,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import StepInputs, packed_order
 from actors.experts.conductor import Conductor, LayerTimes
 from actors.experts.dispatch import ExpertWork
-from actors.experts.gate_tap import GateReader, gate_modules
+from actors.experts.gate_tap import GateReader, gate_modules, means
 from actors.experts.signals import GateSignal, StepSignal
+from actors.kernels.search import load_search
 from cluster.types import RequestId
 
 
@@ -34,11 +34,10 @@ class SignalTap:
         gates = gate_modules(model)
         layers = tuple(gates)
         self.conductor = conductor
-        self._rows = {layer: row for row, layer in enumerate(layers)}
-        readers = [GateReader(gate) for gate in gates.values()]
-        self._readers = dict(zip(layers, readers, strict=True))
-        following = [reader if reader.is_readable else None for reader in readers[1:]]
-        self._following = dict(zip(layers, [*following, None], strict=True))
+        kernels, following = load_search(), None
+        self._readers: dict[int, GateReader] = {}
+        for row, layer in reversed(list(enumerate(layers))):
+            following = self._readers[layer] = GateReader(row, gates[layer], following, kernels)
         self._embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
         self._logits: dict[int, Tensor] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -46,6 +45,7 @@ class SignalTap:
         self._starts: np.ndarray | None = None  # of each sequence's rows; None while nothing is handed over
         self._heard: list[tuple[ExpertWork, Tensor]] = []
         self._num_rows = 0
+        self._stride = 1
         self._began_s = self._last_s = self._stall_s = self._demand_s = 0.0
         for layer, gate in gates.items():
             gate.register_forward_hook(partial(self._on_gate, layer))
@@ -54,6 +54,7 @@ class SignalTap:
         """A step is about to run."""
         store = self.conductor.store
         self._starts = None
+        self._stride = self.conductor.stride
         if store.holds_everything:
             return
         if self.conductor.is_behind:
@@ -70,7 +71,7 @@ class SignalTap:
         starts = self._starts
         self.conductor.begin(
             lambda: StepSignal(
-                sequences, _means(self._embeddings[token_ids].float().numpy(), starts), lengths, is_decode
+                sequences, means(self._embeddings[token_ids].float().numpy(), starts), lengths, is_decode
             )
         )
 
@@ -81,7 +82,7 @@ class SignalTap:
             return
         self._num_rows = num_rows
         self._heard.append((work, logits))
-        if len(self._heard) >= self.conductor.stride:
+        if len(self._heard) >= self._stride:
             self._hand_over()
 
     def end(self) -> None:
@@ -123,25 +124,7 @@ class SignalTap:
         )
 
     def _signals(self, heard: list[tuple[ExpertWork, Tensor]], num_rows: int, starts: np.ndarray) -> list[GateSignal]:
-        # One call for all layers: each costs as much as the numbers of ten.
-        logits_NTE = torch.stack([logits[:num_rows] for _, logits in heard]).float().numpy()
-        hidden_NTD = torch.stack([work.hidden_TD[:num_rows] for work, _ in heard]).float().numpy()
-        ids_NTK = torch.stack([work.topk_ids_TK[:num_rows] for work, _ in heard]).numpy()
-        counts_NTE = np.zeros(logits_NTE.shape, dtype=np.float32)
-        np.put_along_axis(counts_NTE, ids_NTK, 1.0, axis=2)
-        signals: list[GateSignal] = []
-        for (work, _), logits, hidden, counts in zip(heard, logits_NTE, hidden_NTD, counts_NTE, strict=True):
-            following = self._following[work.layer]
-            ahead = None if following is None else _means(following.read(hidden), starts)
-            probs = self._readers[work.layer].probabilities(logits)
-            chose = counts if len(starts) == num_rows else np.add.reduceat(counts, starts, axis=0)
-            signals.append(GateSignal(self._rows[work.layer], _means(probs, starts), chose, ahead))
-        return signals
-
-
-def _means(values_TX: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """[S, X] means over each sequence's rows, which begin at `starts` [S]."""
-    if len(starts) == len(values_TX):
-        return values_TX
-    lengths = np.diff(np.append(starts, len(values_TX)))
-    return np.add.reduceat(values_TX, starts, axis=0) / lengths[:, None].astype(np.float32)
+        return [
+            self._readers[work.layer].signal(logits, work.topk_ids_TK, work.hidden_TD, starts, num_rows)
+            for work, logits in heard
+        ]

@@ -69,6 +69,7 @@ class Conductor:
         self._ring_meter = CostMeter(load_s=meter.load_s, layer_s=meter.costs().layer_s)  # large steps
         self._ring_use = 1.0  # share of a layer's experts that a large step uses
         self._forecast: Forecast | None = None
+        self._foreseen: list[tuple[np.ndarray, GateSignal]] = []  # of the step: [E] probabilities, what was chosen
         self._inline = inline
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._num_begun = self._num_ended = 0  # steps; each is counted by one thread only
@@ -180,7 +181,7 @@ class Conductor:
     def _on_gates(self, gates: Sequence[GateSignal]) -> None:
         for gate in gates:
             if self._forecast is not None:
-                self._check_forecast(self._forecast, gate)
+                self._foreseen.append((self._forecast.probability[gate.row], gate))
             if self._ring is not None:
                 used_share = float((gate.counts.max(axis=0) > 0).mean())
                 self._ring_use += _RING_RATE * (used_share - self._ring_use)
@@ -191,6 +192,7 @@ class Conductor:
     def _on_step_end(self) -> None:
         for listener in self.policies.listeners:
             listener.on_step_end()
+        self._check_forecasts()
         self._num_ended += 1
 
     def _on_sequence_end(self, sequence: int) -> None:
@@ -219,10 +221,14 @@ class Conductor:
         meter.gives_way = self.store.loads_give_way
         return meter.costs()
 
-    def _check_forecast(self, forecast: Forecast, gate: GateSignal) -> None:
-        """Count how the last forecast of a layer came true."""
-        counters, probability = self.store.counters, forecast.probability[gate.row]
-        used = gate.counts.max(axis=0) > 0
+    def _check_forecasts(self) -> None:
+        """Count how the last forecasts of the layers came true."""
+        if not self._foreseen:
+            return
+        counters = self.store.counters
+        probability = np.concatenate([of_layer for of_layer, _ in self._foreseen])
+        used = np.concatenate([gate.counts.max(axis=0) for _, gate in self._foreseen]) > 0
+        self._foreseen.clear()
         bins = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
         counters.num_forecasts += np.bincount(bins, minlength=CALIBRATION_BINS)
         counters.predicted += np.bincount(bins, weights=probability, minlength=CALIBRATION_BINS)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.experts.signals import GateSignal, Grid, StepSignal
+from actors.kernels.search import FollowedArrays
 
 _FLOOR = 0.3  # of a uniform gate probability; below it differences mean little
 
@@ -36,7 +37,9 @@ class FollowedStep:
     """A step under way: what was heard of it, and what was made of it for who asked.
 
     gates: [S, L, 2 + A, E]: ahead, probabilities, averages after the step, all as shares of a uniform probability and
-    with a floor added (of which averages are averages again); logs: their logarithms, the features.
+    with a floor added (of which averages are averages again); logs: their logarithms, the features, of the rows up to
+    `featured`. An average is shares [S, 1, A, 1] of the present gate and what is kept of the one before, kept
+    [S, L, A, E].
     """
 
     def __init__(self, signal: StepSignal, grid: Grid, before: Context, after: Context, shares: np.ndarray) -> None:
@@ -52,8 +55,8 @@ class FollowedStep:
         self.before = before
         self.after = after  # topic and embedded; the rest follows at the end
         self.expected: Expected | None = None
-        self._shares = shares[:, None, :, None]
-        self._kept = (1 - self._shares) * before.averages
+        self.shares = np.ascontiguousarray(shares)[:, None, :, None]
+        self.kept = (1 - self.shares) * before.averages
 
     def hear(self, gate: GateSignal) -> None:
         """A gate has spoken."""
@@ -68,8 +71,8 @@ class FollowedStep:
         """Of the rows before `stop`."""
         rows = slice(self.featured + 1, stop)
         gates = self.gates[:, rows]
-        np.multiply(self._shares, gates[:, :, 1:2], out=gates[:, :, 2:])
-        gates[:, :, 2:] += self._kept[:, rows]
+        np.multiply(self.shares, gates[:, :, 1:2], out=gates[:, :, 2:])
+        gates[:, :, 2:] += self.kept[:, rows]
         np.log(gates, out=self.logs[:, rows])
         self.featured = stop - 1
 
@@ -81,7 +84,7 @@ class Expected:
     Parts are log odds to be blended: of a constant, a model, and popularity. soon_parts, past_parts: [S, L, 3, E], of
     q and of y before the step; soon, past: [S, L, E], what came of them. worth_parts: [S, L, 3, E], of y after the
     step, whole for rows passed. ahead_parts: [S, L, R, 5, E], see Trajectory. hazards, worth: [L, E], q and y over all
-    sequences, as known after the gates up to row.
+    sequences, as known after the gates up to row. arrays: all this for the compiled kernels, once they were needed.
     """
 
     soon_parts: np.ndarray
@@ -93,6 +96,7 @@ class Expected:
     hazards: np.ndarray
     worth: np.ndarray
     row: int = -1
+    arrays: FollowedArrays | None = None
 
 
 def parts_of(popular: np.ndarray) -> np.ndarray:

@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.experts.signals import GateSignal
+from actors.kernels.native import DTYPE_CODES
+from actors.kernels.search import GateForm, SearchKernels
 from actors.model.seams import experts_modules, layer_of
 from cluster.errors import CheckpointError
 
@@ -97,26 +100,65 @@ def gate_modules(model: nn.Module) -> dict[int, nn.Module]:
 
 
 class GateReader:
-    """Probabilities of one gate in numpy: for one row torch's set-up of a call costs more than its product.
+    """What one gate says, without torch: for one row its set-up of a call costs more than the product.
 
-    A gate that is more than a matrix (with its bias) is asked itself. is_readable: it needs nothing but rows.
+    A gate that is more than a matrix (with its bias) is asked itself, unless it needs more than rows.
     """
 
-    def __init__(self, gate: nn.Module) -> None:
-        self._gate = gate
-        self.is_readable = _takes_rows_alone(gate)
+    def __init__(self, row: int, gate: nn.Module, following: GateReader | None, kernels: SearchKernels | None) -> None:
+        """Args: row: of the layer in the grid. following: the next layer's. kernels: None: in numpy."""
+        self._row, self._gate, self._kernels = row, gate, kernels
         self._is_sigmoid = _is_sigmoid(gate)
+        self._takes_rows = _takes_rows_alone(gate)
         self._matrix: np.ndarray | None = None
         self._bias: np.ndarray | None = None
         weight = getattr(gate, "weight", None)
-        if self.is_readable and isinstance(weight, Tensor) and weight.dim() == 2:
+        if self._takes_rows and isinstance(weight, Tensor) and weight.dim() == 2:
             self._take_matrix(weight, getattr(gate, "bias", None))
+        self._following = following if following is not None and following._takes_rows else None
+        self._form: GateForm | None = None
 
-    def read(self, hidden_TD: np.ndarray) -> np.ndarray:
-        """[T, E] float32 that the gate would give to float32 rows."""
-        return self.probabilities(self._logits(hidden_TD))
+    def signal(
+        self, logits_TE: Tensor, chosen_TK: Tensor, hidden_TD: Tensor, starts: np.ndarray, num_rows: int
+    ) -> GateSignal:
+        """What this gate said of each sequence, and what the following one says of the same rows.
 
-    def probabilities(self, logits_TE: np.ndarray) -> np.ndarray:
+        Args: starts: [S] int64, where the sequences' rows begin. num_rows: in all; the others are padding.
+        """
+        following = self._following
+        if self._kernels is not None and (following is None or following._matrix is not None):
+            logits_TE, chosen_TK, hidden_TD = logits_TE.contiguous(), chosen_TK.contiguous(), hidden_TD.contiguous()
+            if self._form is None:
+                self._form = self._form_for(self._kernels, logits_TE.shape[1], chosen_TK.shape[1])
+            said = self._kernels.read_gate(
+                self._form,
+                (logits_TE.data_ptr(), DTYPE_CODES[logits_TE.dtype]),
+                (hidden_TD.data_ptr(), DTYPE_CODES[hidden_TD.dtype]),
+                chosen_TK.data_ptr(),
+                starts,
+                num_rows,
+            )
+            return GateSignal(self._row, said[0], said[1], None if following is None else said[2])
+        logits, hidden = logits_TE[:num_rows].float().numpy(), hidden_TD[:num_rows].float().numpy()
+        counts = np.zeros(logits.shape, dtype=np.float32)
+        np.put_along_axis(counts, chosen_TK[:num_rows].numpy(), 1.0, axis=1)
+        ahead = None if following is None else means(following._probabilities(following._logits(hidden)), starts)
+        return GateSignal(self._row, means(self._probabilities(logits), starts), _sums(counts, starts), ahead)
+
+    def _form_for(self, kernels: SearchKernels, num_experts: int, top_k: int) -> GateForm:
+        following = self._following
+        if following is None:
+            return kernels.gate_form(num_experts, top_k, is_sigmoid=self._is_sigmoid)
+        return kernels.gate_form(
+            num_experts,
+            top_k,
+            is_sigmoid=self._is_sigmoid,
+            matrix=following._matrix,
+            bias=following._bias,
+            next_is_sigmoid=following._is_sigmoid,
+        )
+
+    def _probabilities(self, logits_TE: np.ndarray) -> np.ndarray:
         """[T, E] from float32 logits: softmax, or sigmoid scores over their sum."""
         if self._is_sigmoid:
             scores = 0.5 + 0.5 * np.tanh(0.5 * logits_TE)
@@ -141,6 +183,18 @@ class GateReader:
         self._bias = bias.detach().float().numpy() if isinstance(bias, Tensor) else None
         if not np.allclose(self._logits(probe.float().numpy()), wanted, rtol=0.05, atol=0.05):
             self._matrix = None
+
+
+def means(values_TX: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """[S, X] means over each sequence's rows, which begin at `starts` [S]."""
+    if len(starts) == len(values_TX):
+        return values_TX
+    lengths = np.diff(np.append(starts, len(values_TX)))
+    return _sums(values_TX, starts) / lengths[:, None].astype(np.float32)
+
+
+def _sums(values_TX: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return values_TX if len(starts) == len(values_TX) else np.add.reduceat(values_TX, starts, axis=0)
 
 
 def _takes_rows_alone(gate: nn.Module) -> bool:

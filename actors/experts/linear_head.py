@@ -31,13 +31,11 @@ class LinearHead:
     """One output per expert of the grid, each with weights of its own."""
 
     def __init__(self, grid: Grid, num_common: int, num_own: int, rates: LearningRates) -> None:
-        self._rates = rates
+        self.rates = rates
         self._shape = (grid.num_layers, grid.num_experts)
         self._bias = np.full(self._shape, log_odds(grid.top_k / grid.num_experts), np.float32)
         self._of_common = np.zeros((num_common, grid.size), np.float32)
-        self._change = np.empty_like(self._of_common)  # kept: fresh memory costs more than the product
         self._of_own = np.zeros((grid.num_layers, num_own, grid.num_experts), np.float32)
-        self._own_change = np.empty_like(self._of_own)
 
     @property
     def num_weights(self) -> int:
@@ -70,17 +68,11 @@ class LinearHead:
 
         Args: rows: the layers that learn.
         """
-        rates, errors = self._rates, errors[:, rows]
-        num_common, width = len(self._of_common), errors[0].size
+        rates, errors = self.rates, errors[:, rows]
         self._bias[rows] += rates.bias * errors.sum(axis=0)
-        add_products(
-            self._of_common.reshape(num_common, *self._shape)[:, rows],
-            rates.common * per_energy(common),
-            errors.reshape(len(errors), -1),
-            self._change.reshape(-1)[: num_common * width].reshape(num_common, width),
-        )
-        own = rates.own * per_energy(own[:, rows].swapaxes(0, 1))
-        add_products(self._of_own[rows], own, errors.swapaxes(0, 1), self._own_change[: len(own)])
+        of_common = self._of_common.reshape(-1, *self._shape)[:, rows].swapaxes(0, 1)
+        learn_products(of_common, common[:, None], errors, rates.common)
+        learn_products(self._of_own[rows], own[:, rows], errors, rates.own)
 
 
 class Blend:
@@ -93,7 +85,7 @@ class Blend:
     def __init__(self, shape: tuple[int, ...], weights: Sequence[float], *, rate: float) -> None:
         """Args: shape: of independent blends, [L, ...]. weights: [F], to begin with."""
         self._weights = np.tile(np.array(weights, np.float32), (*shape, 1))
-        self._rate = rate
+        self.rate = rate
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -106,7 +98,7 @@ class Blend:
 
     def learn(self, parts: np.ndarray, errors: np.ndarray, rows: slice = slice(None)) -> None:
         """Correct what was predicted of the parts, of these rows, by target - prediction [S, ..., E]."""
-        scaled = self._rate * errors / np.square(parts).sum(axis=-2)
+        scaled = self.rate * errors / np.square(parts).sum(axis=-2)
         self._weights[rows] += (parts @ scaled[..., None])[..., 0].sum(axis=0)
 
 
@@ -125,19 +117,11 @@ def log_odds(probability: np.ndarray | float) -> np.ndarray:
     return np.log(clipped / (1 - clipped))
 
 
-def per_energy(features: np.ndarray) -> np.ndarray:
-    """[..., F] over one plus their squared norm: the step of normalised least mean squares."""
-    return features / (1.0 + np.square(features).sum(axis=-1, keepdims=True))
+def learn_products(weights: np.ndarray, features: np.ndarray, errors: np.ndarray, rate: float) -> None:
+    """A step of normalised least mean squares, of B regressions with F features and N outputs each.
 
-
-def add_products(weights: np.ndarray, features: np.ndarray, errors: np.ndarray, scratch: np.ndarray) -> None:
-    """weights [..., F, E] += the sum over examples S of features [..., S, F] times errors [..., S, E].
-
-    `scratch` has as many elements, in the shape of the product.
-    An example alone gets an empty one beside it: numpy takes a fast path only for two and more (measured: 30 times).
+    weights [B, F, N] += rate * sum over S of features [S, B, F] / (1 + their squared norm) times errors [S, B, N].
     """
-    if features.shape[-2] == 1:
-        features = np.concatenate([features, np.zeros_like(features)], axis=-2)
-        errors = np.concatenate([errors, np.zeros_like(errors)], axis=-2)
-    np.matmul(features.swapaxes(-1, -2), errors, out=scratch)
-    weights += scratch.reshape(weights.shape)
+    scaled = rate * features / (1 + np.square(features).sum(axis=-1, keepdims=True))
+    for features_BF, errors_BN in zip(scaled, errors, strict=True):  # a product of matrices is slow with one example
+        weights += features_BF[..., None] * errors_BN[:, None]

@@ -25,12 +25,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from actors.experts import trajectory
 from actors.experts.followed_step import Context, Expected, FollowedStep, join, parts_of, with_model
 from actors.experts.learned_state import NUM_LEARNED
 from actors.experts.linear_head import Blend, LearningRates, LinearHead, log_odds, sigmoid
 from actors.experts.signals import GateSignal, Grid, Silent, StepSignal
 from actors.experts.state_average import average_in
 from actors.experts.trajectory import Trajectory
+from actors.kernels.search import FollowedArrays, SearchKernels
 
 _EMBEDDING_NORM = 4.0
 _EDGE = 1e-6
@@ -63,8 +65,16 @@ class NextUseSettings:
 class NextUse(Silent):
     """Follows all sequences and values every expert."""
 
-    def __init__(self, grid: Grid, *, embedding_dim: int, settings: NextUseSettings = NextUseSettings()) -> None:
-        self._grid, self._settings = grid, settings
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        embedding_dim: int,
+        settings: NextUseSettings = NextUseSettings(),
+        kernels: SearchKernels | None = None,
+    ) -> None:
+        """Args: kernels: None: all of it in numpy, several times slower."""
+        self._grid, self._settings, self._kernels = grid, settings, kernels
         dim = min(settings.projected_dim, embedding_dim)
         self._projection: np.ndarray | None = None
         if dim < embedding_dim:
@@ -124,7 +134,7 @@ class NextUse(Silent):
             self._catch_up(step, step.expected)
         step.add_features(self._grid.num_layers)
         after.averages = step.gates[:, :, 2:]
-        after.gates = step.logs[:, :, 1:].reshape(len(step.gates), self._grid.num_layers, -1)
+        after.gates = np.ascontiguousarray(step.logs[:, :, 1:]).reshape(len(step.gates), self._grid.num_layers, -1)
         if step.expected is not None:
             self._learn(step, step.expected)
             self._valued.update(step.signal.sequences)
@@ -220,13 +230,31 @@ class NextUse(Silent):
 
     def _catch_up(self, step: FollowedStep, expected: Expected) -> Expected:
         """Take in the gates heard since the last time."""
-        if expected.row < step.row:
+        if expected.row == step.row:
+            return expected
+        if self._kernels is not None:
+            if expected.arrays is None:
+                expected.arrays = self._arrays_of(step, expected)
+            self._kernels.follow(expected.arrays, expected.row + 1, step.row)
+            step.featured = step.row
+        else:
             for row in range(expected.row + 1, step.row + 1):
                 self._pass(step, expected, row)
             if step.row + 1 < self._grid.num_layers:
                 self._look_ahead(step, expected, step.row)
-            expected.row = step.row
+        expected.row = step.row
         return expected
+
+    def _arrays_of(self, step: FollowedStep, expected: Expected) -> FollowedArrays:
+        num_sequences, num_layers, num_gates, num_experts = step.gates.shape
+        sizes = {"S": num_sequences, "L": num_layers, "A": num_gates - 2, "E": num_experts, "R": self._trajectory.reach}
+        arrays = {name: getattr(step, name) for name in ("num_rows", "shares", "kept", "gates", "logs")}
+        names = ("past", "worth_parts", "ahead_parts", "worth", "hazards")
+        arrays |= {name: getattr(expected, name) for name in names}
+        arrays |= {"of_own": self._worth.arrays["of_own"], "worth_blend": self._worth_blend.arrays["weights"]}
+        models = self._trajectory.arrays
+        arrays |= {"matrices": models["matrices"], "ahead_blend": models["weights"]}
+        return FollowedArrays(sizes, self._settings.discount, arrays)
 
     def _pass(self, step: FollowedStep, expected: Expected, row: int) -> None:
         """The next use of a layer's experts is now in the next step."""
@@ -258,31 +286,70 @@ class NextUse(Silent):
 
     def _learn(self, step: FollowedStep, expected: Expected) -> None:
         """Steps of one token teach; the mean over a prompt's tokens would not."""
-        signal, before, after = step.signal, step.before, step.after
+        signal = step.signal
         known = [sequence in self._valued for sequence in signal.sequences]
         rows = np.flatnonzero(signal.is_decode & np.array(known))
         if not len(rows):
             return
-        if len(rows) == len(known):
-            rows = slice(None)  # views instead of copies
-        own, used = before.gates[rows], step.used[rows]
-        soon_parts, past_parts, worth_parts = (
-            parts[rows] for parts in (expected.soon_parts, expected.past_parts, expected.worth_parts)
-        )
-        following = sigmoid(self._worth_blend.logits(worth_parts))
-        target = np.where(used, np.float32(1), np.float32(self._settings.discount) * following)
         layers = slice(self._num_steps % self._num_turns, None, self._num_turns)
-        self._worth.learn(before.embedded[rows], own, target - sigmoid(past_parts[:, :, 1]), layers)
-        self._worth_blend.learn(past_parts, target - expected.past[rows])
-        self._soon.learn(after.embedded[rows], own, used - sigmoid(soon_parts[:, :, 1]), layers)
-        self._soon_blend.learn(soon_parts, used - expected.soon[rows])
-        self._trajectory.learn(step.logs[rows, :, :2], expected.ahead_parts[rows], used, layers)
+        if self._kernels is not None and expected.arrays is not None:
+            self._kernels.learn(
+                expected.arrays, self._rates, self._lesson(step, expected, rows), first=layers.start, turns=layers.step
+            )
+        else:
+            self._learn_rows(step, expected, rows, layers)
+        used = step.used[rows]
         self._num_learned += len(used)
         rate = max(_POPULARITY_RATE, 1 / (self._num_learned + _PRIOR_STEPS))
         self._popularity += rate * (used - self._popularity).sum(axis=0)
         self._num_steps += 1
         if self._num_steps % _POPULARITY_EVERY == 0:
             self._notice_popularity()
+
+    def _learn_rows(self, step: FollowedStep, expected: Expected, rows: np.ndarray, layers: slice) -> None:
+        before, after = step.before, step.after
+        own, used = before.gates[rows], step.used[rows]
+        soon_parts, past_parts, worth_parts = (
+            parts[rows] for parts in (expected.soon_parts, expected.past_parts, expected.worth_parts)
+        )
+        following = sigmoid(self._worth_blend.logits(worth_parts))
+        target = np.where(used, np.float32(1), np.float32(self._settings.discount) * following)
+        self._worth.learn(before.embedded[rows], own, target - sigmoid(past_parts[:, :, 1]), layers)
+        self._worth_blend.learn(past_parts, target - expected.past[rows])
+        self._soon.learn(after.embedded[rows], own, used - sigmoid(soon_parts[:, :, 1]), layers)
+        self._soon_blend.learn(soon_parts, used - expected.soon[rows])
+        self._trajectory.learn(step.logs[rows, :, :2], expected.ahead_parts[rows], used, layers)
+
+    def _lesson(self, step: FollowedStep, expected: Expected, rows: np.ndarray) -> dict[str, np.ndarray]:
+        soon, worth = self._soon.arrays, self._worth.arrays
+        return {
+            "examples": rows,
+            "used": step.used,
+            "embedded_before": step.before.embedded,
+            "embedded_after": step.after.embedded,
+            "gates_before": step.before.gates,
+            "soon_parts": expected.soon_parts,
+            "past_parts": expected.past_parts,
+            "soon": expected.soon,
+            "soon_bias": soon["bias"],
+            "soon_of_common": soon["of_common"],
+            "soon_of_own": soon["of_own"],
+            "worth_bias": worth["bias"],
+            "worth_of_common": worth["of_common"],
+            "soon_blend": self._soon_blend.arrays["weights"],
+        }
+
+    @property
+    def _rates(self) -> dict[str, float]:
+        rates = self._settings.rates
+        return {
+            "bias_rate": rates.bias,
+            "common_rate": rates.common,
+            "own_rate": rates.own,
+            "blend_rate": self._soon_blend.rate,
+            "ahead_rate": trajectory.RATE,
+            "ahead_blend_rate": trajectory.BLEND_RATE,
+        }
 
     def _notice_popularity(self) -> None:
         popular = log_odds(self._popularity)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.experts.linear_head import Blend, add_products, per_energy, sigmoid
+from actors.experts.linear_head import Blend, learn_products, sigmoid
 from actors.experts.signals import Grid
 
-_RATE = 0.5
-_BLEND_RATE = 0.04
+RATE = 0.5
+BLEND_RATE = 0.04
 
 
 class Trajectory:
@@ -26,8 +26,7 @@ class Trajectory:
         shape = (grid.num_layers, self.reach)
         num_features, self._num_layers = 2 * grid.num_experts, grid.num_layers
         self._matrices = np.zeros((grid.num_layers, num_features, self.reach * grid.num_experts), np.float32)
-        self._change = np.empty_like(self._matrices)
-        self._blend = Blend(shape, (0.0, 1.0, 0.0, 0.0, 1.0), rate=_BLEND_RATE)
+        self._blend = Blend(shape, (0.0, 1.0, 0.0, 0.0, 1.0), rate=BLEND_RATE)
         rows = np.arange(grid.num_layers)[:, None] + np.arange(1, self.reach + 1)
         self._in_step = (rows < grid.num_layers).astype(np.float32)[..., None]
         self._rows = np.minimum(rows, grid.num_layers - 1)  # [L, R]
@@ -72,5 +71,5 @@ class Trajectory:
         errors = used[:, self._rows[rows]] - sigmoid(self._blend.logits(parts, rows))
         errors *= self._in_step[rows]
         self._blend.learn(parts, errors, rows)
-        by_layer = errors.swapaxes(0, 1).reshape(*features.shape[:2], -1)
-        add_products(matrices, _RATE * per_energy(features), by_layer, self._change[: len(matrices)])
+        by_layer = errors.reshape(*errors.shape[:2], -1)
+        learn_products(matrices, features.swapaxes(0, 1), by_layer, RATE)

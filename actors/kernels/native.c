@@ -610,6 +610,8 @@ CLONES void moesaic_latent_attention(const void *q, const void *latents, const v
     }
 }
 
+#include "search.h"
+
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "C kernels, called through ctypes.", -1, NULL};
 
 PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

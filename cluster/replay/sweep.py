@@ -90,7 +90,7 @@ def learn_past(trace: GateTrace, sweep: Sweep) -> Past:
     parts = {part for policy in sweep.policies for part in policy.split("+")}
     store = settings.new_map_store(grid, dim) if "fmoe" in parts else None
     tracker = settings.new_tracker(grid) if "eam" in parts else None
-    next_use = NextUse(grid, embedding_dim=dim) if "moesaic" in parts else None
+    next_use = settings.new_next_use(grid, dim) if "moesaic" in parts else None
     frequency = np.zeros((grid.num_layers, grid.num_experts))
     for step in build_steps(trace, concurrency=1, order=mixed_order(len(trace.requests))):
         if tracker is not None:

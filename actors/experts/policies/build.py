@@ -35,6 +35,7 @@ from actors.experts.predict.oracle import OraclePredictor
 from actors.experts.predict.whole_layer import WholeLayerPredictor
 from actors.experts.request_activations import ActivationTracker
 from actors.experts.signals import Grid, SignalListener
+from actors.kernels.search import load_search
 from cluster.errors import ConfigError
 from cluster.scheduler.request_mix import RequestMix
 
@@ -68,6 +69,10 @@ class PolicySettings:
     def new_map_store(self, grid: Grid, embedding_dim: int) -> MapStore:
         """fMoE's, empty."""
         return MapStore(grid, dim=embedding_dim, capacity=self.fmoe_capacity, distance=self.fmoe_distance)
+
+    def new_next_use(self, grid: Grid, embedding_dim: int) -> NextUse:
+        """Moesaic's, having learned nothing."""
+        return NextUse(grid, embedding_dim=embedding_dim, kernels=load_search())
 
     def new_tracker(self, grid: Grid) -> ActivationTracker:
         """MoE-Infinity's, without past requests."""
@@ -109,7 +114,7 @@ class PolicyContext:
     @cached_property
     def next_use(self) -> NextUse:
         """Moesaic's estimate, one for eviction and prefetch."""
-        return self.learned or NextUse(self.grid, embedding_dim=self.embedding_dim)
+        return self.learned or self.settings.new_next_use(self.grid, self.embedding_dim)
 
 
 def build_policies(name: str, context: PolicyContext) -> PolicySet:

@@ -1,0 +1,171 @@
+"""Binds search.h with ctypes: what the searching thread computes beside the engine. Knows no torch, no policies.
+
+Calls release the interpreter lock, which the engine's thread would otherwise wait for. Where the library was not built
+the callers compute the same with numpy.
+
+Shapes: T packed rows, S sequences of a step, E experts of a layer, K experts per token (top-k), D model dim.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+_FOLLOWED_SIZES = ("S", "L", "A", "E", "R")
+_FOLLOWED_ARRAYS = (
+    "num_rows", "shares", "kept", "gates", "logs", "past", "worth_parts", "ahead_parts", "worth", "hazards", "of_own",
+    "worth_blend", "matrices", "ahead_blend",
+)  # fmt: skip
+_LESSON_SIZES = ("X", "first", "turns", "num_examples")
+_LESSON_RATES = ("bias_rate", "common_rate", "own_rate", "blend_rate", "ahead_rate", "ahead_blend_rate")
+_LESSON_ARRAYS = (
+    "examples", "used", "embedded_before", "embedded_after", "gates_before", "soon_parts", "past_parts", "soon",
+    "soon_bias", "soon_of_common", "soon_of_own", "worth_bias", "worth_of_common", "soon_blend",
+)  # fmt: skip
+_DTYPES = {"examples": np.int64, "used": np.bool_}
+
+
+class GateForm(ctypes.Structure):
+    """A gate and the one of the next layer; mirrors GateForm of search.h."""
+
+    _fields_ = (
+        ("E", ctypes.c_int64),
+        ("K", ctypes.c_int64),
+        ("D", ctypes.c_int64),
+        ("is_sigmoid", ctypes.c_int32),
+        ("next_is_sigmoid", ctypes.c_int32),
+        ("matrix", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class Followed(ctypes.Structure):
+    """A step that NextUse follows; mirrors Followed of search.h, where the fields are explained."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _FOLLOWED_SIZES),
+        ("discount", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in _FOLLOWED_ARRAYS),
+    )
+
+
+class Lesson(ctypes.Structure):
+    """What is learned of a followed step; mirrors Lesson of search.h, where the fields are explained."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _LESSON_SIZES),
+        *((name, ctypes.c_float) for name in _LESSON_RATES),
+        *((name, ctypes.c_void_p) for name in _LESSON_ARRAYS),
+    )
+
+
+class FollowedArrays:
+    """A step for `follow` and `learn`: the structure, what it points into, and room to compute."""
+
+    def __init__(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> None:
+        """Args: arrays: float32, contiguous; written to in place."""
+        self._kept_alive = arrays
+        self.scratch = np.empty(2 * sizes["E"], np.float32)
+        self.structure = Followed(**sizes, discount=discount, **_addresses(arrays))
+
+
+class SearchKernels:
+    """The compiled kernels of the search; of any thread."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._read_gate = library.moesaic_read_gate
+        self._read_gate.argtypes = [
+            ctypes.POINTER(GateForm), pointer, code, pointer, code, pointer, size, pointer, size, pointer,
+        ]  # fmt: skip
+        self._learn = library.moesaic_learn
+        self._learn.argtypes = [ctypes.POINTER(Followed), ctypes.POINTER(Lesson), pointer]
+        self._follow = library.moesaic_follow
+        self._follow.argtypes = [ctypes.POINTER(Followed), size, size, pointer]
+        for function in (self._read_gate, self._follow, self._learn):
+            function.restype = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # code, no state
+
+    def gate_form(
+        self,
+        num_experts: int,
+        top_k: int,
+        *,
+        is_sigmoid: bool,
+        matrix: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+        next_is_sigmoid: bool = False,
+    ) -> GateForm:
+        """Of a gate for `read_gate`. Args: matrix, bias: [D, E], [E] float32 of the next layer's, if it is asked."""
+        dim = 0 if matrix is None else len(matrix)
+        form = GateForm(num_experts, top_k, dim, is_sigmoid, next_is_sigmoid, _address(matrix), _address(bias))
+        form.kept_alive = (matrix, bias)
+        return form
+
+    def read_gate(
+        self,
+        form: GateForm,
+        logits: tuple[int, int],
+        hidden: tuple[int, int],
+        chosen: int,
+        starts: np.ndarray,
+        num_rows: int,
+    ) -> np.ndarray:
+        """What a gate said of sequences whose rows begin at `starts` [S] int64, and the next gate of the same rows.
+
+        Args:
+            logits, hidden: [T, E] and [T, D], contiguous: address, and dtype as DTYPE_CODES of native.py has it.
+            chosen: address of [T, K] int64, contiguous.
+        Returns:
+            [3, S, E]: mean probabilities, rows that chose an expert, mean probabilities of the next gate (or zeros).
+        """
+        S, E = len(starts), form.E
+        said = np.empty((3 * S + 1) * E, np.float32)
+        self._read_gate(form, *logits, *hidden, chosen, num_rows, starts.ctypes.data, S, said.ctypes.data)
+        return said[: 3 * S * E].reshape(3, S, E)
+
+    def follow(self, step: FollowedArrays, first: int, last: int) -> None:
+        """Take in the gates of the rows from `first` to `last`: see NextUse."""
+        self._follow(step.structure, first, last, step.scratch.ctypes.data)
+
+    def learn(
+        self,
+        step: FollowedArrays,
+        rates: Mapping[str, float],
+        arrays: Mapping[str, np.ndarray],
+        *,
+        first: int,
+        turns: int,
+    ) -> None:
+        """Learn from a step that is over; of layers `first`, `first` + `turns`, ...: see NextUse.
+
+        Args: arrays: examples int64, used bool, the others float32; all contiguous.
+        """
+        sizes, num_examples = step.structure, len(arrays["examples"])
+        X, G = arrays["embedded_before"].shape[1], (1 + sizes.A) * sizes.E
+        width = (sizes.L + max(sizes.L, sizes.R)) * sizes.E + 2 * max(X, G, 2 * sizes.E)
+        scratch = np.empty(num_examples * width, np.float32)
+        lesson = Lesson(X=X, first=first, turns=turns, num_examples=num_examples, **rates, **_addresses(arrays))
+        self._learn(step.structure, lesson, scratch.ctypes.data)
+
+
+def _address(array: np.ndarray | None) -> int | None:
+    return None if array is None else _addresses({"": array})[""]
+
+
+def _addresses(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    for name, array in arrays.items():
+        assert array.dtype == _DTYPES.get(name, np.float32) and array.flags.c_contiguous, name
+    return {name: array.ctypes.data for name, array in arrays.items()}
+
+
+def load_search() -> SearchKernels | None:
+    """The compiled kernels, or None where they were not built."""
+    spec = importlib.util.find_spec("actors.kernels._native")
+    return None if spec is None or spec.origin is None else SearchKernels(ctypes.CDLL(spec.origin))

@@ -1,0 +1,111 @@
+"""The compiled kernels of the search compute what numpy computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actors.experts.gate_tap import GateReader
+from actors.experts.next_use import NextUse, NextUseSettings
+from actors.experts.signals import GateSignal, Grid, StepSignal
+from actors.kernels.search import SearchKernels, load_search
+
+GRID = Grid(layers=(0, 1, 2, 3, 4), num_experts=7, top_k=2)
+DIM = 6
+
+
+@pytest.fixture
+def kernels() -> SearchKernels:
+    loaded = load_search()
+    if loaded is None:
+        pytest.skip("the native library was not built")
+    return loaded
+
+
+def random_steps(num_sequences: int, *, seed: int) -> Iterator[tuple[StepSignal, list[GateSignal]]]:
+    """Decode steps, after one of prompts of several tokens."""
+    rng = np.random.default_rng(seed)
+    for number in range(30):
+        num_rows = rng.integers(1, 9, num_sequences) if number == 0 else np.ones(num_sequences, np.int64)
+        step = StepSignal(
+            tuple(range(num_sequences)),
+            rng.standard_normal((num_sequences, DIM)).astype(np.float32),
+            num_rows,
+            np.full(num_sequences, number > 0),
+        )
+        gates: list[GateSignal] = []
+        for row in range(GRID.num_layers):
+            probs, ahead = rng.dirichlet(np.full(7, 0.3), (2, num_sequences)).astype(np.float32)
+            counts = np.zeros((num_sequences, 7), np.float32)
+            np.put_along_axis(counts, probs.argsort(axis=1)[:, -2:], 1, axis=1)
+            gates.append(GateSignal(row, probs, counts, ahead if row + 1 < GRID.num_layers else None))
+        yield step, gates
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2, 5])
+@pytest.mark.parametrize("weights_per_step", [2_000_000, 2_000])
+def test_next_use_is_the_same(kernels: SearchKernels, num_sequences: int, stride: int, weights_per_step: int) -> None:
+    settings = replace(NextUseSettings(), weights_per_step=weights_per_step)
+    compiled = NextUse(GRID, embedding_dim=DIM, settings=settings, kernels=kernels)
+    plain = NextUse(GRID, embedding_dim=DIM, settings=settings)
+    said: dict[NextUse, list[np.ndarray]] = {compiled: [], plain: []}
+    for step, gates in random_steps(num_sequences, seed=num_sequences):
+        for next_use, values in said.items():
+            next_use.on_step(step)
+            values.append(next_use.hazards().copy())
+            for gate in gates:
+                next_use.on_gate(gate)
+                if (gate.row + 1) % stride == 0:
+                    values.extend((next_use.hazards().copy(), next_use.values().copy()))
+            next_use.on_step_end()
+    for ours, numpys in zip(said[compiled], said[plain], strict=True):
+        np.testing.assert_allclose(ours, numpys, rtol=2e-3, atol=1e-5)
+    learned = compiled.to_arrays()
+    for name, array in plain.to_arrays().items():
+        np.testing.assert_allclose(learned[name], array, rtol=1e-2, atol=1e-4, err_msg=name)
+    assert np.abs(learned["trajectory.matrices"]).max() > 1e-3, "something was learned"
+
+
+class _Gate(nn.Module):
+    """As transformers' routers: logits, weights, indices of the top 2."""
+
+    def __init__(self, dim: int, num_experts: int, *, has_bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, dim, generator=torch.Generator().manual_seed(3)).to(dtype))
+        self.bias = nn.Parameter(torch.randn(num_experts).to(dtype)) if has_bias else None
+
+    def forward(self, hidden_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden_TD, self.weight, self.bias)
+        values, indices = logits.topk(2, dim=-1)
+        return logits, values, indices
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("starts", [[0], [0, 1, 2, 3], [0, 3]])
+@pytest.mark.parametrize("has_next", [True, False])
+def test_gates_are_read_the_same(kernels: SearchKernels, dtype: torch.dtype, starts: list[int], has_next: bool) -> None:
+    num_rows, generator = 4, torch.Generator().manual_seed(1)
+    gate, following = (_Gate(16, 7, has_bias=has_bias, dtype=dtype) for has_bias in (False, True))
+    hidden = torch.randn((6, 16), generator=generator).to(dtype)  # the last two rows are padding
+    with torch.inference_mode():
+        logits, _, chosen = gate(hidden)
+    said: list[GateSignal] = []
+    for use in (kernels, None):
+        reader = GateReader(2, gate, GateReader(3, following, None, use) if has_next else None, use)
+        said.append(reader.signal(logits, chosen, hidden, np.array(starts), num_rows))
+    ours, numpys = said
+    assert ours.row == numpys.row == 2
+    np.testing.assert_allclose(ours.probs, numpys.probs, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(ours.counts, numpys.counts)
+    assert ours.counts.sum() == 2 * num_rows
+    if has_next:
+        assert ours.ahead is not None and numpys.ahead is not None
+        np.testing.assert_allclose(ours.ahead, numpys.ahead, rtol=1e-3, atol=1e-5)
+    else:
+        assert ours.ahead is None and numpys.ahead is None
