@@ -176,6 +176,7 @@ class Conductor:
         num_rows = int(step.num_rows.sum())
         is_large = self.store.num_slots < grid.size and uses_nearly_all(grid, num_rows)
         self._ring = RingPlan(grid, self.store.num_slots, self.policies.scorer.scores()) if is_large else None
+        self._costs(self.meter)
         self._look_ahead(BEFORE_FIRST)
 
     def _on_gates(self, gates: Sequence[GateSignal]) -> None:
@@ -210,7 +211,6 @@ class Conductor:
             return
         self._published.publish()
         if self.policies.predictor is not None:
-            self._costs(self.meter)
             self._forecast = self.policies.predictor.predict(row)
             self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
 

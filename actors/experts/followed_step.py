@@ -36,6 +36,7 @@ class Context:
 class FollowedStep:
     """A step under way: what was heard of it, and what was made of it for who asked.
 
+    heard: gates that are not in the arrays yet, up to `row`.
     gates: [S, L, 2 + A, E]: ahead, probabilities, averages after the step, all as shares of a uniform probability and
     with a floor added (of which averages are averages again); logs: their logarithms, the features, of the rows up to
     `featured`. An average is shares [S, 1, A, 1] of the present gate and what is kept of the one before, kept
@@ -49,6 +50,7 @@ class FollowedStep:
         self.signal = signal
         self.num_rows = signal.num_rows.astype(np.float32)[:, None, None]
         self.row = self.featured = -1
+        self.heard: list[GateSignal] = []
         self.gates = np.full(shape, _FLOOR, np.float32)
         self.logs = np.empty(shape, np.float32)
         self.used = np.zeros((shape[0], shape[1], shape[3]), np.bool_)
@@ -60,15 +62,18 @@ class FollowedStep:
 
     def hear(self, gate: GateSignal) -> None:
         """A gate has spoken."""
-        row = self.row = gate.row
-        gates = self.gates[:, row]
-        if gate.ahead is not None:
-            gates[:, 0] += gate.ahead * np.float32(gates.shape[-1])
-        gates[:, 1] += gate.probs * np.float32(gates.shape[-1])
-        np.greater(gate.counts, 0, out=self.used[:, row])
+        self.row = gate.row
+        self.heard.append(gate)
 
     def add_features(self, stop: int) -> None:
         """Of the rows before `stop`."""
+        for gate in self.heard:
+            gates = self.gates[:, gate.row]
+            if gate.ahead is not None:
+                gates[:, 0] += gate.ahead * np.float32(gates.shape[-1])
+            gates[:, 1] += gate.probs * np.float32(gates.shape[-1])
+            np.greater(gate.counts, 0, out=self.used[:, gate.row])
+        self.heard.clear()
         rows = slice(self.featured + 1, stop)
         gates = self.gates[:, rows]
         np.multiply(self.shares, gates[:, :, 1:2], out=gates[:, :, 2:])

@@ -127,7 +127,7 @@ class GateReader:
         """
         following = self._following
         if self._kernels is not None and (following is None or following._matrix is not None):
-            logits_TE, chosen_TK, hidden_TD = logits_TE.contiguous(), chosen_TK.contiguous(), hidden_TD.contiguous()
+            logits_TE, chosen_TK, hidden_TD = _contiguous(logits_TE), _contiguous(chosen_TK), _contiguous(hidden_TD)
             if self._form is None:
                 self._form = self._form_for(self._kernels, logits_TE.shape[1], chosen_TK.shape[1])
             said = self._kernels.read_gate(
@@ -183,6 +183,10 @@ class GateReader:
         self._bias = bias.detach().float().numpy() if isinstance(bias, Tensor) else None
         if not np.allclose(self._logits(probe.float().numpy()), wanted, rtol=0.05, atol=0.05):
             self._matrix = None
+
+
+def _contiguous(values: Tensor) -> Tensor:
+    return values if values.is_contiguous() else values.contiguous()  # asking is cheaper than the call
 
 
 def means(values_TX: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -173,10 +173,8 @@ class NextUse(Silent):
 
         Between steps it is what it was at the end of the last one.
         """
-        step = self._step
-        if step is not None:
-            expected = self._catch_up(step, self._ask(step))
-            np.multiply(expected.worth, self._nearness[step.row][:, None], out=self._values)
+        if self._step is not None:
+            self._catch_up(self._step, self._ask(self._step))
         return self._values.reshape(-1)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -226,6 +224,7 @@ class NextUse(Silent):
                 1 - unused.prod(axis=0),
                 self._merge(1 - unused * (1 - discount * past)),
             )
+            self._value(step.expected.worth, step.expected.row)
         return step.expected
 
     def _catch_up(self, step: FollowedStep, expected: Expected) -> Expected:
@@ -235,22 +234,28 @@ class NextUse(Silent):
         if self._kernels is not None:
             if expected.arrays is None:
                 expected.arrays = self._arrays_of(step, expected)
-            self._kernels.follow(expected.arrays, expected.row + 1, step.row)
+            self._kernels.follow(expected.arrays, step.heard)
+            step.heard.clear()
             step.featured = step.row
         else:
             for row in range(expected.row + 1, step.row + 1):
                 self._pass(step, expected, row)
             if step.row + 1 < self._grid.num_layers:
                 self._look_ahead(step, expected, step.row)
+            self._value(expected.worth, step.row)
         expected.row = step.row
         return expected
+
+    def _value(self, worth: np.ndarray, row: int) -> None:
+        np.multiply(worth, self._nearness[row][:, None], out=self._values)
 
     def _arrays_of(self, step: FollowedStep, expected: Expected) -> FollowedArrays:
         num_sequences, num_layers, num_gates, num_experts = step.gates.shape
         sizes = {"S": num_sequences, "L": num_layers, "A": num_gates - 2, "E": num_experts, "R": self._trajectory.reach}
-        arrays = {name: getattr(step, name) for name in ("num_rows", "shares", "kept", "gates", "logs")}
+        arrays = {name: getattr(step, name) for name in ("num_rows", "shares", "kept", "gates", "logs", "used")}
         names = ("past", "worth_parts", "ahead_parts", "worth", "hazards")
         arrays |= {name: getattr(expected, name) for name in names}
+        arrays |= {"nearness": self._nearness, "values": self._values}
         arrays |= {"of_own": self._worth.arrays["of_own"], "worth_blend": self._worth_blend.arrays["weights"]}
         models = self._trajectory.arrays
         arrays |= {"matrices": models["matrices"], "ahead_blend": models["weights"]}
@@ -324,7 +329,6 @@ class NextUse(Silent):
         soon, worth = self._soon.arrays, self._worth.arrays
         return {
             "examples": rows,
-            "used": step.used,
             "embedded_before": step.before.embedded,
             "embedded_after": step.after.embedded,
             "gates_before": step.before.gates,

@@ -86,10 +86,13 @@ typedef struct {
     const float *num_rows;           /* [S] */
     const float *shares, *kept;      /* [S, A], [S, L, A, E] */
     float *gates, *logs;             /* [S, L, 2 + A, E] */
+    uint8_t *used;                   /* [S, L, E] */
     const float *past;               /* [S, L, E] */
     float *worth_parts;              /* [S, L, 3, E] */
     float *ahead_parts;              /* [S, L, R, 5, E] */
     float *worth, *hazards;          /* [L, E] */
+    const float *nearness;           /* [L, L] of the second layer seen from the first */
+    float *values;                   /* [L, E] worth times nearness */
     float *of_own;                   /* [L, (1 + A) E, E] */
     float *worth_blend;              /* [L, 3] */
     float *matrices;                 /* [L, 2 E, R E] */
@@ -109,6 +112,20 @@ INLINE float blended(const float *weights, const float *parts, int64_t P, int64_
 INLINE void multiply_row(const float *x, const float *matrix, int64_t F, int64_t N, float *out) {
     for (int64_t i = 0; i < F; i++)
         for (int64_t n = 0; n < N; n++) out[n] += x[i] * matrix[i * N + n];
+}
+
+/* A gate has spoken: probs, counts and ahead (or NULL) [S, E]. */
+INLINE void hear(const Followed *f, int64_t row, const float *probs, const float *counts, const float *ahead) {
+    int64_t E = f->E;
+    for (int64_t s = 0; s < f->S; s++) {
+        float *gates = f->gates + (s * f->L + row) * (2 + f->A) * E;
+        uint8_t *used = f->used + (s * f->L + row) * E;
+        for (int64_t e = 0; e < E; e++) {
+            if (ahead) gates[e] += ahead[s * E + e] * E;
+            gates[E + e] += probs[s * E + e] * E;
+            used[e] = counts[s * E + e] > 0;
+        }
+    }
 }
 
 /* The next use of a layer's experts is now in the next step. absent [E]. */
@@ -179,10 +196,17 @@ INLINE void look_ahead(const Followed *f, int64_t row, float *scratch) {
     }
 }
 
-/* Take in the gates of the rows from `first` to `last`. scratch [2, E]. */
-CLONES void moesaic_follow(const Followed *f, int64_t first, int64_t last, float *scratch) {
-    for (int64_t row = first; row <= last; row++) pass_layer(f, row, scratch);
-    if (last + 1 < f->L) look_ahead(f, last, scratch);
+/* Take in what the gate of a row said. Args: is_last: of those heard by now; then the next layers are looked at and all
+ * experts valued, seen from there. scratch [2, E]. */
+CLONES void moesaic_follow(const Followed *f, int64_t passed, const float *probs, const float *counts,
+                           const float *ahead, int is_last, float *scratch) {
+    hear(f, passed, probs, counts, ahead);
+    pass_layer(f, passed, scratch);
+    if (!is_last) return;
+    if (passed + 1 < f->L) look_ahead(f, passed, scratch);
+    for (int64_t row = 0; row < f->L; row++)
+        for (int64_t e = 0; e < f->E; e++)
+            f->values[row * f->E + e] = f->worth[row * f->E + e] * f->nearness[passed * f->L + row];
 }
 
 /* What is learned of a followed step; the fields are those of Context, Expected and the models. X: embedding features.
@@ -192,7 +216,6 @@ typedef struct {
     int64_t X, first, turns, num_examples;
     float bias_rate, common_rate, own_rate, blend_rate, ahead_rate, ahead_blend_rate;
     const int64_t *examples;                            /* [num_examples] of S */
-    const uint8_t *used;                                /* [S, L, E] */
     const float *embedded_before, *embedded_after;      /* [S, X] */
     const float *gates_before;                          /* [S, L, (1 + A) E] */
     const float *soon_parts, *past_parts;               /* [S, L, 3, E] */
@@ -256,7 +279,7 @@ INLINE void learn_trajectory(const Followed *f, const Lesson *l, float *features
                 int64_t target = row + 1 + r;
                 const float *blend = f->ahead_blend + (row * R + r) * 5;
                 const float *parts = f->ahead_parts + ((s * L + row) * R + r) * 5 * E;
-                const uint8_t *used = l->used + (s * L + target) * E;
+                const uint8_t *used = f->used + (s * L + target) * E;
                 for (int64_t e = 0; e < E; e++) {
                     float *error = errors + (i * R + r) * E + e;
                     *error = target < L ? used[e] - sigmoid1(blended(blend, parts, 5, E, e)) : 0;
@@ -283,7 +306,7 @@ INLINE void find_errors(const Followed *f, const Lesson *l, const float *parts, 
         for (int64_t row = 0; row < L; row++) {
             int64_t from = (l->examples[i] * L + row) * E, to = (i * L + row) * E;
             for (int64_t e = 0; e < E; e++) {
-                float target = l->used[from + e] ? 1 : following ? following[to + e] : 0;
+                float target = f->used[from + e] ? 1 : following ? following[to + e] : 0;
                 errors[to + e] = target - (said ? said[from + e] : sigmoid1(parts[from * 3 + E + e]));
             }
         }

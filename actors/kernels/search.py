@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
+from actors.experts.signals import GateSignal
+
 _FOLLOWED_SIZES = ("S", "L", "A", "E", "R")
 _FOLLOWED_ARRAYS = (
-    "num_rows", "shares", "kept", "gates", "logs", "past", "worth_parts", "ahead_parts", "worth", "hazards", "of_own",
-    "worth_blend", "matrices", "ahead_blend",
+    "num_rows", "shares", "kept", "gates", "logs", "used", "past", "worth_parts", "ahead_parts", "worth", "hazards",
+    "nearness", "values", "of_own", "worth_blend", "matrices", "ahead_blend",
 )  # fmt: skip
 _LESSON_SIZES = ("X", "first", "turns", "num_examples")
 _LESSON_RATES = ("bias_rate", "common_rate", "own_rate", "blend_rate", "ahead_rate", "ahead_blend_rate")
 _LESSON_ARRAYS = (
-    "examples", "used", "embedded_before", "embedded_after", "gates_before", "soon_parts", "past_parts", "soon",
+    "examples", "embedded_before", "embedded_after", "gates_before", "soon_parts", "past_parts", "soon",
     "soon_bias", "soon_of_common", "soon_of_own", "worth_bias", "worth_of_common", "soon_blend",
 )  # fmt: skip
 _DTYPES = {"examples": np.int64, "used": np.bool_}
@@ -67,7 +69,7 @@ class FollowedArrays:
     """A step for `follow` and `learn`: the structure, what it points into, and room to compute."""
 
     def __init__(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> None:
-        """Args: arrays: float32, contiguous; written to in place."""
+        """Args: arrays: float32 (used: bool), contiguous; written to in place."""
         self._kept_alive = arrays
         self.scratch = np.empty(2 * sizes["E"], np.float32)
         self.structure = Followed(**sizes, discount=discount, **_addresses(arrays))
@@ -85,7 +87,7 @@ class SearchKernels:
         self._learn = library.moesaic_learn
         self._learn.argtypes = [ctypes.POINTER(Followed), ctypes.POINTER(Lesson), pointer]
         self._follow = library.moesaic_follow
-        self._follow.argtypes = [ctypes.POINTER(Followed), size, size, pointer]
+        self._follow.argtypes = [ctypes.POINTER(Followed), size, pointer, pointer, pointer, code, pointer]
         for function in (self._read_gate, self._follow, self._learn):
             function.restype = None
 
@@ -130,9 +132,14 @@ class SearchKernels:
         self._read_gate(form, *logits, *hidden, chosen, num_rows, starts.ctypes.data, S, said.ctypes.data)
         return said[: 3 * S * E].reshape(3, S, E)
 
-    def follow(self, step: FollowedArrays, first: int, last: int) -> None:
-        """Take in the gates of the rows from `first` to `last`: see NextUse."""
-        self._follow(step.structure, first, last, step.scratch.ctypes.data)
+    def follow(self, step: FollowedArrays, gates: Sequence[GateSignal]) -> None:
+        """Take in what gates said, in the order of their layers: see NextUse."""
+        for gate in gates:
+            heard = [
+                None if said is None else np.ascontiguousarray(said) for said in (gate.probs, gate.counts, gate.ahead)
+            ]
+            addresses = [None if said is None else said.ctypes.data for said in heard]
+            self._follow(step.structure, gate.row, *addresses, gate is gates[-1], step.scratch.ctypes.data)
 
     def learn(
         self,
@@ -145,7 +152,7 @@ class SearchKernels:
     ) -> None:
         """Learn from a step that is over; of layers `first`, `first` + `turns`, ...: see NextUse.
 
-        Args: arrays: examples int64, used bool, the others float32; all contiguous.
+        Args: arrays: examples int64, the others float32; all contiguous.
         """
         sizes, num_examples = step.structure, len(arrays["examples"])
         X, G = arrays["embedded_before"].shape[1], (1 + sizes.A) * sizes.E

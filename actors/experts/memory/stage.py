@@ -93,7 +93,8 @@ class Stage:
             for transfer in list(self.queue.transfers.values()):
                 if not transfer.is_demand and (priority is None or priority[transfer.index] <= 0):
                     self.queue.cancel(transfer)
-        self.queue.wake()
+        if (self.fills_up and self.residents.num_free) or self._open().any():  # else its threads need not look
+            self.queue.wake()
 
     def _slot_for_demand(self) -> int | None:
         """A slot, if need be that of a load ahead; None: one comes when a chunk or a computation ends."""
@@ -111,25 +112,34 @@ class Stage:
         residents = self.residents
         if not self.may_prefetch():
             return None
-        absent = ~(residents.resident | residents.loading)
-        if self.failed:
-            absent[list(self.failed)] = False
-        if self.priority is not None:
-            is_open = absent & (self.priority > 0) & self._can_come()
+        is_open = self._open()
+        if self.priority is not None and is_open.any():
             index = int(np.where(is_open, self.priority, 0).argmax())
-            if is_open[index]:
-                slot = residents.take(self.priority >= self.priority[index])
-                if slot is not None:
-                    return self._transfer(index, slot, is_demand=False)
-        if self.fills_up and residents.num_free and absent.any():
-            slot = residents.take_free()
-            assert slot is not None
-            index = int(np.where(absent, residents.order.scores(), -np.inf).argmax())
-            return self._transfer(index, slot, is_demand=False)
+            slot = residents.take(self.priority >= self.priority[index])
+            if slot is not None:
+                return self._transfer(index, slot, is_demand=False)
+        if self.fills_up and residents.num_free:
+            absent = self._absent()
+            if absent.any():
+                slot = residents.take_free()
+                assert slot is not None
+                index = int(np.where(absent, residents.order.scores(), -np.inf).argmax())
+                return self._transfer(index, slot, is_demand=False)
         return None
 
-    def _can_come(self) -> np.ndarray | bool:
-        return True if self.below is None else self.below.residents.resident
+    def _open(self) -> np.ndarray:
+        """[N] bool: which of the wanted are absent and can come now."""
+        if self.priority is None or 0 not in self.residents.is_resident:
+            return np.zeros(1, dtype=np.bool_)
+        is_open = self._absent()
+        is_open &= self.priority > 0
+        return is_open if self.below is None else is_open & self.below.residents.resident
+
+    def _absent(self) -> np.ndarray:
+        absent = ~(self.residents.resident | self.residents.loading)
+        if self.failed:
+            absent[list(self.failed)] = False
+        return absent
 
     def _transfer(self, index: int, slot: int, *, is_demand: bool, after: Link | None = None) -> Transfer:
         link = self.source(index, after=after)

@@ -16,7 +16,7 @@ class PublishedScores:
     def __init__(self, scorer: Scorer, size: int) -> None:
         """Args: size: experts of the grid."""
         self._scorer = scorer
-        self._latest = np.zeros(size)
+        self._latest = np.zeros(size, np.float32)
 
     def on_use(self, index: int) -> None:
         self._scorer.on_use(index)
@@ -26,4 +26,4 @@ class PublishedScores:
 
     def publish(self, scores: np.ndarray | None = None) -> None:
         """Args: scores: [N] instead of the policy's own."""
-        self._latest = np.array(self._scorer.scores() if scores is None else scores, dtype=np.float64)
+        self._latest = (self._scorer.scores() if scores is None else scores).copy()

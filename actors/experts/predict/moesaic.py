@@ -65,13 +65,14 @@ class MoesaicPredictor:
         self._layers_ahead = ((layer - row - 1) % grid.num_layers + 1).astype(np.float32)[..., None]
         self._nearness = _PER_LAYER ** (self._layers_ahead - 1)
         self._threshold = self._costs().pays_from(self._layers_ahead)
+        self._may_pay = True
 
     def predict(self, row: int) -> Forecast | None:
         if row == BEFORE_FIRST:
             self._threshold = self._costs().pays_from(self._layers_ahead)
-        if self._threshold.min() >= 1:
+            self._may_pay = bool(self._threshold.min() < 1)
+        if not self._may_pay:
             return None
         probability = self._next_use.hazards().copy()
-        priority = probability * self._nearness[row + 1]
-        priority *= probability > self._threshold[row + 1]
+        priority = probability * self._nearness[row + 1] * (probability > self._threshold[row + 1])
         return Forecast(priority, probability)
