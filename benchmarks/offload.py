@@ -51,7 +51,7 @@ def _condensed(row: dict[str, Any]) -> dict[str, Any]:
         "hit / timely": ("hit", "timely"),
         "MB per token from disk / link": ("MB read/token", "MB link/token"),
         "prefetch used / late / wasted": ("used", "late", "wasted"),
-        "search share / ms a gate / stride": ("search share", "search ms/gate", "stride"),
+        "search share / ms a gate": ("search share", "search ms/gate"),
         "replay: hit / live over its TPOT": ("replay hit", "live/replay TPOT"),
     }
     first = {names[0]: (title, names) for title, names in groups.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,27 +46,21 @@ class ComputeTimes:
         return text
 
 
-@dataclass(frozen=True, slots=True)
-class LiveMachine:
-    """What a live cell decided by. load_cpu_s: processor time of a load, as its price of prefetch had it. strides:
-    layers between two forecasts, by the number of sequences."""
-
-    load_cpu_s: float
-    strides: Mapping[int, int]
-
-
 class Agreement:
     """Collects live cells, replays them, compares."""
 
     def __init__(self, report: Report, past: GateTrace, held_out: GateTrace, times: ComputeTimes) -> None:
         self._report, self._past, self._held_out, self._times = report, past, held_out, times
         self._live: dict[Key, dict[str, Any]] = {}
-        self._seen: dict[Key, LiveMachine] = {}
+        self._load_cpu_s: dict[Key, float] = {}
 
-    def expect(self, row: dict[str, Any], key: Key, seen: LiveMachine) -> None:
-        """A live cell whose replay is wanted; the replay's figures are added to its row."""
+    def expect(self, row: dict[str, Any], key: Key, *, load_cpu_s: float) -> None:
+        """A live cell whose replay is wanted; the replay's figures are added to its row.
+
+        Args: load_cpu_s: processor time of a load, as its price of prefetch had it.
+        """
         self._live[key] = row
-        self._seen[key] = seen
+        self._load_cpu_s[key] = load_cpu_s
 
     def finish(self) -> None:
         """Replay them all, add columns and targets."""
@@ -85,10 +79,9 @@ class Agreement:
         for key, row in self._live.items():
             policy, cache, link, at_once = key
             own = replace(sweep, policies=(policy,), caches=(cache,), links=(link,), concurrencies=(at_once,))
-            seen = self._seen[key]
-            own = replace(own, strides=seen.strides, predict_s=self._forecast_s(policy), wake_s=wake_s)
             base_s = self._times.base_s + self._times.search_s.get(policy, 0.0)
-            own = replace(own, load_cpu_s=seen.load_cpu_s, base_s=base_s)
+            own = replace(own, base_s=base_s, predict_s=self._forecast_s(policy), wake_s=wake_s)
+            own = replace(own, load_cpu_s=self._load_cpu_s[key])
             (cell,) = replay_cells(self._held_out, past, own)
             row["replay hit"] = cell.hit_rate
             row["live/replay TPOT"] = row["p50 ms"] / cell.tpot_ms_p50

@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 from harness import Report, median, progress, prompts_of_domains, wide_model
-from offload_agreement import Agreement, ComputeTimes, LiveMachine
+from offload_agreement import Agreement, ComputeTimes
 from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
 
 from actors.deployments import SWITCH_INTERVAL_S
@@ -113,8 +111,8 @@ class Live:
         cells = list(product(plan.caches, plan.policies, plan.links, plan.concurrencies))
         try:
             for cache, policy, link, concurrency in cells:
-                row, seen = self._run_cell(policy, cache, link, concurrency, steps)
-                agreement.expect(row, (policy, cache, link, concurrency), seen)
+                row, load_cpu_s = self._run_cell(policy, cache, link, concurrency, steps)
+                agreement.expect(row, (policy, cache, link, concurrency), load_cpu_s=load_cpu_s)
         except KeyboardInterrupt:
             self._report.notes.append(f"stopped after {len(self._report.rows)} of {len(cells)} cells")
         agreement.finish()
@@ -192,21 +190,16 @@ class Live:
 
     def _run_cell(
         self, policy: str, cache: float, link: float, concurrency: int, past: Sequence[ReplayStep]
-    ) -> tuple[dict[str, Any], LiveMachine]:
+    ) -> tuple[dict[str, Any], float]:
+        """Its row, and the processor time of a load."""
         with _engine(self._info, policy, cache=cache, link=link) as parts:
             _fill_host(parts)
             _learn(parts, past)
             busy_s = parts.conductor.busy_s if parts.conductor else 0.0
-            strides: defaultdict[int, list[int]] = defaultdict(list)
-            steps: list[Step] = []
-            for step in self._drive(parts, self._ordered, concurrency):
-                steps.append(step)
-                strides[len(step.tokens)].append(parts.conductor.stride if parts.conductor else 1)
-            figures = Figures()
-            figures.add(steps)
+            figures = self._figures(parts, self._ordered, concurrency)
             busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
             num_gates = len(figures.steps) * parts.store.grid.num_layers
-            seen = LiveMachine(parts.store.load_cpu_s(), {n: median_low(own) for n, own in strides.items()})
+            load_cpu_s = parts.store.load_cpu_s()
         columns = figures.columns()
         progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
         row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
@@ -214,10 +207,9 @@ class Live:
         row |= {
             "search share": busy_s / figures.elapsed_s,
             "search ms/gate": 1e3 * busy_s / num_gates,
-            "stride": seen.strides[concurrency],
         }
         self._report.rows.append(row)
-        return row, seen
+        return row, load_cpu_s
 
 
 def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:

@@ -29,7 +29,6 @@ from cluster.observability.logs import log_event
 _LOG = logging.getLogger(__name__)
 _MAX_STEPS_BEHIND = 2
 _STRIDE = 3
-_IN_TIME = 0.5
 _RING_RATE = 0.1  # of the newest layer in what large steps use
 Task = Callable[[], None]
 
@@ -65,6 +64,8 @@ class Conductor:
         self.busy_s = 0.0
         self.step_s = 0.0
         self._published = published
+        self._looks_ahead = policies.predictor is not None
+        self._looked_ahead = False  # in the present step
         self._ring: RingPlan | None = None
         self._ring_meter = CostMeter(load_s=meter.load_s, layer_s=meter.costs().layer_s)  # large steps
         self._ring_use = 1.0  # share of a layer's experts that a large step uses
@@ -84,9 +85,8 @@ class Conductor:
 
     @property
     def stride(self) -> int:
-        """Layers whose gates are best handed over together: one if a load can still come in time for the next."""
-        costs = self.meter.costs()
-        return 1 if costs.load_s < _IN_TIME * costs.layer_s else _STRIDE
+        """Layers whose gates are handed over together: one as long as something is fetched ahead."""
+        return 1 if self._looks_ahead else _STRIDE
 
     @property
     def search_share(self) -> float:
@@ -194,6 +194,7 @@ class Conductor:
         for listener in self.policies.listeners:
             listener.on_step_end()
         self._check_forecasts()
+        self._looks_ahead, self._looked_ahead = self._looked_ahead, False
         self._num_ended += 1
 
     def _on_sequence_end(self, sequence: int) -> None:
@@ -207,11 +208,13 @@ class Conductor:
             self._published.publish(outlook.scores)
             if self.policies.predictor is not None:
                 pays = self._ring_use > float(self._costs(self._ring_meter).pays_from(1.0))
+                self._looked_ahead |= pays
                 self.store.want(outlook.ahead if pays else None, outlook.below)
             return
         self._published.publish()
         if self.policies.predictor is not None:
             self._forecast = self.policies.predictor.predict(row)
+            self._looked_ahead |= self._forecast is not None
             self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
 
     def _costs(self, meter: CostMeter) -> LinkCosts:

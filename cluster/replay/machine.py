@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +14,6 @@ class Machine:
     if that is more. predict_s: what a forecast takes after a gate, for policies that predict. The live memory
     forecasts on a thread of its own, so compute does not wait for it unless `predict_on_path`; the forecast only counts
     from then on. wake_s: what an expert that a step waited for costs beyond its compute: waking up, a call of its own.
-    strides: layers between two forecasts, by the number of sequences; 1 where nothing is said.
     """
 
     num_slots: int
@@ -26,7 +25,6 @@ class Machine:
     predict_s: float = 0.0
     predict_on_path: bool = False
     wake_s: float = 0.0
-    strides: Mapping[int, int] = field(default_factory=dict[int, int])
 
     @property
     def load_s(self) -> float:

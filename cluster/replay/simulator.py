@@ -44,7 +44,6 @@ class Simulator:
         self.memory = ReplayMemory(grid, policies.scorer, link, machine.num_slots)
         self._ledger = StepLedger(self.outcome)
         self._forecast_s = machine.predict_s if policies.predictor is not None else 0.0
-        self._stride = 1
         self._now_s = 0.0
         self._began_s = 0.0
         self._chunks_before = 0
@@ -53,9 +52,8 @@ class Simulator:
         """Replay; a simulator runs once."""
         return run_together([self], steps)[0]
 
-    def begin_step(self, wanted: WantedExperts | None, num_sequences: int) -> None:
-        """A step of so many sequences begins; `wanted` is what is to be fetched ahead of it."""
-        self._stride = self._machine.strides.get(num_sequences, 1)
+    def begin_step(self, wanted: WantedExperts | None) -> None:
+        """A step begins; `wanted` is what is to be fetched ahead of it."""
         self._began_s, self._chunks_before = self._now_s, self._chunks_sent()
         if self.policies.predictor is not None:
             self.memory.begin_step()
@@ -87,12 +85,10 @@ class Simulator:
             )
         return end_s
 
-    def end_layer(self, row: int, wanted: WantedExperts | None, end_s: float) -> None:
+    def end_layer(self, wanted: WantedExperts | None, end_s: float) -> None:
         """Fetch ahead while the layer computes, until `end_s`."""
         memory = self.memory
-        if self.policies.predictor is not None and (row + 1) % self._stride:
-            memory.run_until(end_s)  # by the forecast before
-        elif self.policies.predictor is not None:
+        if self.policies.predictor is not None:
             ready_s = self._now_s
             if not self._machine.predict_on_path and self._forecast_s:
                 ready_s = min(self._now_s + self._forecast_s, end_s)  # later ones would be of the next gate
@@ -153,7 +149,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
     for step in steps:
         step.begin(listeners)
         for simulator, wanted in zip(simulators, _wanted(sets, BEFORE_FIRST), strict=True):
-            simulator.begin_step(wanted, len(step.signal.num_rows))
+            simulator.begin_step(wanted)
         for row, gate in enumerate(step.gates):
             for simulator in simulators:
                 simulator.run_to_gate()
@@ -165,7 +161,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
                     scorer.on_use(index)
             ends_s = [simulator.run_layer(step, needed, step.rows[row]) for simulator in simulators]
             for simulator, wanted, end_s in zip(simulators, _wanted(sets, row), ends_s, strict=True):
-                simulator.end_layer(row, wanted, end_s)
+                simulator.end_layer(wanted, end_s)
         for simulator in simulators:
             simulator.end_step(step)
         step.end(listeners)

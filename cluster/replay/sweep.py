@@ -7,7 +7,7 @@ policies start with nothing. Policies are built once for all machines that they 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -50,7 +50,6 @@ class Sweep:
     predict_s: float = 0.0
     wake_s: float = 0.0
     load_cpu_s: float = 0.0
-    strides: Mapping[int, int] = field(default_factory=dict[int, int])
     predict_on_path: bool = False
     settings: PolicySettings = field(default_factory=PolicySettings)
 
@@ -69,7 +68,6 @@ class Sweep:
             row_s=self.row_s,
             predict_s=self.predict_s,
             wake_s=self.wake_s,
-            strides=self.strides,
             predict_on_path=self.predict_on_path,
         )
 
