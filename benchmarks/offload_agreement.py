@@ -24,22 +24,31 @@ Key = tuple[str, float, float, int]  # policy, cache, GB/s, sequences at a time
 class ComputeTimes:
     """Of a layer besides its experts, and of one expert, in seconds.
 
-    search_s: by policy, how much longer a layer takes while the policy's thread searches beside the computation."""
+    sequence_s: of a layer, for every sequence but the first. search_s: by policy, how much longer a layer takes while
+    the policy's thread searches beside the computation.
+    """
 
     base_s: float
     expert_s: float
+    sequence_s: float
     search_s: dict[str, float] = field(default_factory=dict[str, float])
 
     @classmethod
-    def of(cls, alone: Figures, many: Figures, *, num_layers: int) -> ComputeTimes:
-        """From two resident runs that use different numbers of experts a step: what an expert more costs."""
-        (few, short_s), (most, long_s) = (_experts_and_time(figures) for figures in (alone, many))
-        expert_s = max((long_s - short_s) / max(most - few, 1.0), 1e-6)
-        return cls(max(short_s - few * expert_s, 1e-6) / num_layers, expert_s)
+    def of(cls, alone: Figures, alike: Figures, many: Figures, *, num_layers: int) -> ComputeTimes:
+        """From resident runs of one sequence, of several alike, which use the same experts, and of several others."""
+        (few, alone_s, _), (also_few, alike_s, count), (most, many_s, _) = (
+            _experts_and_time(figures) for figures in (alone, alike, many)
+        )
+        expert_s = max((many_s - alike_s) / max(most - also_few, 1.0), 1e-6)
+        base_s, several_s = (
+            max(took_s - used * expert_s, 1e-6) / num_layers for used, took_s in ((few, alone_s), (also_few, alike_s))
+        )
+        return cls(base_s, expert_s, max(several_s - base_s, 0.0) / max(count - 1, 1))
 
     def text(self) -> str:
         """For a note."""
-        text = f"measured {1e3 * self.base_s:.2f} ms a layer and {1e3 * self.expert_s:.2f} ms an expert, resident"
+        text = f"measured {1e3 * self.base_s:.2f} ms a layer, {1e3 * self.sequence_s:.2f} for every sequence more, "
+        text += f"{1e3 * self.expert_s:.2f} an expert, resident"
         if self.search_s:
             least_s, most_s = min(self.search_s.values()), max(self.search_s.values())
             text += f"; {1e3 * least_s:.2f} to {1e3 * most_s:.2f} ms a layer more beside the policies' search"
@@ -71,6 +80,7 @@ class Agreement:
             links=links,
             concurrencies=concurrencies,
             base_s=self._times.base_s,
+            sequence_s=self._times.sequence_s,
             expert_s=self._times.expert_s,
         )
         progress(f"replaying {len(self._live)} cells")
@@ -131,12 +141,12 @@ class Agreement:
             )
 
 
-def _experts_and_time(figures: Figures) -> tuple[float, float]:
-    """Distinct experts of all layers, and seconds, of the usual decode step: those with most sequences."""
+def _experts_and_time(figures: Figures) -> tuple[float, float, int]:
+    """Distinct experts of all layers, seconds and sequences of the usual decode step: those with most sequences."""
     largest = max(len(step.tokens) for step in figures.decode)
     steps = [step for step in figures.decode if len(step.tokens) == largest and step.memory is not None]
     used = [step.memory.hits + step.memory.misses for step in steps if step.memory]
-    return float(np.mean(used)), median([step.ended_s - step.began_s for step in steps])
+    return float(np.mean(used)), median([step.ended_s - step.began_s for step in steps]), largest
 
 
 def _distinct(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -159,8 +159,9 @@ class Live:
 
     def _compute_times(self, parts: EngineParts) -> ComputeTimes:
         alone = self._figures(parts, self._ordered, concurrency=1)
+        alike = self._figures(parts, 8 * self._ordered[:1], concurrency=8)
         many = self._figures(parts, self._ordered, concurrency=8)
-        return ComputeTimes.of(alone, many, num_layers=parts.store.grid.num_layers)
+        return ComputeTimes.of(alone, alike, many, num_layers=parts.store.grid.num_layers)
 
     def _search_s(self, policy: str, alone: EngineParts, past: Sequence[ReplayStep]) -> float:
         """How much longer a layer takes beside a policy's search, alternating with one without.

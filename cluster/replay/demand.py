@@ -76,7 +76,8 @@ class DemandRun:
             busy_s[there] = np.maximum(busy_s[there], asked_s) + machine.load_s
             stall_s[there] += np.maximum(busy_s[there] - end_s[there], 0)
             end_s[there] = np.maximum(busy_s[there], end_s[there]) + compute_s[there, k] + machine.wake_s
-        return machine.base_s + end_s, stall_s
+        gate_s = [machine.gate_s(len(step.signal.num_rows)) for step in self.steps]
+        return np.repeat(gate_s, num_layers // max(len(self.steps), 1)) + end_s, stall_s
 
 
 class DemandMemory:

@@ -246,7 +246,7 @@ class FleetWorker:
                 stall_s += waited_s
                 layer_s += waited_s
                 self._share_out(step, row, [index - row * width for index in missing])
-            took_s += machine.base_s + layer_s
+            took_s += machine.gate_s(len(step.signal.num_rows)) + layer_s
             num_loads += len(missing)
         step.end(listeners)
         return took_s, stall_s, num_loads

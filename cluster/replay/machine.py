@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class Machine:
     """The defaults are the demo model widened 32 times on one core (measured).
 
-    num_slots: experts that fit. base_s: attention and gate of a layer. An expert takes `expert_s`, or `row_s` a token
+    num_slots: experts that fit. base_s: attention and gate of a layer, sequence_s more for every sequence but the
+    first. An expert takes `expert_s`, or `row_s` a token
     if that is more. predict_s: what a forecast takes after a gate, for policies that predict. The live memory
     forecasts on a thread of its own, so compute does not wait for it unless `predict_on_path`; the forecast only counts
     from then on. wake_s: what an expert that a step waited for costs beyond its compute: waking up, a call of its own.
@@ -20,6 +21,7 @@ class Machine:
     expert_bytes: int
     link_bytes_per_s: float
     base_s: float = 1e-4
+    sequence_s: float = 0.0
     expert_s: float = 1e-4
     row_s: float = 1e-5
     predict_s: float = 0.0
@@ -30,6 +32,10 @@ class Machine:
     def load_s(self) -> float:
         """One expert over the link."""
         return self.expert_bytes / self.link_bytes_per_s
+
+    def gate_s(self, num_sequences: int) -> float:
+        """Attention and gate of a layer."""
+        return self.base_s + (num_sequences - 1) * self.sequence_s
 
     def compute_s(self, rows: Sequence[int]) -> list[float]:
         """Of experts with so many tokens each."""

@@ -90,10 +90,6 @@ class ReplayMemory:
                 self._evict(victim)
         return here, coming, missing
 
-    def begin_step(self) -> None:
-        """Nothing is needed until the first gate has spoken."""
-        self._needed[:] = False
-
     def use(self, index: int) -> None:
         """A resident expert is computed."""
         if self._unproven[index]:
@@ -101,9 +97,9 @@ class ReplayMemory:
             self.counters.used += 1
         self.order.touch((index,))
 
-    def unpin(self, index: int) -> None:
-        """This one was computed; its slot may go to another of the same layer."""
-        self._needed[index] = False
+    def unpin(self, indices: Sequence[int]) -> None:
+        """These were computed; their slots may go to others."""
+        self._needed[list(indices)] = False
 
     def load(self, index: int, now_s: float) -> float | None:
         """Fetch an expert that is waited for; when it is there. None: no slot, everything is needed."""

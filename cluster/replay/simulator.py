@@ -56,12 +56,11 @@ class Simulator:
         """A step begins; `wanted` is what is to be fetched ahead of it."""
         self._began_s, self._chunks_before = self._now_s, self._chunks_sent()
         if self.policies.predictor is not None:
-            self.memory.begin_step()
             self.memory.want(wanted, self._now_s)
 
-    def run_to_gate(self) -> None:
+    def run_to_gate(self, num_sequences: int) -> None:
         """Attention and gate of the next layer."""
-        self._now_s += self._machine.base_s
+        self._now_s += self._machine.gate_s(num_sequences)
         self.memory.run_until(self._now_s)
         if self._machine.predict_on_path:
             self._now_s += self._forecast_s
@@ -78,14 +77,15 @@ class Simulator:
         counts = self.outcome.decode if step.is_decode else self.outcome.prefill
         end_s = self._compute(needed, compute_s, counts)
         if self._meter is not None and not uses_nearly_all(self._grid, int(step.signal.num_rows.sum())):
+            gate_s = machine.gate_s(len(step.signal.num_rows))
             self._meter.note_layer(
-                compute_s=machine.base_s + sum(compute_s),
+                compute_s=gate_s + sum(compute_s),
                 demand_s=(memory.counters.demand_chunks - demanded) * memory.link.chunk_s,
-                took_s=machine.base_s + end_s - self._now_s,
+                took_s=gate_s + end_s - self._now_s,
             )
         return end_s
 
-    def end_layer(self, wanted: WantedExperts | None, end_s: float) -> None:
+    def end_layer(self, needed: Sequence[int], wanted: WantedExperts | None, end_s: float) -> None:
         """Fetch ahead while the layer computes, until `end_s`."""
         memory = self.memory
         if self.policies.predictor is not None:
@@ -95,6 +95,7 @@ class Simulator:
                 memory.run_until(ready_s)
             memory.want(wanted, ready_s)
             memory.run_until(end_s)
+        memory.unpin(needed)
         self._now_s = end_s
 
     def end_step(self, step: ReplayStep) -> None:
@@ -122,21 +123,23 @@ class Simulator:
         counts.late += len(coming)
         counts.missed += len(missing)
         end_s = now_s + sum([compute_s[k] for k in resident])
-        computed, fits = resident, True
+        computed, fits, waited = resident, True, False
         for k in coming + missing:
             arrives_s = memory.load(needed[k], now_s) if fits else None
             if arrives_s is None:  # more is needed than fits: what was computed gives way
                 fits = False
-                for done in computed:
-                    memory.unpin(needed[done])
+                memory.unpin([needed[done] for done in computed])
                 arrives_s = memory.load(needed[k], end_s)
                 assert arrives_s is not None, "a memory holds at least one expert"
             memory.use(needed[k])
-            if arrives_s > end_s:
+            waited = arrives_s > end_s
+            if waited:
                 counts.stall_s += arrives_s - end_s
                 end_s = arrives_s
             end_s += compute_s[k] + self._machine.wake_s
             computed = [*computed, k]
+        if waited:  # for the last, which alone is being computed from then on
+            memory.unpin([needed[done] for done in computed[:-1]])
         return end_s
 
 
@@ -152,7 +155,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
             simulator.begin_step(wanted)
         for row, gate in enumerate(step.gates):
             for simulator in simulators:
-                simulator.run_to_gate()
+                simulator.run_to_gate(len(step.signal.num_rows))
             step.pass_gate(listeners, row)
             first = row * gate.probs.shape[1]
             needed = [first + expert for expert in step.needed[row]]
@@ -161,7 +164,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
                     scorer.on_use(index)
             ends_s = [simulator.run_layer(step, needed, step.rows[row]) for simulator in simulators]
             for simulator, wanted, end_s in zip(simulators, _wanted(sets, row), ends_s, strict=True):
-                simulator.end_layer(wanted, end_s)
+                simulator.end_layer(needed, wanted, end_s)
         for simulator in simulators:
             simulator.end_step(step)
         step.end(listeners)

@@ -45,6 +45,7 @@ class Sweep:
     concurrencies: Sequence[int] = (1,)
     expert_bytes: int | None = None
     base_s: float = 1e-4
+    sequence_s: float = 0.0
     expert_s: float = 1e-4
     row_s: float = 1e-5
     predict_s: float = 0.0
@@ -64,6 +65,7 @@ class Sweep:
             expert_bytes=expert_bytes,
             link_bytes_per_s=link * 1e9,
             base_s=self.base_s,
+            sequence_s=self.sequence_s,
             expert_s=self.expert_s,
             row_s=self.row_s,
             predict_s=self.predict_s,

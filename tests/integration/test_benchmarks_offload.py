@@ -125,16 +125,20 @@ class TestDrive:
             next(steps.drive(parts, [[1, 2]], num_tokens=3, concurrency=1))
 
 
-def test_compute_times_follow_from_two_numbers_of_experts(load: Any, steps: ModuleType) -> None:
-    def resident(num_experts: int, step_s: float) -> Any:
+def test_compute_times_follow_from_numbers_of_experts_and_of_sequences(load: Any, steps: ModuleType) -> None:
+    def resident(num_experts: int, num_sequences: int, step_s: float) -> Any:
         figures = steps.Figures()
-        memory = steps.MemoryUse(hits=num_experts)
-        figures.add([steps.Step(0.0, step_s, ((0, 1),), has_prompt_rows=False, joined=(0,), memory=memory)])
+        memory, tokens = steps.MemoryUse(hits=num_experts), tuple((i, 1) for i in range(num_sequences))
+        figures.add(
+            [steps.Step(0.0, step_s, tokens, has_prompt_rows=False, joined=tuple(range(num_sequences)), memory=memory)]
+        )
         return figures
 
-    times = load("offload_agreement").ComputeTimes.of(resident(48, 0.028), resident(240, 0.124), num_layers=12)
+    runs = resident(48, 1, 0.028), resident(48, 8, 0.036), resident(240, 8, 0.132)
+    times = load("offload_agreement").ComputeTimes.of(*runs, num_layers=12)
     assert times.expert_s == pytest.approx(0.0005)
     assert times.base_s == pytest.approx((0.028 - 48 * 0.0005) / 12)
+    assert times.sequence_s == pytest.approx(0.008 / 7 / 12)
 
 
 class TestConfinement:

@@ -29,6 +29,7 @@ class Scripted:
         self.heard: list[str] = []
         self.values = np.arange(SIZE, dtype=np.float64)
         self.probability = np.zeros((LAYERS, NUM_EXPERTS), dtype=np.float32)
+        self.expects = True
         self.pause = threading.Event()
         self.pause.set()
 
@@ -39,7 +40,7 @@ class Scripted:
         return self.values
 
     def predict(self, row: int) -> Forecast | None:
-        return Forecast(self.probability, self.probability)
+        return Forecast(self.probability, self.probability) if self.expects else None
 
     def on_step(self, step: StepSignal) -> None:
         assert self.pause.wait(10)
@@ -123,6 +124,19 @@ def test_forecasts_are_checked_against_what_the_gates_chose(store: ExpertStore, 
     assert counters.num_forecasts.tolist() == [10, 0, 0, 0, 0, 0, 0, 0, 0, 2]
     assert counters.came_true.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     assert counters.predicted[[0, 9]] == pytest.approx([0.5, 1.9])
+
+
+def test_layers_are_heard_one_by_one_only_while_something_is_fetched_ahead(
+    store: ExpertStore, policy: Scripted
+) -> None:
+    conductor = _conductor(store, policy, inline=True)
+    strides = [conductor.stride]
+    for expects in (True, False, True):
+        policy.expects = expects
+        _run(conductor)
+        strides.append(conductor.stride)
+
+    assert strides[:2] == [1, 1] and strides[2] > 1 and strides[3] == 1
 
 
 def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scripted) -> None:

@@ -16,12 +16,15 @@ from actors.experts.future import Future, UsesToCome
 from actors.experts.policies.base import PolicySet, Scorer
 from actors.experts.policies.build import PolicyContext, build_policies
 from actors.experts.policies.eviction_order import EvictionOrder
+from actors.experts.policies.lru import LruScorer
+from actors.experts.predict.base import Forecast
 from actors.experts.predict.meter import CostMeter
 from actors.experts.signals import Grid
 from actors.experts.trace import GateTrace
 from cluster.replay.demand import DemandRun, replay_demand
-from cluster.replay.link import CHUNKS_PER_EXPERT, Transfer
+from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
 from cluster.replay.machine import Machine
+from cluster.replay.memory import ReplayMemory, WantedExperts
 from cluster.replay.outcome import ReplayOutcome
 from cluster.replay.schedule import ReplayStep, build_steps, grid_of
 from cluster.replay.simulator import Simulator, run_together
@@ -164,7 +167,7 @@ def test_caching_alone_takes_the_time_that_the_simulator_says(policy: str, slots
     (run,) = _demand(grid, policy, [slots], steps)
 
     for rate in (2e6, 3e7):
-        simulated = _run(trace, policy, slots=slots, rate=rate, concurrency=concurrency)
+        simulated = _run(trace, policy, slots=slots, rate=rate, concurrency=concurrency, sequence_s=3e-4, wake_s=2e-4)
         closed = run.timed(simulated.machine)
         assert closed.token_s == pytest.approx(simulated.outcome.token_s)
         assert closed.decode.stall_s == pytest.approx(simulated.outcome.decode.stall_s)
@@ -277,6 +280,32 @@ def test_time_of_a_step_is_compute_and_what_is_waited_for() -> None:
     second = 1e-4 + 1e-3 + 1e-4  # expert 0 is resident and computes meanwhile
     assert run.outcome.token_s == pytest.approx([first, second])
     assert run.outcome.decode.stall_s == pytest.approx(1e-3 + 9e-4 + 9e-4)
+
+
+def test_attention_takes_longer_with_every_sequence() -> None:
+    trace = trace_of([[[[0, 1]], [[0, 1]]], [[[0, 1]], [[0, 1]]]], num_experts=4)
+
+    run = _run(trace, "lru", slots=2, rate=3e6, concurrency=2, base_s=1e-3, sequence_s=5e-4)
+
+    assert run.outcome.token_s[-1] == pytest.approx(1e-3 + 5e-4 + 2e-4)
+
+
+def test_what_was_computed_may_leave_for_a_load_ahead() -> None:
+    grid = Grid(layers=(0, 1), num_experts=2, top_k=1)
+    memory = ReplayMemory(grid, LruScorer(grid.size), Link(bytes_per_s=3.0, chunk_bytes=1.0), num_slots=1)
+    memory.begin_layer([0])
+    memory.load(0, 0.0)
+    wanted = WantedExperts(Forecast(np.array([[0, 0], [1, 0]], np.float32), np.zeros((2, 2), np.float32)))
+
+    memory.want(wanted, 1.0)
+    memory.run_until(2.0)
+    assert memory.begin_layer([2])[1:] == ([], [0]), "0 was being computed"
+
+    memory.begin_layer([0])
+    memory.unpin([0])
+    memory.want(wanted, 3.0)
+    memory.run_until(5.0)
+    assert memory.begin_layer([2])[0] == [0]
 
 
 def _sequences(steps: Sequence[ReplayStep]) -> list[tuple[int, ...]]:
