@@ -125,12 +125,14 @@ class GateReader:
 
         Args: starts: [S] int64, where the sequences' rows begin. num_rows: in all; the others are padding.
         """
-        following = self._following
-        if self._kernels is not None and (following is None or following._matrix is not None):
-            logits_TE, chosen_TK, hidden_TD = _contiguous(logits_TE), _contiguous(chosen_TK), _contiguous(hidden_TD)
+        following, kernels = self._following, self._kernels
+        if kernels is not None and self._form is None:
+            self._form = self._form_for(kernels, logits_TE, chosen_TK, hidden_TD)
             if self._form is None:
-                self._form = self._form_for(self._kernels, logits_TE.shape[1], chosen_TK.shape[1])
-            said = self._kernels.read_gate(
+                self._kernels = None
+        if kernels is not None and self._form is not None:
+            logits_TE, chosen_TK, hidden_TD = _contiguous(logits_TE), _contiguous(chosen_TK), _contiguous(hidden_TD)
+            said = kernels.read_gate(
                 self._form,
                 (logits_TE.data_ptr(), DTYPE_CODES[logits_TE.dtype]),
                 (hidden_TD.data_ptr(), DTYPE_CODES[hidden_TD.dtype]),
@@ -139,19 +141,28 @@ class GateReader:
                 num_rows,
             )
             return GateSignal(self._row, said[0], said[1], None if following is None else said[2])
-        logits, hidden = logits_TE[:num_rows].float().numpy(), hidden_TD[:num_rows].float().numpy()
+        logits, hidden = (rows[:num_rows].float().cpu().numpy() for rows in (logits_TE, hidden_TD))
         counts = np.zeros(logits.shape, dtype=np.float32)
-        np.put_along_axis(counts, chosen_TK[:num_rows].numpy(), 1.0, axis=1)
+        np.put_along_axis(counts, chosen_TK[:num_rows].long().cpu().numpy(), 1.0, axis=1)
         ahead = None if following is None else means(following._probabilities(following._logits(hidden)), starts)
         return GateSignal(self._row, means(self._probabilities(logits), starts), _sums(counts, starts), ahead)
 
-    def _form_for(self, kernels: SearchKernels, num_experts: int, top_k: int) -> GateForm:
-        following = self._following
+    def _form_for(
+        self, kernels: SearchKernels, logits_TE: Tensor, chosen_TK: Tensor, hidden_TD: Tensor
+    ) -> GateForm | None:
+        """None if the kernels cannot read this gate."""
+        following, of_gate = self._following, (logits_TE, hidden_TD)
+        is_readable = chosen_TK.dtype == torch.int64 and all(rows.dtype in DTYPE_CODES for rows in of_gate)
+        if not is_readable or not all(rows.is_cpu for rows in (*of_gate, chosen_TK)):
+            return None
+        E, K = logits_TE.shape[1], chosen_TK.shape[1]
         if following is None:
-            return kernels.gate_form(num_experts, top_k, is_sigmoid=self._is_sigmoid)
+            return kernels.gate_form(E, K, is_sigmoid=self._is_sigmoid)
+        if following._matrix is None:
+            return None
         return kernels.gate_form(
-            num_experts,
-            top_k,
+            E,
+            K,
             is_sigmoid=self._is_sigmoid,
             matrix=following._matrix,
             bias=following._bias,

@@ -91,7 +91,7 @@ class SearchKernels:
         for function in (self._read_gate, self._follow, self._learn):
             function.restype = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return self  # code, no state
 
     def gate_form(

@@ -86,6 +86,18 @@ class _Gate(nn.Module):
         return logits, values, indices
 
 
+def test_gates_that_the_kernels_cannot_read_are_read_with_numpy(kernels: SearchKernels) -> None:
+    gate = _Gate(16, 7, has_bias=False, dtype=torch.float64)
+    hidden = torch.randn((3, 16), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.inference_mode():
+        logits, _, chosen = gate(hidden)
+    reader = GateReader(0, gate, None, kernels)
+    for ids in (chosen, chosen.int()):
+        said = reader.signal(logits, ids, hidden, np.arange(3), 3)
+        np.testing.assert_allclose(said.probs, logits.softmax(dim=1).numpy(), rtol=1e-5)
+        assert said.counts.sum() == 6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("starts", [[0], [0, 1, 2, 3], [0, 3]])
 @pytest.mark.parametrize("has_next", [True, False])
