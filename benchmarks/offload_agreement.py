@@ -24,13 +24,15 @@ Key = tuple[str, float, float, int]  # policy, cache, GB/s, sequences at a time
 class ComputeTimes:
     """Of a layer besides its experts, and of one expert, in seconds.
 
-    sequence_s: of a layer, for every sequence but the first. search_s: by policy, how much longer a layer takes while
-    the policy's thread searches beside the computation.
+    sequence_s: of a layer, for every sequence but the first. spread: of the layers of one sequence's tokens, the
+    standard deviation of the logarithm. search_s: by policy, how much longer a layer takes while the policy's thread
+    searches beside the computation.
     """
 
     base_s: float
     expert_s: float
     sequence_s: float
+    spread: float = 0.0
     search_s: dict[str, float] = field(default_factory=dict[str, float])
 
     @classmethod
@@ -48,7 +50,7 @@ class ComputeTimes:
     def text(self) -> str:
         """For a note."""
         text = f"measured {1e3 * self.base_s:.2f} ms a layer, {1e3 * self.sequence_s:.2f} for every sequence more, "
-        text += f"{1e3 * self.expert_s:.2f} an expert, resident"
+        text += f"{1e3 * self.expert_s:.2f} an expert, resident; spread from layer to layer {self.spread:.0%}"
         if self.search_s:
             least_s, most_s = min(self.search_s.values()), max(self.search_s.values())
             text += f"; {1e3 * least_s:.2f} to {1e3 * most_s:.2f} ms a layer more beside the policies' search"
@@ -82,6 +84,7 @@ class Agreement:
             base_s=self._times.base_s,
             sequence_s=self._times.sequence_s,
             expert_s=self._times.expert_s,
+            spread=self._times.spread,
         )
         progress(f"replaying {len(self._live)} cells")
         past = learn_past(self._past, sweep)

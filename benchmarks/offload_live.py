@@ -10,11 +10,12 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import Report, median, progress, prompts_of_domains, wide_model
 from offload_agreement import Agreement, ComputeTimes
 from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
@@ -22,6 +23,7 @@ from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
 from actors.deployments import SWITCH_INTERVAL_S
 from actors.engine.build import EngineParts, build_engine
 from actors.engine.trace_recorder import record_trace
+from actors.experts.gate_tap import gate_modules
 from actors.experts.trace import GateTrace, TracedRequest
 from cluster.config import load_config
 from cluster.model_info import ModelInfo, load_model_info
@@ -161,7 +163,22 @@ class Live:
         alone = self._figures(parts, self._ordered, concurrency=1)
         alike = self._figures(parts, 8 * self._ordered[:1], concurrency=8)
         many = self._figures(parts, self._ordered, concurrency=8)
-        return ComputeTimes.of(alone, alike, many, num_layers=parts.store.grid.num_layers)
+        times = ComputeTimes.of(alone, alike, many, num_layers=parts.store.grid.num_layers)
+        return replace(times, spread=self._spread(parts))
+
+    def _spread(self, parts: EngineParts) -> float:
+        """Of the times from gate to gate, one sequence's tokens, everything resident."""
+        spoke_s: list[float] = []
+        gates = gate_modules(parts.engine.runner.model).values()
+        hooks = [gate.register_forward_hook(lambda *_: spoke_s.append(time.perf_counter())) for gate in gates]
+        try:
+            steps = self._figures(parts, self._ordered, concurrency=1).steps
+        finally:
+            for hook in hooks:
+                hook.remove()
+        by_step = np.array(spoke_s).reshape(len(steps), len(hooks))
+        decode = by_step[[not step.has_prompt_rows for step in steps]]
+        return float(np.log(np.diff(decode)).std())
 
     def _search_s(self, policy: str, alone: EngineParts, past: Sequence[ReplayStep]) -> float:
         """How much longer a layer takes beside a policy's search, alternating with one without.

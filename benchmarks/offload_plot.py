@@ -40,7 +40,7 @@ def _plot_live(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_yticks([i + 0.4 - height / 2 for i in range(len(policies))], policies)
     axis.invert_yaxis()
     axis.set(xlabel="mean time per output token, ms", title="Policies live, emulated link, one sequence")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=len(settings), frameon=False)
 
 
 def _plot_peers(axis: Any, rows: list[dict[str, Any]]) -> None:

@@ -29,6 +29,7 @@ from cluster.observability.logs import log_event
 _LOG = logging.getLogger(__name__)
 _MAX_STEPS_BEHIND = 2
 _STRIDE = 3
+_MOSTLY = 0.5
 _RING_RATE = 0.1  # of the newest layer in what large steps use
 Task = Callable[[], None]
 
@@ -85,8 +86,11 @@ class Conductor:
 
     @property
     def stride(self) -> int:
-        """Layers whose gates are handed over together: one as long as something is fetched ahead."""
-        return 1 if self._looks_ahead else _STRIDE
+        """Layers whose gates are handed over together: one as long as something is fetched ahead.
+
+        Or steps wait more than they compute: then the search takes nothing from them.
+        """
+        return 1 if self._looks_ahead or self.meter.waited > _MOSTLY else _STRIDE
 
     @property
     def search_share(self) -> float:

@@ -11,10 +11,12 @@ class Machine:
     """The defaults are the demo model widened 32 times on one core (measured).
 
     num_slots: experts that fit. base_s: attention and gate of a layer, sequence_s more for every sequence but the
-    first. An expert takes `expert_s`, or `row_s` a token
-    if that is more. predict_s: what a forecast takes after a gate, for policies that predict. The live memory
-    forecasts on a thread of its own, so compute does not wait for it unless `predict_on_path`; the forecast only counts
-    from then on. wake_s: what an expert that a step waited for costs beyond its compute: waking up, a call of its own.
+    first. An expert takes `expert_s`, or `row_s` a token if that is more. predict_s: what a forecast takes after a
+    gate, for policies that predict. The live memory forecasts on a thread of its own, so compute does not wait for it
+    unless `predict_on_path`; the forecast only counts from then on. wake_s: what an expert that a step waited for costs
+    beyond its compute: waking up, a call of its own. spread: of a layer's compute times, the standard deviation of
+    their logarithm. Where it matters is beside prefetch: with layers that take always as long as each other, how many
+    chunks fit beside one is a whole number, and 0.1 ms more or less of compute is up to an expert more or less.
     """
 
     num_slots: int
@@ -27,6 +29,7 @@ class Machine:
     predict_s: float = 0.0
     predict_on_path: bool = False
     wake_s: float = 0.0
+    spread: float = 0.0
 
     @property
     def load_s(self) -> float:

@@ -1,12 +1,15 @@
 """Replays steps in virtual time: gates, demand loads, prefetch, compute and what waits for what.
 
 A layer: attention and gate take `base_s`, then its resident experts compute while the missing ones load; then those
-that were in flight, then those that were not begun.
+that were in flight, then those that were not begun. Compute times vary from layer to layer as the machine says, alike
+in every replay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from actors.experts.policies.base import PolicySet
 from actors.experts.predict.base import BEFORE_FIRST
@@ -44,6 +47,8 @@ class Simulator:
         self.memory = ReplayMemory(grid, policies.scorer, link, machine.num_slots)
         self._ledger = StepLedger(self.outcome)
         self._forecast_s = machine.predict_s if policies.predictor is not None else 0.0
+        self._random = np.random.default_rng(0)
+        self._pace = 1.0  # of the present layer's computation
         self._now_s = 0.0
         self._began_s = 0.0
         self._chunks_before = 0
@@ -60,7 +65,10 @@ class Simulator:
 
     def run_to_gate(self, num_sequences: int) -> None:
         """Attention and gate of the next layer."""
-        self._now_s += self._machine.gate_s(num_sequences)
+        spread = self._machine.spread
+        if spread:
+            self._pace = float(self._random.lognormal(-spread * spread / 2, spread))  # 1 on average
+        self._now_s += self._pace * self._machine.gate_s(num_sequences)
         self.memory.run_until(self._now_s)
         if self._machine.predict_on_path:
             self._now_s += self._forecast_s
@@ -72,12 +80,12 @@ class Simulator:
         Args: needed: flat indices. rows: tokens of each.
         """
         memory, machine = self.memory, self._machine
-        compute_s = machine.compute_s(rows)
+        compute_s = [self._pace * alone_s for alone_s in machine.compute_s(rows)]
         demanded = memory.counters.demand_chunks
         counts = self.outcome.decode if step.is_decode else self.outcome.prefill
         end_s = self._compute(needed, compute_s, counts)
         if self._meter is not None and not uses_nearly_all(self._grid, int(step.signal.num_rows.sum())):
-            gate_s = machine.gate_s(len(step.signal.num_rows))
+            gate_s = self._pace * machine.gate_s(len(step.signal.num_rows))
             self._meter.note_layer(
                 compute_s=gate_s + sum(compute_s),
                 demand_s=(memory.counters.demand_chunks - demanded) * memory.link.chunk_s,

@@ -50,6 +50,7 @@ class Sweep:
     row_s: float = 1e-5
     predict_s: float = 0.0
     wake_s: float = 0.0
+    spread: float = 0.0
     load_cpu_s: float = 0.0
     predict_on_path: bool = False
     settings: PolicySettings = field(default_factory=PolicySettings)
@@ -70,6 +71,7 @@ class Sweep:
             row_s=self.row_s,
             predict_s=self.predict_s,
             wake_s=self.wake_s,
+            spread=self.spread,
             predict_on_path=self.predict_on_path,
         )
 

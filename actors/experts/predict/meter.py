@@ -31,11 +31,15 @@ class CostMeter:
         self._took_s += self._rate * (took_s - self._took_s)
         self._rate = max(self._rate / (1 + self._rate), _RATE)  # the mean of all as long as they are few
 
+    @property
+    def waited(self) -> float:
+        """Share of the time in which steps wait for experts, 0 to 1."""
+        return 1 - self._layer_s / self._took_s
+
     def costs(self) -> LinkCosts:
         """What was measured so far."""
         # A saturated link is busy also with what is fetched ahead: then steps wait most of the time.
-        waited = 1 - self._layer_s / self._took_s
-        busy = min(max(self._demand_s / self._took_s, waited), 1.0)
+        busy = min(max(self._demand_s / self._took_s, self.waited), 1.0)
         return LinkCosts(
             load_s=self.load_s, layer_s=self._layer_s, busy=busy, cpu_s=self.cpu_s, gives_way=self.gives_way
         )

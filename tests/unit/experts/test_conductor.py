@@ -139,6 +139,22 @@ def test_layers_are_heard_one_by_one_only_while_something_is_fetched_ahead(
     assert strides[:2] == [1, 1] and strides[2] > 1 and strides[3] == 1
 
 
+def test_layers_are_heard_one_by_one_while_steps_wait_more_than_they_compute(
+    store: ExpertStore, policy: Scripted
+) -> None:
+    conductor = _conductor(store, policy, inline=True)
+    policy.expects = False
+    strides: list[int] = []
+    for took_s in (1.5e-3, 4e-3):
+        conductor.begin(_step)
+        for row in range(LAYERS):
+            conductor.gates(lambda row=row: [_gate(row, 1)], LayerTimes(1e-3, 0.0, took_s))
+        conductor.end(1e-3)
+        strides.append(conductor.stride)
+
+    assert strides[0] > 1 and strides[1] == 1
+
+
 def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scripted) -> None:
     conductor = _conductor(store, policy, inline=True)
 

@@ -290,6 +290,30 @@ def test_attention_takes_longer_with_every_sequence() -> None:
     assert run.outcome.token_s[-1] == pytest.approx(1e-3 + 5e-4 + 2e-4)
 
 
+def test_layers_take_different_times_but_the_same_on_average_and_in_every_replay() -> None:
+    trace = trace_of([[[[0, 1]]] * 500], num_experts=4)
+    runs = [_run(trace, "lru", slots=4, base_s=1e-3, spread=spread).outcome for spread in (0.0, 0.3, 0.3)]
+    alike, *varied = (np.array(run.token_s[1:]) for run in runs)
+
+    assert alike == pytest.approx(1.2e-3)
+    assert np.log(varied[0]).std() == pytest.approx(0.3, rel=0.2)
+    assert varied[0].mean() == pytest.approx(1.2e-3, rel=0.1)
+    assert (varied[0] == varied[1]).all()
+
+
+def test_what_fits_beside_a_layer_does_not_jump_with_its_length() -> None:
+    """Chunks and layers of always the same length beat against each other."""
+    trace = clustered_trace(num_requests=6, num_rows=40, seed=1)
+
+    def largest_jump(spread: float) -> float:
+        lengths_s = np.arange(5e-4, 1.5e-3, 5e-5)
+        runs = [_run(trace, "lru+next-gate", slots=24, rate=3e6, base_s=s, spread=spread) for s in lengths_s]
+        hits = [(counts.late + counts.timely) / counts.uses for counts in (run.outcome.decode for run in runs)]
+        return float(np.abs(np.diff(hits)).max())
+
+    assert largest_jump(0.3) < 0.5 * largest_jump(0.0)
+
+
 def test_what_was_computed_may_leave_for_a_load_ahead() -> None:
     grid = Grid(layers=(0, 1), num_experts=2, top_k=1)
     memory = ReplayMemory(grid, LruScorer(grid.size), Link(bytes_per_s=3.0, chunk_bytes=1.0), num_slots=1)
