@@ -35,7 +35,7 @@ def _plot_live(axis: Any, rows: list[dict[str, Any]]) -> None:
             if (float(row["cache"].rstrip("%")), row["GB/s"]) == (cache, link)
         }
         positions = [i + number * height for i, policy in enumerate(policies) if policy in times]
-        label = f"{cache:g}% of the experts fit, {link} GB/s"
+        label = f"{cache:g}% fit, {link} GB/s"
         axis.barh(positions, [times[p] for p in policies if p in times], height, label=label)
     axis.set_yticks([i + 0.4 - height / 2 for i in range(len(policies))], policies)
     axis.invert_yaxis()
