@@ -64,13 +64,17 @@ class Agreement:
         self._report, self._past, self._held_out, self._times = report, past, held_out, times
         self._live: dict[Key, dict[str, Any]] = {}
         self._load_cpu_s: dict[Key, float] = {}
+        self._pace: dict[Key, float] = {}
 
-    def expect(self, row: dict[str, Any], key: Key, *, load_cpu_s: float) -> None:
+    def expect(self, row: dict[str, Any], key: Key, *, load_cpu_s: float, pace: float = 1.0) -> None:
         """A live cell whose replay is wanted; the replay's figures are added to its row.
 
-        Args: load_cpu_s: processor time of a load, as its price of prefetch had it.
+        Args:
+            load_cpu_s: processor time of a load, as its price of prefetch had it.
+            pace: what computing takes on the machine around the cell, of what it took when it was measured.
         """
         self._live[key] = row
+        self._pace[key] = pace
         self._load_cpu_s[key] = load_cpu_s
 
     def finish(self) -> None:
@@ -81,30 +85,28 @@ class Agreement:
             caches=caches,
             links=links,
             concurrencies=concurrencies,
-            base_s=self._times.base_s,
-            sequence_s=self._times.sequence_s,
-            expert_s=self._times.expert_s,
             spread=self._times.spread,
         )
         progress(f"replaying {len(self._live)} cells")
         past = learn_past(self._past, sweep)
         wake_s = self._calibrate(sweep)
         for key, row in self._live.items():
-            policy, cache, link, at_once = key
-            own = replace(sweep, policies=(policy,), caches=(cache,), links=(link,), concurrencies=(at_once,))
-            base_s = self._times.base_s + self._times.search_s.get(policy, 0.0)
-            own = replace(own, base_s=base_s, predict_s=self._forecast_s(policy), wake_s=wake_s)
-            own = replace(own, load_cpu_s=self._load_cpu_s[key])
-            (cell,) = replay_cells(self._held_out, past, own)
+            pace = self._pace[key] / self._pace[self._first]
+            own = replace(self._of_cell(sweep, key), predict_s=self._forecast_s(key[0]), wake_s=pace * wake_s)
+            (cell,) = replay_cells(self._held_out, past, replace(own, load_cpu_s=self._load_cpu_s[key]))
             row["replay hit"] = cell.hit_rate
             row["live/replay TPOT"] = row["p50 ms"] / cell.tpot_ms_p50
+        slowest, fastest = max(self._pace.values()), min(self._pace.values())
+        self._report.notes.append(
+            f"replay: computing takes {fastest:.2f} to {slowest:.2f} of the measured times, by cell"
+        )
         self._add_targets()
 
     def _calibrate(self, sweep: Sweep) -> float:
         """What a load costs the computation, from the first live cell, that of on-demand LRU: what makes it agree."""
         self._first = next(iter(self._live))
-        policy, cache, link, concurrency = self._first
-        alone = replace(sweep, policies=(policy,), caches=(cache,), links=(link,), concurrencies=(concurrency,))
+        policy, _, link, concurrency = self._first
+        alone = self._of_cell(sweep, self._first)
         wanted_ms = self._live[self._first]["p50 ms"]
 
         def replayed_ms(wake_s: float) -> float:
@@ -121,6 +123,17 @@ class Agreement:
             f"measured in the cell {policy}, {link:g} GB/s, {concurrency} at a time, which is not among the targets"
         )
         return low_s
+
+    def _of_cell(self, sweep: Sweep, key: Key) -> Sweep:
+        """One cell of it, computing as fast as the machine did before and after."""
+        (policy, cache, link, at_once), times, pace = key, self._times, self._pace[key]
+        sweep = replace(sweep, policies=(policy,), caches=(cache,), links=(link,), concurrencies=(at_once,))
+        return replace(
+            sweep,
+            base_s=pace * (times.base_s + times.search_s.get(policy, 0.0)),
+            sequence_s=pace * times.sequence_s,
+            expert_s=pace * times.expert_s,
+        )
 
     def _forecast_s(self, policy: str) -> float:
         """What search and forecast took after a gate, live."""

@@ -45,7 +45,7 @@ _LEARN_LIMIT_S = 600.0
 class Plan:
     """What is run. prompts: measured in each cell, past: of others to learn from; num_tokens of each.
 
-    rounds: of the comparison with everything resident, alternating.
+    rounds: of the comparisons with everything resident, alternating.
     """
 
     policies: Sequence[str]
@@ -95,6 +95,7 @@ class Live:
 
     def run(self) -> None:
         """Everything resident first, then every cell, then the same in replay."""
+        plan = self._plan
         with _engine(self._info, OFF, cache=1.0) as resident:
             _make_resident(resident)
             progress("recording traces")
@@ -103,20 +104,23 @@ class Live:
             with _engine(self._info, ON, cache=1.0) as predicting:
                 _make_resident(predicting)
                 self._compare_resident(predicting)
-            times = self._compute_times(resident)
+            times, usual_s = self._compute_times(resident), self._layer_s(resident)
             steps = build_steps(past, concurrency=1, order=mixed_order(len(past.requests)))
-            for policy in self._plan.policies:
+            for policy in plan.policies:
                 if policy != OFF:
-                    times.search_s[policy] = self._search_s(policy, resident, steps)
-        agreement = Agreement(self._report, past, held_out, times)
-        plan = self._plan
-        cells = list(product(plan.caches, plan.policies, plan.links, plan.concurrencies))
-        try:
-            for cache, policy, link, concurrency in cells:
-                row, load_cpu_s = self._run_cell(policy, cache, link, concurrency, steps)
-                agreement.expect(row, (policy, cache, link, concurrency), load_cpu_s=load_cpu_s)
-        except KeyboardInterrupt:
-            self._report.notes.append(f"stopped after {len(self._report.rows)} of {len(cells)} cells")
+                    times.search_s[policy] = usual_s * self._search_share(policy, resident, steps)
+            agreement = Agreement(self._report, past, held_out, times)
+            cells = list(product(plan.caches, plan.policies, plan.links, plan.concurrencies))
+            try:
+                before_s = self._layer_s(resident)
+                for cache, policy, link, concurrency in cells:
+                    row, load_cpu_s = self._run_cell(policy, cache, link, concurrency, steps)
+                    after_s = self._layer_s(resident)
+                    pace = (before_s + after_s) / 2 / usual_s
+                    agreement.expect(row, (policy, cache, link, concurrency), load_cpu_s=load_cpu_s, pace=pace)
+                    before_s = after_s
+            except KeyboardInterrupt:
+                self._report.notes.append(f"stopped after {len(self._report.rows)} of {len(cells)} cells")
         agreement.finish()
         self._report.notes.append(
             f"HOST full and DEVICE empty at the start of each cell; learned from {plan.past} other prompts; one "
@@ -180,22 +184,25 @@ class Live:
         decode = by_step[[not step.has_prompt_rows for step in steps]]
         return float(np.log(np.diff(decode)).std())
 
-    def _search_s(self, policy: str, alone: EngineParts, past: Sequence[ReplayStep]) -> float:
-        """How much longer a layer takes beside a policy's search, alternating with one without.
+    def _layer_s(self, resident: EngineParts, num_prompts: int | None = None) -> float:
+        """What a layer of one sequence's tokens takes now: neighbours make the machine slower for minutes."""
+        steps = self._figures(resident, self._ordered[:num_prompts], concurrency=1).decode
+        return median([step.ended_s - step.began_s for step in steps]) / resident.store.grid.num_layers
+
+    def _search_share(self, policy: str, alone: EngineParts, past: Sequence[ReplayStep]) -> float:
+        """How much longer a layer takes beside a policy's search, of one without, with which it alternates.
 
         One expert less than all fits: with all resident nothing is searched."""
-        grid = alone.store.grid
-        with _engine(self._info, policy, cache=1 - 0.5 / grid.size) as parts:
+        with _engine(self._info, policy, cache=1 - 0.5 / alone.store.grid.size) as parts:
             _make_resident(parts)
             _learn(parts, past)
-            more_s: list[float] = []
-            for number in range(-1, 3):
-                each = [self._figures(parts, self._ordered[:3], concurrency=1) for parts in (alone, parts)]
+            more: list[float] = []
+            for number in range(-1, self._plan.rounds):
+                alone_s, searching_s = (self._layer_s(each, num_prompts=3) for each in (alone, parts))
                 if number >= 0:
-                    rates = [figures.decode_rate for figures in each]
-                    more_s.append((1 / rates[1] - 1 / rates[0]) / grid.num_layers)
-        progress(f"{policy}: {1e3 * median(more_s):.3f} ms a layer more beside its search")
-        return max(median(more_s), 0.0)
+                    more.append(searching_s / alone_s - 1)
+        progress(f"{policy}: a layer takes {median(more):.1%} longer beside its search")
+        return max(median(more), 0.0)
 
     def _figures(self, parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> Figures:
         figures = Figures()
