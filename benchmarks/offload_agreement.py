@@ -25,14 +25,15 @@ class ComputeTimes:
     """Of a layer besides its experts, and of one expert, in seconds.
 
     sequence_s: of a layer, for every sequence but the first. spread: of the layers of one sequence's tokens, the
-    standard deviation of the logarithm. search_s: by policy, how much longer a layer takes while the policy's thread
-    searches beside the computation.
+    standard deviation of the logarithm. contention: how much longer computing takes while the link is busy, as a share.
+    search_s: by policy, how much longer a layer takes while the policy's thread searches beside the computation.
     """
 
     base_s: float
     expert_s: float
     sequence_s: float
     spread: float = 0.0
+    contention: float = 0.0
     search_s: dict[str, float] = field(default_factory=dict[str, float])
 
     @classmethod
@@ -50,11 +51,28 @@ class ComputeTimes:
     def text(self) -> str:
         """For a note."""
         text = f"measured {1e3 * self.base_s:.2f} ms a layer, {1e3 * self.sequence_s:.2f} for every sequence more, "
-        text += f"{1e3 * self.expert_s:.2f} an expert, resident; spread from layer to layer {self.spread:.0%}"
+        text += f"{1e3 * self.expert_s:.2f} an expert, resident; spread from layer to layer {self.spread:.0%}; "
+        text += f"{self.contention:.0%} longer beside a busy link"
         if self.search_s:
             least_s, most_s = min(self.search_s.values()), max(self.search_s.values())
             text += f"; {1e3 * least_s:.2f} to {1e3 * most_s:.2f} ms a layer more beside the policies' search"
         return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellTimes:
+    """Of one live cell.
+
+    pace: what computing takes on the machine around the cell, of what it took when it was measured. load_cpu_s:
+    processor time of a load, as its price of prefetch had it. lag_s: how late chunks of loads ahead began on average.
+    forecast_s: from a gate to its forecast, by the clock, and forecast_spread, the standard deviation of the logarithm.
+    """
+
+    pace: float = 1.0
+    load_cpu_s: float = 0.0
+    lag_s: float = 0.0
+    forecast_s: float = 0.0
+    forecast_spread: float = 0.0
 
 
 class Agreement:
@@ -63,19 +81,12 @@ class Agreement:
     def __init__(self, report: Report, past: GateTrace, held_out: GateTrace, times: ComputeTimes) -> None:
         self._report, self._past, self._held_out, self._times = report, past, held_out, times
         self._live: dict[Key, dict[str, Any]] = {}
-        self._load_cpu_s: dict[Key, float] = {}
-        self._pace: dict[Key, float] = {}
+        self._cells: dict[Key, CellTimes] = {}
 
-    def expect(self, row: dict[str, Any], key: Key, *, load_cpu_s: float, pace: float = 1.0) -> None:
-        """A live cell whose replay is wanted; the replay's figures are added to its row.
-
-        Args:
-            load_cpu_s: processor time of a load, as its price of prefetch had it.
-            pace: what computing takes on the machine around the cell, of what it took when it was measured.
-        """
+    def expect(self, row: dict[str, Any], key: Key, times: CellTimes) -> None:
+        """A live cell whose replay is wanted; the replay's figures are added to its row."""
         self._live[key] = row
-        self._pace[key] = pace
-        self._load_cpu_s[key] = load_cpu_s
+        self._cells[key] = times
 
     def finish(self) -> None:
         """Replay them all, add columns and targets."""
@@ -86,20 +97,17 @@ class Agreement:
             links=links,
             concurrencies=concurrencies,
             spread=self._times.spread,
+            contention=self._times.contention,
         )
         progress(f"replaying {len(self._live)} cells")
         past = learn_past(self._past, sweep)
         wake_s = self._calibrate(sweep)
         for key, row in self._live.items():
-            pace = self._pace[key] / self._pace[self._first]
-            own = replace(self._of_cell(sweep, key), predict_s=self._forecast_s(key[0]), wake_s=pace * wake_s)
-            (cell,) = replay_cells(self._held_out, past, replace(own, load_cpu_s=self._load_cpu_s[key]))
+            pace = self._cells[key].pace / self._cells[self._first].pace
+            (cell,) = replay_cells(self._held_out, past, replace(self._of_cell(sweep, key), wake_s=pace * wake_s))
             row["replay hit"] = cell.hit_rate
             row["live/replay TPOT"] = row["p50 ms"] / cell.tpot_ms_p50
-        slowest, fastest = max(self._pace.values()), min(self._pace.values())
-        self._report.notes.append(
-            f"replay: computing takes {fastest:.2f} to {slowest:.2f} of the measured times, by cell"
-        )
+        self._note_times()
         self._add_targets()
 
     def _calibrate(self, sweep: Sweep) -> float:
@@ -126,18 +134,35 @@ class Agreement:
 
     def _of_cell(self, sweep: Sweep, key: Key) -> Sweep:
         """One cell of it, computing as fast as the machine did before and after."""
-        (policy, cache, link, at_once), times, pace = key, self._times, self._pace[key]
-        sweep = replace(sweep, policies=(policy,), caches=(cache,), links=(link,), concurrencies=(at_once,))
+        (policy, cache, link, at_once), times, own = key, self._times, self._cells[key]
+        search_s = times.search_s.get(policy, 0.0)
+        base_s = times.base_s if own.forecast_s else times.base_s + search_s  # when it searched is known with forecasts
         return replace(
             sweep,
-            base_s=pace * (times.base_s + times.search_s.get(policy, 0.0)),
-            sequence_s=pace * times.sequence_s,
-            expert_s=pace * times.expert_s,
+            policies=(policy,),
+            caches=(cache,),
+            links=(link,),
+            concurrencies=(at_once,),
+            base_s=own.pace * base_s,
+            sequence_s=own.pace * times.sequence_s,
+            expert_s=own.pace * times.expert_s,
+            search_s=own.pace * search_s,
+            predict_s=own.forecast_s,
+            predict_spread=own.forecast_spread,
+            lag_s=own.lag_s,
+            load_cpu_s=own.load_cpu_s,
         )
 
-    def _forecast_s(self, policy: str) -> float:
-        """What search and forecast took after a gate, live."""
-        return 1e-3 * median([row["search ms/gate"] for key, row in self._live.items() if key[0] == policy])
+    def _note_times(self) -> None:
+        """What was measured in the cells."""
+        paces = [cell.pace for cell in self._cells.values()]
+        text = f"replay: computing takes {min(paces):.2f} to {max(paces):.2f} of the measured times, by cell"
+        ahead = [cell for cell in self._cells.values() if cell.forecast_s]
+        if ahead:
+            forecasts_ms, lags_ms = [1e3 * cell.forecast_s for cell in ahead], [1e3 * cell.lag_s for cell in ahead]
+            text += f"; a forecast {min(forecasts_ms):.2f} to {max(forecasts_ms):.2f} ms after its gate, a chunk ahead "
+            text += f"{min(lags_ms):.2f} to {max(lags_ms):.2f} ms late"
+        self._report.notes.append(text)
 
     def _add_targets(self) -> None:
         """The targets are of one sequence at a time and of several alike."""

@@ -7,29 +7,36 @@ that learn have seen other prompts (the past), never those that are measured. On
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from harness import Report, median, progress, prompts_of_domains, wide_model
-from offload_agreement import Agreement, ComputeTimes
+from offload_agreement import Agreement, CellTimes, ComputeTimes
 from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
 
 from actors.deployments import SWITCH_INTERVAL_S
 from actors.engine.build import EngineParts, build_engine
 from actors.engine.trace_recorder import record_trace
+from actors.experts.conductor import LayerTimes
 from actors.experts.gate_tap import gate_modules
+from actors.experts.memory.store import ExpertStore
+from actors.experts.signals import GateSignal, StepSignal
 from actors.experts.trace import GateTrace, TracedRequest
 from cluster.config import load_config
 from cluster.model_info import ModelInfo, load_model_info
 from cluster.replay.schedule import ReplayStep, build_steps, mixed_order
 from cluster.replay.sweep import show
-from cluster.types import SamplingParams
+from cluster.types import SamplingParams, Tier
 
 FACTOR = 32
 ALONE = ("lru+none", "lfu+none", "mrs+none", "eam+none", "fmoe+none", "moesaic+none")
@@ -109,15 +116,16 @@ class Live:
             for policy in plan.policies:
                 if policy != OFF:
                     times.search_s[policy] = usual_s * self._search_share(policy, resident, steps)
+            times = replace(times, contention=self._contention(resident))
             agreement = Agreement(self._report, past, held_out, times)
             cells = list(product(plan.caches, plan.policies, plan.links, plan.concurrencies))
             try:
                 before_s = self._layer_s(resident)
                 for cache, policy, link, concurrency in cells:
-                    row, load_cpu_s = self._run_cell(policy, cache, link, concurrency, steps)
+                    row, cell = self._run_cell(policy, cache, link, concurrency, steps)
                     after_s = self._layer_s(resident)
-                    pace = (before_s + after_s) / 2 / usual_s
-                    agreement.expect(row, (policy, cache, link, concurrency), load_cpu_s=load_cpu_s, pace=pace)
+                    cell = replace(cell, pace=(before_s + after_s) / 2 / usual_s)
+                    agreement.expect(row, (policy, cache, link, concurrency), cell)
                     before_s = after_s
             except KeyboardInterrupt:
                 self._report.notes.append(f"stopped after {len(self._report.rows)} of {len(cells)} cells")
@@ -204,6 +212,24 @@ class Live:
         progress(f"{policy}: a layer takes {median(more):.1%} longer beside its search")
         return max(median(more), 0.0)
 
+    def _contention(self, alone: EngineParts) -> float:
+        """How much longer computing takes while the link into another engine's memory is busy, as a share of that."""
+        link = self._plan.links[0]
+        more: list[float] = []
+        with _engine(self._info, OFF, cache=0.5, link=link) as parts:
+            _fill_host(parts)
+            moved = parts.store.counters.bytes_moved
+            for number in range(-1, self._plan.rounds):
+                alone_s = self._layer_s(alone, num_prompts=3)
+                with _keep_loading(parts.store):
+                    began_s, moved_bytes = time.perf_counter(), moved[Tier.HOST]
+                    beside_s = self._layer_s(alone, num_prompts=3)
+                    elapsed_s, moved_bytes = time.perf_counter() - began_s, moved[Tier.HOST] - moved_bytes
+                if number >= 0:
+                    more.append((beside_s / alone_s - 1) * elapsed_s / (moved_bytes / (link * 1e9)))
+        progress(f"computing takes {median(more):.1%} longer beside a busy link")
+        return max(median(more), 0.0)
+
     def _figures(self, parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> Figures:
         figures = Figures()
         figures.add(list(self._drive(parts, prompts, concurrency)))
@@ -215,16 +241,20 @@ class Live:
 
     def _run_cell(
         self, policy: str, cache: float, link: float, concurrency: int, past: Sequence[ReplayStep]
-    ) -> tuple[dict[str, Any], float]:
-        """Its row, and the processor time of a load."""
+    ) -> tuple[dict[str, Any], CellTimes]:
+        """Its row, and what was measured beside."""
         with _engine(self._info, policy, cache=cache, link=link) as parts:
             _fill_host(parts)
             _learn(parts, past)
             busy_s = parts.conductor.busy_s if parts.conductor else 0.0
-            figures = self._figures(parts, self._ordered, concurrency)
+            with _timed_forecasts(parts) as forecasts_s:
+                figures = self._figures(parts, self._ordered, concurrency)
             busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
             num_gates = len(figures.steps) * parts.store.grid.num_layers
-            load_cpu_s = parts.store.load_cpu_s()
+            cell = CellTimes(load_cpu_s=parts.store.load_cpu_s(), lag_s=parts.store.load_late_s())
+            if forecasts_s:
+                spread = float(np.log(forecasts_s).std())
+                cell = replace(cell, forecast_s=float(np.mean(forecasts_s)), forecast_spread=spread)
         columns = figures.columns()
         progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
         row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
@@ -234,7 +264,67 @@ class Live:
             "search ms/gate": 1e3 * busy_s / num_gates,
         }
         self._report.rows.append(row)
-        return row, load_cpu_s
+        return row, cell
+
+
+@contextlib.contextmanager
+def _timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
+    """From every gate to what is wanted by it, by the clock; nothing for a policy that fetches nothing ahead."""
+    conductor, store = parts.conductor, parts.store
+    took_s: list[float] = []
+    if conductor is None or conductor.policies.predictor is None:
+        yield took_s
+        return
+    spoke_s: deque[float | None] = deque()  # of what was not answered yet; None: a step's beginning
+    begin, gates, want = conductor.begin, conductor.gates, store.want
+
+    def timed_begin(make: Callable[[], StepSignal]) -> None:
+        spoke_s.append(None)
+        begin(make)
+
+    def timed_gates(make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
+        spoke_s.append(time.perf_counter())
+        gates(make, times)
+
+    def timed_want(priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
+        want(priority, below)
+        spoken_s = spoke_s.popleft()
+        if spoken_s is not None:
+            took_s.append(time.perf_counter() - spoken_s)
+
+    with (
+        patch.object(conductor, "begin", timed_begin),
+        patch.object(conductor, "gates", timed_gates),
+        patch.object(store, "want", timed_want),
+    ):
+        yield took_s
+        deadline = time.monotonic() + _LEARN_LIMIT_S
+        while spoke_s and time.monotonic() < deadline:
+            time.sleep(1e-3)
+
+
+@contextlib.contextmanager
+def _keep_loading(store: ExpertStore) -> Iterator[None]:
+    """Load experts ahead, one after the other, in turn."""
+    is_over = threading.Event()
+
+    def load() -> None:
+        for index in itertools.cycle(range(store.grid.size)):
+            expert = store.form.expert(index)
+            while not store.load_ahead(expert, replaces=lambda _: True):
+                if is_over.is_set():
+                    return
+                if store.resident(expert[0])[expert[1]]:
+                    break
+                time.sleep(1e-4)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(_LEARN_LIMIT_S)
 
 
 def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:

@@ -66,7 +66,9 @@ class DemandRun:
         num_layers, widest = len(self.num_missing), int(self.num_missing.max(initial=0))
         layer = np.repeat(np.arange(num_layers), self.num_timely)
         compute_of = np.array(machine.compute_s(self.timely_rows))
-        end_s = np.bincount(layer, compute_of, minlength=num_layers).astype(np.float64)  # from the gate on
+        at_once_s = self.num_at_once * machine.load_s
+        alone_s = np.bincount(layer, compute_of, minlength=num_layers).astype(np.float64)
+        end_s = machine.beside_link_s(np.zeros(num_layers), alone_s, at_once_s)  # from the gate on
         compute_s = np.zeros((num_layers, widest))
         compute_s[np.arange(widest) < self.num_missing[:, None]] = machine.compute_s(self.missing_rows)
         busy_s, stall_s = np.zeros(num_layers), np.zeros(num_layers)
@@ -75,7 +77,8 @@ class DemandRun:
             asked_s = np.where(k < self.num_at_once[there], 0.0, end_s[there])
             busy_s[there] = np.maximum(busy_s[there], asked_s) + machine.load_s
             stall_s[there] += np.maximum(busy_s[there] - end_s[there], 0)
-            end_s[there] = np.maximum(busy_s[there], end_s[there]) + compute_s[there, k] + machine.wake_s
+            began_s, link_until_s = np.maximum(busy_s[there], end_s[there]), np.maximum(busy_s, at_once_s)[there]
+            end_s[there] = machine.beside_link_s(began_s, compute_s[there, k], link_until_s) + machine.wake_s
         gate_s = [machine.gate_s(len(step.signal.num_rows)) for step in self.steps]
         return np.repeat(gate_s, num_layers // max(len(self.steps), 1)) + end_s, stall_s
 

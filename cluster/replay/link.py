@@ -23,20 +23,25 @@ class Transfer:
 
 
 class Link:
-    """busy_until_s: end of the last chunk that was begun."""
+    """busy_until_s: end of the last chunk that was begun. busy_s: of all chunks that were begun."""
 
     def __init__(
         self, *, bytes_per_s: float, chunk_bytes: float, on_transfer: Callable[[Transfer], None] | None = None
     ) -> None:
         """Args: on_transfer: told of everything sent."""
         self.chunk_s = chunk_bytes / bytes_per_s
-        self.busy_until_s = 0.0
+        self.busy_until_s = self.busy_s = 0.0
         self._on_transfer = on_transfer
 
     def send(self, num_chunks: int, *, asked_s: float, is_demand: bool) -> float:
         """Send chunks as soon as the link is free, not before `asked_s`; when the last one has arrived."""
         start_s = max(self.busy_until_s, asked_s)
         self.busy_until_s = start_s + num_chunks * self.chunk_s
+        self.busy_s += num_chunks * self.chunk_s
         if self._on_transfer is not None:
             self._on_transfer(Transfer(asked_s, start_s, self.busy_until_s, num_chunks, is_demand))
         return self.busy_until_s
+
+    def busy_s_until(self, now_s: float) -> float:
+        """Of `busy_s`, what is over by then: by the end of a chunk, or while chunks follow each other."""
+        return self.busy_s - max(self.busy_until_s - now_s, 0.0)

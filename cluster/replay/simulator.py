@@ -1,12 +1,13 @@
 """Replays steps in virtual time: gates, demand loads, prefetch, compute and what waits for what.
 
 A layer: attention and gate take `base_s`, then its resident experts compute while the missing ones load; then those
-that were in flight, then those that were not begun. Compute times vary from layer to layer as the machine says, alike
-in every replay.
+that were in flight, then those that were not begun. Forecasts are made one after the other, each from its gate on. What
+varies does so as the machine says, alike in every replay.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -48,7 +49,11 @@ class Simulator:
         self._ledger = StepLedger(self.outcome)
         self._forecast_s = machine.predict_s if policies.predictor is not None else 0.0
         self._random = np.random.default_rng(0)
+        self._forecasts: deque[tuple[float, WantedExperts | None]] = deque()  # when each is there
+        self._searched_s = 0.0  # when the last is there
         self._pace = 1.0  # of the present layer's computation
+        self._gate_s = 0.0  # what its attention and gate took
+        self._link_free_s = 0.0  # when the link has brought all that it waits for
         self._now_s = 0.0
         self._began_s = 0.0
         self._chunks_before = 0
@@ -60,19 +65,21 @@ class Simulator:
     def begin_step(self, wanted: WantedExperts | None) -> None:
         """A step begins; `wanted` is what is to be fetched ahead of it."""
         self._began_s, self._chunks_before = self._now_s, self._chunks_sent()
+        self._search()
         if self.policies.predictor is not None:
-            self.memory.want(wanted, self._now_s)
+            self._forecasts.append((self._searched_s, wanted))
 
     def run_to_gate(self, num_sequences: int) -> None:
         """Attention and gate of the next layer."""
-        spread = self._machine.spread
-        if spread:
-            self._pace = float(self._random.lognormal(-spread * spread / 2, spread))  # 1 on average
-        self._now_s += self._pace * self._machine.gate_s(num_sequences)
-        self.memory.run_until(self._now_s)
-        if self._machine.predict_on_path:
+        machine, began_s, busy_s = self._machine, self._now_s, self.memory.link.busy_s_until(self._now_s)
+        self._pace = self._vary(machine.spread)
+        end_s = machine.beside_search_s(began_s, self._pace * machine.gate_s(num_sequences), self._searched_s)
+        self._now_s = self._fetch_until(end_s, busy_s)
+        self._gate_s = self._now_s - began_s
+        if machine.predict_on_path:
             self._now_s += self._forecast_s
-            self.memory.run_until(self._now_s)
+            self._fetch(self._now_s)
+        self._search()
 
     def run_layer(self, step: ReplayStep, needed: Sequence[int], rows: Sequence[int]) -> float:
         """Load and compute the experts that the gate chose; when the last is done.
@@ -85,25 +92,19 @@ class Simulator:
         counts = self.outcome.decode if step.is_decode else self.outcome.prefill
         end_s = self._compute(needed, compute_s, counts)
         if self._meter is not None and not uses_nearly_all(self._grid, int(step.signal.num_rows.sum())):
-            gate_s = self._pace * machine.gate_s(len(step.signal.num_rows))
             self._meter.note_layer(
-                compute_s=gate_s + sum(compute_s),
+                compute_s=self._gate_s + sum(compute_s),
                 demand_s=(memory.counters.demand_chunks - demanded) * memory.link.chunk_s,
-                took_s=gate_s + end_s - self._now_s,
+                took_s=self._gate_s + end_s - self._now_s,
             )
         return end_s
 
     def end_layer(self, needed: Sequence[int], wanted: WantedExperts | None, end_s: float) -> None:
         """Fetch ahead while the layer computes, until `end_s`."""
-        memory = self.memory
         if self.policies.predictor is not None:
-            ready_s = self._now_s
-            if not self._machine.predict_on_path and self._forecast_s:
-                ready_s = min(self._now_s + self._forecast_s, end_s)  # later ones would be of the next gate
-                memory.run_until(ready_s)
-            memory.want(wanted, ready_s)
-            memory.run_until(end_s)
-        memory.unpin(needed)
+            self._forecasts.append((self._searched_s, wanted))
+            end_s = self._fetch_until(end_s, self.memory.link.busy_s_until(self._link_free_s))
+        self.memory.unpin(needed)
         self._now_s = end_s
 
     def end_step(self, step: ReplayStep) -> None:
@@ -123,6 +124,43 @@ class Simulator:
     def _chunks_sent(self) -> int:
         return self.memory.counters.demand_chunks + self.memory.counters.prefetch_chunks
 
+    def _search(self) -> None:
+        """Begin to make a forecast, once those begun before are made."""
+        takes_s = 0.0 if self._machine.predict_on_path else self._forecast_s * self._vary(self._machine.predict_spread)
+        self._searched_s = max(self._searched_s, self._now_s) + takes_s
+
+    def _fetch(self, until_s: float) -> None:
+        """Fetch ahead until then, by the forecasts that are there."""
+        while self._forecasts and self._forecasts[0][0] <= until_s:
+            ready_s, wanted = self._forecasts.popleft()
+            self._run_memory(ready_s)
+            self.memory.want(wanted, ready_s)
+        self._run_memory(until_s)
+
+    def _run_memory(self, until_s: float) -> None:
+        lag_s = self._machine.lag_s
+        self.memory.run_until(until_s - (self._random.exponential(lag_s) if lag_s else 0.0))
+
+    def _fetch_until(self, end_s: float, busy_s: float) -> float:
+        """Fetch ahead while something is computed; when that ends, which takes longer beside a busy link.
+
+        Args: end_s: when it would end with the link idle. busy_s: of the link, before.
+        """
+        self._fetch(end_s)
+        if self._machine.contention:
+            end_s += self._machine.contention * (self.memory.link.busy_s_until(end_s) - busy_s)
+            self._fetch(end_s)
+        return end_s
+
+    def _vary(self, spread: float) -> float:
+        """1 on average."""
+        return float(self._random.lognormal(-spread * spread / 2, spread)) if spread else 1.0
+
+    def _computed_s(self, began_s: float, alone_s: float) -> float:
+        """When a computation ends, beside the search and loads that are waited for."""
+        alone_s = self._machine.beside_search_s(began_s, alone_s, self._searched_s) - began_s
+        return float(self._machine.beside_link_s(began_s, alone_s, self._link_free_s))
+
     def _compute(self, needed: Sequence[int], compute_s: Sequence[float], counts: ReplayCounts) -> float:
         memory, now_s = self.memory, self._now_s
         resident, coming, missing = memory.begin_layer(needed)
@@ -130,21 +168,27 @@ class Simulator:
         counts.timely += len(resident)
         counts.late += len(coming)
         counts.missed += len(missing)
-        end_s = now_s + sum([compute_s[k] for k in resident])
-        computed, fits, waited = resident, True, False
+        arrives_s: dict[int, float] = {}
         for k in coming + missing:
-            arrives_s = memory.load(needed[k], now_s) if fits else None
-            if arrives_s is None:  # more is needed than fits: what was computed gives way
-                fits = False
+            arrival_s = memory.load(needed[k], now_s)
+            if arrival_s is None:
+                break
+            arrives_s[k] = arrival_s
+        self._link_free_s = memory.link.busy_until_s if arrives_s else now_s
+        alone_s = sum([compute_s[k] for k in resident])
+        end_s, computed, waited = self._computed_s(now_s, alone_s), resident, False
+        for k in coming + missing:
+            if k not in arrives_s:  # more is needed than fits: what was computed gives way
                 memory.unpin([needed[done] for done in computed])
-                arrives_s = memory.load(needed[k], end_s)
-                assert arrives_s is not None, "a memory holds at least one expert"
+                arrival_s = memory.load(needed[k], end_s)
+                assert arrival_s is not None, "a memory holds at least one expert"
+                arrives_s[k] = self._link_free_s = arrival_s
             memory.use(needed[k])
-            waited = arrives_s > end_s
+            waited = arrives_s[k] > end_s
             if waited:
-                counts.stall_s += arrives_s - end_s
-                end_s = arrives_s
-            end_s += compute_s[k] + self._machine.wake_s
+                counts.stall_s += arrives_s[k] - end_s
+                end_s = arrives_s[k]
+            end_s = self._computed_s(end_s, compute_s[k]) + self._machine.wake_s
             computed = [*computed, k]
         if waited:  # for the last, which alone is being computed from then on
             memory.unpin([needed[done] for done in computed[:-1]])

@@ -36,7 +36,7 @@ PolicyBuilder = Callable[[str, PolicyContext], PolicySet]
 class Sweep:
     """What to replay. caches: shares of all experts. links: GB/s. expert_bytes: None: as traced.
 
-    base_s to predict_on_path: of Machine. load_cpu_s: processor time of a load, for predictors that price it.
+    base_s to search_s: of Machine. load_cpu_s: processor time of a load, for predictors that price it.
     """
 
     policies: Sequence[str]
@@ -48,11 +48,15 @@ class Sweep:
     sequence_s: float = 0.0
     expert_s: float = 1e-4
     row_s: float = 1e-5
-    predict_s: float = 0.0
     wake_s: float = 0.0
     spread: float = 0.0
-    load_cpu_s: float = 0.0
+    contention: float = 0.0
+    lag_s: float = 0.0
+    predict_s: float = 0.0
+    predict_spread: float = 0.0
     predict_on_path: bool = False
+    search_s: float = 0.0
+    load_cpu_s: float = 0.0
     settings: PolicySettings = field(default_factory=PolicySettings)
 
     @property
@@ -69,10 +73,14 @@ class Sweep:
             sequence_s=self.sequence_s,
             expert_s=self.expert_s,
             row_s=self.row_s,
-            predict_s=self.predict_s,
             wake_s=self.wake_s,
             spread=self.spread,
+            contention=self.contention,
+            lag_s=self.lag_s,
+            predict_s=self.predict_s,
+            predict_spread=self.predict_spread,
             predict_on_path=self.predict_on_path,
+            search_s=self.search_s,
         )
 
 

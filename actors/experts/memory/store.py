@@ -273,6 +273,10 @@ class ExpertStore:
         """Average processor time that takes of this process."""
         return self._device.queue.expert_cpu_s
 
+    def load_late_s(self) -> float:
+        """How late chunks of loads ahead began, on average, on the emulated way into DEVICE: its thread had to wake."""
+        return self._device.queue.late_s
+
     def demand_s(self) -> float:
         """Seconds since start in which demands had the way into DEVICE."""
         return self._device.queue.demand_s / self._device.queue.num_threads

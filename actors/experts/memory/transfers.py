@@ -53,7 +53,8 @@ class TransferQueue:
 
     transfers: under way or waiting, by expert, in the order of beginning. expert_s: average time one takes
     on one thread, expert_s_from: of those that came from a tier, expert_cpu_s: processor time of that. demand_s: thread
-    seconds spent on demands since start.
+    seconds spent on demands since start. late_s: how late chunks of loads ahead began, on average, after the emulated
+    link had ended the one before.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class TransferQueue:
         self.transfers: dict[int, Transfer] = {}
         self.expert_s = self.expert_cpu_s = 0.0
         self.expert_s_from: dict[Tier, float] = {}
-        self.demand_s = 0.0
+        self.demand_s = self.late_s = 0.0
+        self._num_ahead = 0  # chunks
         self.bytes_per_s = bytes_per_s
-        self._free_at_s = self._woken_s = time.perf_counter()
+        self._free_at_s = self._idle_from_s = self._woken_s = time.perf_counter()
         self._choose, self._done, self._moved = choose, done, moved
         self._lock = lock
         self._work = threading.Condition(lock)
@@ -160,6 +162,7 @@ class TransferQueue:
 
     def _move(self, transfer: Transfer, chunk: int) -> None:
         began_s, error, num_bytes = time.perf_counter(), None, 0
+        late_s = began_s - max(self._idle_from_s, transfer.asked_s) if self.bytes_per_s else 0.0
         began_cpu_s = time.thread_time()
         try:
             num_bytes = transfer.link.copy_chunk(transfer.index, chunk, transfer.slot)
@@ -169,6 +172,7 @@ class TransferQueue:
             error = ExpertReadError(f"loading from {transfer.link.tier} failed: {failure!r}")
         if self.bytes_per_s:  # by the link's own time: that this thread woke up late does not slow the link down
             self._free_at_s = max(self._free_at_s, transfer.asked_s) + num_bytes / self.bytes_per_s
+            self._idle_from_s = max(self._free_at_s, time.perf_counter())
             time.sleep(max(0.0, self._free_at_s - time.perf_counter()))
         took_s, cpu_s = time.perf_counter() - began_s, time.thread_time() - began_cpu_s
         with self._lock:
@@ -180,7 +184,11 @@ class TransferQueue:
             before_s = self.expert_s_from.setdefault(tier, expert_s)
             self.expert_s_from[tier] = before_s + _RATE * (expert_s - before_s)
             self.expert_cpu_s += rate * (cpu_s * transfer.num_chunks - self.expert_cpu_s)
-            self.demand_s += took_s if transfer.is_demand else 0.0
+            if transfer.is_demand:
+                self.demand_s += took_s
+            else:
+                self._num_ahead += 1
+                self.late_s += (late_s - self.late_s) / self._num_ahead
             self._moved(transfer, num_bytes)
             if transfer.is_over:
                 self._end(transfer)

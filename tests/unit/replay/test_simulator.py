@@ -167,7 +167,7 @@ def test_caching_alone_takes_the_time_that_the_simulator_says(policy: str, slots
     (run,) = _demand(grid, policy, [slots], steps)
 
     for rate in (2e6, 3e7):
-        simulated = _run(trace, policy, slots=slots, rate=rate, concurrency=concurrency, sequence_s=3e-4, wake_s=2e-4)
+        simulated = _run(trace, policy, slots=slots, rate=rate, concurrency=concurrency, sequence_s=3e-4, wake_s=2e-4, contention=0.3)
         closed = run.timed(simulated.machine)
         assert closed.token_s == pytest.approx(simulated.outcome.token_s)
         assert closed.decode.stall_s == pytest.approx(simulated.outcome.decode.stall_s)
