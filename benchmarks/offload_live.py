@@ -253,8 +253,9 @@ class Live:
             num_gates = len(figures.steps) * parts.store.grid.num_layers
             cell = CellTimes(load_cpu_s=parts.store.load_cpu_s(), lag_s=parts.store.load_late_s())
             if forecasts_s:
-                spread = float(np.log(forecasts_s).std())
-                cell = replace(cell, forecast_s=float(np.mean(forecasts_s)), forecast_spread=spread)
+                logs = np.log(forecasts_s)  # a few that met a pause of the machine count little
+                forecast_s = float(np.exp(logs.mean() + logs.var() / 2))
+                cell = replace(cell, forecast_s=forecast_s, forecast_spread=float(logs.std()))
         columns = figures.columns()
         progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
         row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
@@ -269,17 +270,17 @@ class Live:
 
 @contextlib.contextmanager
 def _timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
-    """From every gate to what is wanted by it, by the clock; nothing for a policy that fetches nothing ahead."""
+    """From a gate, or a step's beginning, to what is wanted by it; nothing for a policy that fetches nothing ahead."""
     conductor, store = parts.conductor, parts.store
     took_s: list[float] = []
     if conductor is None or conductor.policies.predictor is None:
         yield took_s
         return
-    spoke_s: deque[float | None] = deque()  # of what was not answered yet; None: a step's beginning
+    spoke_s: deque[float] = deque()  # those that nothing is wanted by yet
     begin, gates, want = conductor.begin, conductor.gates, store.want
 
     def timed_begin(make: Callable[[], StepSignal]) -> None:
-        spoke_s.append(None)
+        spoke_s.append(time.perf_counter())
         begin(make)
 
     def timed_gates(make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
@@ -288,9 +289,7 @@ def _timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
 
     def timed_want(priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
         want(priority, below)
-        spoken_s = spoke_s.popleft()
-        if spoken_s is not None:
-            took_s.append(time.perf_counter() - spoken_s)
+        took_s.append(time.perf_counter() - spoke_s.popleft())
 
     with (
         patch.object(conductor, "begin", timed_begin),

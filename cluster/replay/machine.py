@@ -24,10 +24,11 @@ class Machine:
     contention: how much longer computing takes while the link is busy, as a share: copies take memory and processor
     from it. lag_s: how late a chunk of a load ahead begins, on average, after the link became free: its thread wakes.
 
-    predict_s: what a forecast takes after a gate, for policies that predict; predict_spread: of that, the standard
-    deviation of the logarithm. The live memory forecasts on a thread of its own, so compute does not wait for it unless
-    `predict_on_path`; the forecast only counts from then on, be it during the next layers. search_s: how much longer
-    computing takes if a forecast is made beside it from beginning to end; beside waiting it costs nothing.
+    predict_s: from a gate to its forecast, for policies that predict, what waited before it included; predict_spread:
+    of that, the standard deviation of the logarithm. The live memory forecasts on a thread of its own, so compute does
+    not wait for it unless `predict_on_path`; the forecast only counts from then on, be it during the next layers.
+    search_s: how much longer computing takes if a forecast is made beside it from beginning to end; beside waiting it
+    costs nothing.
     """
 
     num_slots: int

@@ -1,8 +1,8 @@
 """Replays steps in virtual time: gates, demand loads, prefetch, compute and what waits for what.
 
 A layer: attention and gate take `base_s`, then its resident experts compute while the missing ones load; then those
-that were in flight, then those that were not begun. Forecasts are made one after the other, each from its gate on. What
-varies does so as the machine says, alike in every replay.
+that were in flight, then those that were not begun. Forecasts come in the order of their gates. What varies does so as
+the machine says, alike in every replay.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ class Simulator:
         return self.memory.counters.demand_chunks + self.memory.counters.prefetch_chunks
 
     def _search(self) -> None:
-        """Begin to make a forecast, once those begun before are made."""
+        """Begin to make a forecast; those begun before are there first."""
         takes_s = 0.0 if self._machine.predict_on_path else self._forecast_s * self._vary(self._machine.predict_spread)
-        self._searched_s = max(self._searched_s, self._now_s) + takes_s
+        self._searched_s = max(self._searched_s, self._now_s + takes_s)
 
     def _fetch(self, until_s: float) -> None:
         """Fetch ahead until then, by the forecasts that are there."""

@@ -167,7 +167,16 @@ def test_caching_alone_takes_the_time_that_the_simulator_says(policy: str, slots
     (run,) = _demand(grid, policy, [slots], steps)
 
     for rate in (2e6, 3e7):
-        simulated = _run(trace, policy, slots=slots, rate=rate, concurrency=concurrency, sequence_s=3e-4, wake_s=2e-4, contention=0.3)
+        simulated = _run(
+            trace,
+            policy,
+            slots=slots,
+            rate=rate,
+            concurrency=concurrency,
+            sequence_s=3e-4,
+            wake_s=2e-4,
+            contention=0.3,
+        )
         closed = run.timed(simulated.machine)
         assert closed.token_s == pytest.approx(simulated.outcome.token_s)
         assert closed.decode.stall_s == pytest.approx(simulated.outcome.decode.stall_s)
@@ -312,6 +321,66 @@ def test_what_fits_beside_a_layer_does_not_jump_with_its_length() -> None:
         return float(np.abs(np.diff(hits)).max())
 
     assert largest_jump(0.3) < 0.5 * largest_jump(0.0)
+
+
+def test_computing_takes_longer_beside_a_busy_link() -> None:
+    trace = trace_of([[[[0, 1]], [[0, 1]]]], num_experts=4)
+
+    run = _run(trace, "lru", slots=2, rate=3e6, expert_s=2e-3, contention=0.5)  # an expert arrives every ms
+
+    beside = 1e-3 + (2e-3 - 1e-3 / 1.5)  # a millisecond of the first expert, then the link is idle
+    assert run.outcome.token_s == pytest.approx([1e-4 + 1e-3 + beside + 2e-3, 1e-4 + 2 * 2e-3])
+
+
+def test_what_is_fetched_ahead_slows_computing_down() -> None:
+    trace = clustered_trace(num_requests=4, num_rows=8, seed=5)
+
+    alone, beside = (
+        [_run(trace, "lru+next-gate", slots=slots, rate=3e7, contention=share).outcome for slots in (24, 48)]
+        for share in (0.0, 0.3)
+    )
+
+    assert beside[0].total_s > 1.02 * alone[0].total_s
+    assert beside[1].token_s[-7:] == pytest.approx(alone[1].token_s[-7:]), "with everything resident nothing is loaded"
+
+
+def test_search_takes_time_from_computing_not_from_waiting() -> None:
+    rows = [[[0, 1], [2, 3]]] * 12
+    resident = _run(trace_of([rows], num_experts=4), "lru+next-gate", slots=8, predict_s=2e-4, search_s=1e-4)
+
+    step_s = 1e-4 + 2 * (1e-4 + 2e-4 + 1e-4)  # one search as the step begins, one after every gate
+    assert resident.outcome.token_s[-1] == pytest.approx(step_s)
+
+    trace = clustered_trace(num_requests=4, num_rows=8, seed=5)
+    free, costly = (
+        _run(trace, "lru+next-gate", slots=12, rate=2e6, predict_s=2e-4, search_s=search_s).outcome
+        for search_s in (0.0, 1e-4)
+    )
+    num_searches = len(costly.token_s) * 7
+    assert costly.total_s - free.total_s < 0.7 * num_searches * 1e-4
+
+
+def test_forecast_of_a_gate_that_is_long_past_still_counts_from_when_it_is_there() -> None:
+    trace = clustered_trace(num_requests=4, num_rows=8, seed=5)
+
+    def begun_in_time(predict_s: float, predict_spread: float = 0.0) -> int:
+        run = _run(trace, "lru+next-gate", slots=24, rate=3e7, predict_s=predict_s, predict_spread=predict_spread)
+        return run.outcome.decode.timely + run.outcome.decode.late
+
+    prompt, late, never = (begun_in_time(predict_s=predict_s) for predict_s in (1e-5, 5e-4, 1.0))
+    assert prompt > late >= never
+    assert late < begun_in_time(predict_s=5e-4, predict_spread=1.0) < prompt, "some of them come in time"
+
+
+def test_chunk_ahead_begins_after_its_thread_woke() -> None:
+    trace = clustered_trace(num_requests=4, num_rows=8, seed=5)
+
+    sent = [
+        _run(trace, "lru+next-gate", slots=24, rate=3e7, lag_s=lag_s).outcome.prefetch_chunks
+        for lag_s in (0.0, 1e-4, 1e-3)
+    ]
+
+    assert sent[0] > sent[1] > sent[2]
 
 
 def test_what_was_computed_may_leave_for_a_load_ahead() -> None:
