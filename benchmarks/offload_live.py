@@ -6,46 +6,31 @@ that learn have seen other prompts (the past), never those that are measured. On
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from harness import Report, median, progress, prompts_of_domains, wide_model
 from offload_agreement import Agreement, CellTimes, ComputeTimes
+from offload_engine import MAX_LEN, engine, fill_host, keep_loading, learn, make_resident, timed_forecasts
 from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
 
-from actors.deployments import SWITCH_INTERVAL_S
-from actors.engine.build import EngineParts, build_engine
+from actors.engine.build import EngineParts
 from actors.engine.trace_recorder import record_trace
-from actors.experts.conductor import LayerTimes
 from actors.experts.gate_tap import gate_modules
-from actors.experts.memory.store import ExpertStore
-from actors.experts.signals import GateSignal, StepSignal
 from actors.experts.trace import GateTrace, TracedRequest
-from cluster.config import load_config
-from cluster.model_info import ModelInfo, load_model_info
+from cluster.model_info import load_model_info
 from cluster.replay.schedule import ReplayStep, build_steps, mixed_order
-from cluster.replay.sweep import show
 from cluster.types import SamplingParams, Tier
 
 FACTOR = 32
 ALONE = ("lru+none", "lfu+none", "mrs+none", "eam+none", "fmoe+none", "moesaic+none")
 AHEAD = ("lru+next-gate", "mrs+next-gate", "eam+eam", "fmoe+fmoe", "moesaic+moesaic")
 OFF, ON = "lru+none", "moesaic+moesaic"
-MAX_LEN = 256
 PROMPT_TOKENS = 32
-_FILL_LIMIT_S = 300.0
-_LEARN_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +88,13 @@ class Live:
     def run(self) -> None:
         """Everything resident first, then every cell, then the same in replay."""
         plan = self._plan
-        with _engine(self._info, OFF, cache=1.0) as resident:
-            _make_resident(resident)
+        with engine(self._info, OFF, cache=1.0) as resident:
+            make_resident(resident)
             progress("recording traces")
             past = self._record(resident, self._past_ids, seed=1000)
             held_out = self._record(resident, self._ids, seed=0)
-            with _engine(self._info, ON, cache=1.0) as predicting:
-                _make_resident(predicting)
+            with engine(self._info, ON, cache=1.0) as predicting:
+                make_resident(predicting)
                 self._compare_resident(predicting)
             times, usual_s = self._compute_times(resident), self._layer_s(resident)
             steps = build_steps(past, concurrency=1, order=mixed_order(len(past.requests)))
@@ -201,9 +186,9 @@ class Live:
         """How much longer a layer takes beside a policy's search, of one without, with which it alternates.
 
         One expert less than all fits: with all resident nothing is searched."""
-        with _engine(self._info, policy, cache=1 - 0.5 / alone.store.grid.size) as parts:
-            _make_resident(parts)
-            _learn(parts, past)
+        with engine(self._info, policy, cache=1 - 0.5 / alone.store.grid.size) as parts:
+            make_resident(parts)
+            learn(parts, past)
             more: list[float] = []
             for number in range(-1, self._plan.rounds):
                 alone_s, searching_s = (self._layer_s(each, num_prompts=3) for each in (alone, parts))
@@ -216,12 +201,12 @@ class Live:
         """How much longer computing takes while the link into another engine's memory is busy, as a share of that."""
         link = self._plan.links[0]
         more: list[float] = []
-        with _engine(self._info, OFF, cache=0.5, link=link) as parts:
-            _fill_host(parts)
+        with engine(self._info, OFF, cache=0.5, link=link) as parts:
+            fill_host(parts)
             moved = parts.store.counters.bytes_moved
             for number in range(-1, self._plan.rounds):
                 alone_s = self._layer_s(alone, num_prompts=3)
-                with _keep_loading(parts.store):
+                with keep_loading(parts.store):
                     began_s, moved_bytes = time.perf_counter(), moved[Tier.HOST]
                     beside_s = self._layer_s(alone, num_prompts=3)
                     elapsed_s, moved_bytes = time.perf_counter() - began_s, moved[Tier.HOST] - moved_bytes
@@ -243,11 +228,11 @@ class Live:
         self, policy: str, cache: float, link: float, concurrency: int, past: Sequence[ReplayStep]
     ) -> tuple[dict[str, Any], CellTimes]:
         """Its row, and what was measured beside."""
-        with _engine(self._info, policy, cache=cache, link=link) as parts:
-            _fill_host(parts)
-            _learn(parts, past)
+        with engine(self._info, policy, cache=cache, link=link) as parts:
+            fill_host(parts)
+            learn(parts, past)
             busy_s = parts.conductor.busy_s if parts.conductor else 0.0
-            with _timed_forecasts(parts) as forecasts_s:
+            with timed_forecasts(parts) as forecasts_s:
                 figures = self._figures(parts, self._ordered, concurrency)
             busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
             num_gates = len(figures.steps) * parts.store.grid.num_layers
@@ -268,64 +253,6 @@ class Live:
         return row, cell
 
 
-@contextlib.contextmanager
-def _timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
-    """From a gate, or a step's beginning, to what is wanted by it; nothing for a policy that fetches nothing ahead."""
-    conductor, store = parts.conductor, parts.store
-    took_s: list[float] = []
-    if conductor is None or conductor.policies.predictor is None:
-        yield took_s
-        return
-    spoke_s: deque[float] = deque()  # those that nothing is wanted by yet
-    begin, gates, want = conductor.begin, conductor.gates, store.want
-
-    def timed_begin(make: Callable[[], StepSignal]) -> None:
-        spoke_s.append(time.perf_counter())
-        begin(make)
-
-    def timed_gates(make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
-        spoke_s.append(time.perf_counter())
-        gates(make, times)
-
-    def timed_want(priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
-        want(priority, below)
-        took_s.append(time.perf_counter() - spoke_s.popleft())
-
-    with (
-        patch.object(conductor, "begin", timed_begin),
-        patch.object(conductor, "gates", timed_gates),
-        patch.object(store, "want", timed_want),
-    ):
-        yield took_s
-        deadline = time.monotonic() + _LEARN_LIMIT_S
-        while spoke_s and time.monotonic() < deadline:
-            time.sleep(1e-3)
-
-
-@contextlib.contextmanager
-def _keep_loading(store: ExpertStore) -> Iterator[None]:
-    """Load experts ahead, one after the other, in turn."""
-    is_over = threading.Event()
-
-    def load() -> None:
-        for index in itertools.cycle(range(store.grid.size)):
-            expert = store.form.expert(index)
-            while not store.load_ahead(expert, replaces=lambda _: True):
-                if is_over.is_set():
-                    return
-                if store.resident(expert[0])[expert[1]]:
-                    break
-                time.sleep(1e-4)
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join(_LEARN_LIMIT_S)
-
-
 def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:
     num_tokens = max(num_decoded, 1)
     return {
@@ -335,59 +262,3 @@ def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | 
         "late": memory.late,
         "wasted": memory.prefetch_wasted,
     }
-
-
-@contextlib.contextmanager
-def _engine(info: ModelInfo, policy: str, *, cache: float, link: float | None = None) -> Iterator[EngineParts]:
-    """An engine on one thread, which shares the interpreter lock as a worker's does.
-
-    Args:
-        link: GB/s from a HOST tier that holds everything; None: there is no HOST.
-    """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    eviction, _, prediction = policy.partition("+")
-    experts: dict[str, Any] = {"cache": f"{100 * cache:g}%", "eviction": eviction, "prediction": prediction}
-    if link is not None:
-        experts |= {"host_tier": "100%", "link_gb_per_s": link}
-    sections = {
-        "model": {"path": str(Path(info.path)), "dtype": "bfloat16", "max_model_len": MAX_LEN},
-        "attention": {"kv_cache": "32MiB"},
-        "experts": experts,
-    }
-    parts = build_engine(load_config(None, sections), info, threads=1)
-    try:
-        yield parts
-    finally:
-        parts.dispatcher.close()
-
-
-def _make_resident(parts: EngineParts) -> None:
-    """Use every expert once."""
-    store = parts.store
-    for layer in store.grid.layers:
-        for _ in store.acquire(layer, range(store.grid.num_experts)):
-            pass
-
-
-def _fill_host(parts: EngineParts) -> None:
-    """Wait until HOST holds every expert: it fills itself from disk."""
-    store, deadline = parts.store, time.monotonic() + _FILL_LIMIT_S
-    while store.host_resident < store.grid.size:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"HOST holds {store.host_resident} of {store.grid.size} experts after {_FILL_LIMIT_S} s")
-        time.sleep(0.02)
-
-
-def _learn(parts: EngineParts, past: Sequence[ReplayStep]) -> None:
-    """Show the steps of other prompts to the policies, as if they had been computed here."""
-    conductor = parts.conductor
-    if conductor is None:
-        return
-    policies = conductor.policies
-
-    def show_all() -> None:
-        for step in past:
-            show(step, policies.listeners, asked=policies.scorer.scores)
-
-    conductor.post(show_all)
-    conductor.ask(dict, _LEARN_LIMIT_S)

@@ -9,7 +9,7 @@ import time
 from unittest.mock import patch
 
 from harness import Report, arguments, median, progress, prompts_of_domains, wide_model
-from offload_live import _engine, _fill_host
+from offload_engine import engine, fill_host
 from transformers import AutoTokenizer
 
 from actors.experts import conductor
@@ -32,9 +32,9 @@ def main() -> int:
         nearly_all = conductor.uses_nearly_all if name == "ring" else lambda *_: False
         with (
             patch.object(conductor, "uses_nearly_all", nearly_all),
-            _engine(info, POLICY, cache=CACHE, link=GB_PER_S) as parts,
+            engine(info, POLICY, cache=CACHE, link=GB_PER_S) as parts,
         ):
-            _fill_host(parts)
+            fill_host(parts)
             for i, prompt in enumerate(prompts):
                 sampling = SamplingParams(max_tokens=1, temperature=0.0)
                 parts.engine.add(
