@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from harness import Report, median, progress
 from offload_steps import Figures
 
 from actors.experts.trace import GateTrace
-from cluster.replay.sweep import Sweep, learn_past, replay_cells
+from cluster.replay.sweep import Past, Sweep, learn_past, replay_cells
 
 MAX_HIT_POINTS = 0.02
 MAX_TPOT = 1.2
@@ -60,10 +61,10 @@ class ComputeTimes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CellTimes:
-    """Of one live cell.
+class RunTimes:
+    """Of one run of a live cell.
 
-    pace: what computing takes on the machine around the cell, of what it took when it was measured. load_cpu_s:
+    pace: what computing takes on the machine around it, of what it took when it was measured. load_cpu_s:
     processor time of a load, as its price of prefetch had it. lag_s: how late chunks of loads ahead began on average.
     forecast_s: from a gate to its forecast, by the clock, and forecast_spread, the standard deviation of the logarithm.
     """
@@ -81,12 +82,12 @@ class Agreement:
     def __init__(self, report: Report, past: GateTrace, held_out: GateTrace, times: ComputeTimes) -> None:
         self._report, self._past, self._held_out, self._times = report, past, held_out, times
         self._live: dict[Key, dict[str, Any]] = {}
-        self._cells: dict[Key, CellTimes] = {}
+        self._runs: dict[Key, Sequence[RunTimes]] = {}
 
-    def expect(self, row: dict[str, Any], key: Key, times: CellTimes) -> None:
-        """A live cell whose replay is wanted; the replay's figures are added to its row."""
+    def expect(self, row: dict[str, Any], key: Key, runs: Sequence[RunTimes]) -> None:
+        """A live cell whose replay is wanted, run by run; the replay's figures are added to its row."""
         self._live[key] = row
-        self._cells[key] = times
+        self._runs[key] = runs
 
     def finish(self) -> None:
         """Replay them all, add columns and targets."""
@@ -103,10 +104,8 @@ class Agreement:
         past = learn_past(self._past, sweep)
         wake_s = self._calibrate(sweep)
         for key, row in self._live.items():
-            pace = self._cells[key].pace / self._cells[self._first].pace
-            (cell,) = replay_cells(self._held_out, past, replace(self._of_cell(sweep, key), wake_s=pace * wake_s))
-            row["replay hit"] = cell.hit_rate
-            row["live/replay TPOT"] = row["p50 ms"] / cell.tpot_ms_p50
+            row["replay hit"], tpot_ms = self._replay(key, sweep, past, wake_s)
+            row["live/replay TPOT"] = row["p50 ms"] / tpot_ms
         self._note_times()
         self._add_targets()
 
@@ -114,27 +113,29 @@ class Agreement:
         """What a load costs the computation, from the first live cell, that of on-demand LRU: what makes it agree."""
         self._first = next(iter(self._live))
         policy, _, link, concurrency = self._first
-        alone = self._of_cell(sweep, self._first)
         wanted_ms = self._live[self._first]["p50 ms"]
-
-        def replayed_ms(wake_s: float) -> float:
-            (cell,) = replay_cells(self._held_out, None, replace(alone, wake_s=wake_s))
-            return cell.tpot_ms_p50
 
         # Part of it hides behind the loads that follow, so the gap is no multiple of it.
         low_s, high_s = 0.0, _MAX_WAKE_S
         for _ in range(_HALVINGS):
             middle_s = (low_s + high_s) / 2
-            low_s, high_s = (middle_s, high_s) if replayed_ms(middle_s) < wanted_ms else (low_s, middle_s)
+            _, replayed_ms = self._replay(self._first, sweep, None, middle_s)
+            low_s, high_s = (middle_s, high_s) if replayed_ms < wanted_ms else (low_s, middle_s)
         self._report.notes.append(
             f"replay: {1e3 * low_s:.2f} ms more for every expert waited for (waking up, copies beside the compute), "
             f"measured in the cell {policy}, {link:g} GB/s, {concurrency} at a time, which is not among the targets"
         )
         return low_s
 
-    def _of_cell(self, sweep: Sweep, key: Key) -> Sweep:
-        """One cell of it, computing as fast as the machine did before and after."""
-        (policy, cache, link, at_once), times, own = key, self._times, self._cells[key]
+    def _replay(self, key: Key, sweep: Sweep, past: Past | None, wake_s: float) -> tuple[float, float]:
+        """Hit rate and median TPOT in ms of a cell's runs, on average."""
+        runs = [self._of_run(sweep, key, own, wake_s) for own in self._runs[key]]
+        cells = [cell for run in runs for cell in replay_cells(self._held_out, past, run)]
+        return float(np.mean([cell.hit_rate for cell in cells])), float(np.mean([cell.tpot_ms_p50 for cell in cells]))
+
+    def _of_run(self, sweep: Sweep, key: Key, own: RunTimes, wake_s: float) -> Sweep:
+        """One cell of it, computing as fast as the machine did before and after the run."""
+        (policy, cache, link, at_once), times = key, self._times
         search_s = times.search_s.get(policy, 0.0)
         base_s = times.base_s if own.forecast_s else times.base_s + search_s  # when it searched is known with forecasts
         return replace(
@@ -143,6 +144,7 @@ class Agreement:
             caches=(cache,),
             links=(link,),
             concurrencies=(at_once,),
+            wake_s=own.pace * wake_s,
             base_s=own.pace * base_s,
             sequence_s=own.pace * times.sequence_s,
             expert_s=own.pace * times.expert_s,
@@ -154,12 +156,13 @@ class Agreement:
         )
 
     def _note_times(self) -> None:
-        """What was measured in the cells."""
-        paces = [cell.pace for cell in self._cells.values()]
-        text = f"replay: computing takes {min(paces):.2f} to {max(paces):.2f} of the measured times, by cell"
-        ahead = [cell for cell in self._cells.values() if cell.forecast_s]
+        """What was measured in the runs."""
+        runs = list(itertools.chain.from_iterable(self._runs.values()))
+        paces = [run.pace for run in runs]
+        text = f"replay: computing takes {min(paces):.2f} to {max(paces):.2f} of the measured times, by run"
+        ahead = [run for run in runs if run.forecast_s]
         if ahead:
-            forecasts_ms, lags_ms = [1e3 * cell.forecast_s for cell in ahead], [1e3 * cell.lag_s for cell in ahead]
+            forecasts_ms, lags_ms = [1e3 * run.forecast_s for run in ahead], [1e3 * run.lag_s for run in ahead]
             text += f"; a forecast {min(forecasts_ms):.2f} to {max(forecasts_ms):.2f} ms after its gate, a chunk ahead "
             text += f"{min(lags_ms):.2f} to {max(lags_ms):.2f} ms late"
         self._report.notes.append(text)

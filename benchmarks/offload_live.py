@@ -7,14 +7,15 @@ that learn have seen other prompts (the past), never those that are measured. On
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 from harness import Report, median, progress, prompts_of_domains, wide_model
-from offload_agreement import Agreement, CellTimes, ComputeTimes
+from offload_agreement import Agreement, ComputeTimes, Key, RunTimes
 from offload_engine import MAX_LEN, engine, fill_host, keep_loading, learn, make_resident, timed_forecasts
 from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
 
@@ -35,9 +36,9 @@ PROMPT_TOKENS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is run. prompts: measured in each cell, past: of others to learn from; num_tokens of each.
+    """What is run. prompts: measured in each run of a cell, past: of others to learn from; num_tokens of each.
 
-    rounds: of the comparisons with everything resident, alternating.
+    rounds: of all cells, one after the other. pairs: of runs that alternate, with everything resident.
     """
 
     policies: Sequence[str]
@@ -48,6 +49,7 @@ class Plan:
     past: int
     num_tokens: int
     rounds: int
+    pairs: int
 
 
 FULL = Plan(
@@ -58,7 +60,8 @@ FULL = Plan(
     prompts=10,
     past=36,
     num_tokens=64,
-    rounds=5,
+    rounds=2,
+    pairs=9,
 )
 QUICK = Plan(
     policies=(OFF, "mrs+none", "mrs+next-gate", "moesaic+none", ON),
@@ -68,8 +71,19 @@ QUICK = Plan(
     prompts=8,
     past=18,
     num_tokens=16,
-    rounds=3,
+    rounds=1,
+    pairs=3,
 )
+
+
+@dataclass(slots=True)
+class Cell:
+    """The runs of one cell, together. search_s: in which policies searched, for num_gates."""
+
+    figures: Figures = field(default_factory=Figures)
+    search_s: float = 0.0
+    num_gates: int = 0
+    times: list[RunTimes] = field(default_factory=list[RunTimes])
 
 
 class Live:
@@ -103,22 +117,15 @@ class Live:
                     times.search_s[policy] = usual_s * self._search_share(policy, resident, steps)
             times = replace(times, contention=self._contention(resident))
             agreement = Agreement(self._report, past, held_out, times)
-            cells = list(product(plan.caches, plan.policies, plan.links, plan.concurrencies))
-            try:
-                before_s = self._layer_s(resident)
-                for cache, policy, link, concurrency in cells:
-                    row, cell = self._run_cell(policy, cache, link, concurrency, steps)
-                    after_s = self._layer_s(resident)
-                    cell = replace(cell, pace=(before_s + after_s) / 2 / usual_s)
-                    agreement.expect(row, (policy, cache, link, concurrency), cell)
-                    before_s = after_s
-            except KeyboardInterrupt:
-                self._report.notes.append(f"stopped after {len(self._report.rows)} of {len(cells)} cells")
+            cells = self._run_cells(resident, usual_s, steps)
+        for key, cell in cells.items():
+            self._report.rows.append(self._row(key, cell))
+            agreement.expect(self._report.rows[-1], key, cell.times)
         agreement.finish()
         self._report.notes.append(
-            f"HOST full and DEVICE empty at the start of each cell; learned from {plan.past} other prompts; one "
-            f"compute thread; the link is emulated (declared GB/s); {times.text()}; hit: resident or on the way, "
-            "timely: resident"
+            f"{plan.rounds} rounds; HOST full and DEVICE empty at the start of each run; learned from {plan.past} other "
+            "prompts; one compute thread; the link is emulated (declared GB/s); hit: resident or on the way, timely: "
+            f"resident; {times.text()}"
         )
 
     def _prompt_ids(self) -> list[list[int]]:
@@ -142,7 +149,7 @@ class Live:
         disk_bytes = 0
         runner = parts.engine.runner
         taps = {OFF: None, ON: runner.signals}
-        for number in range(-1, self._plan.rounds):
+        for number in range(-1, self._plan.pairs):
             for name, tap in taps.items():
                 runner.signals = tap
                 figures = self._figures(parts, self._ordered[:4], concurrency=1)
@@ -177,9 +184,9 @@ class Live:
         decode = by_step[[not step.has_prompt_rows for step in steps]]
         return float(np.log(np.diff(decode)).std())
 
-    def _layer_s(self, resident: EngineParts, num_prompts: int | None = None) -> float:
+    def _layer_s(self, resident: EngineParts) -> float:
         """What a layer of one sequence's tokens takes now: neighbours make the machine slower for minutes."""
-        steps = self._figures(resident, self._ordered[:num_prompts], concurrency=1).decode
+        steps = self._figures(resident, self._ordered[:3], concurrency=1).decode
         return median([step.ended_s - step.began_s for step in steps]) / resident.store.grid.num_layers
 
     def _search_share(self, policy: str, alone: EngineParts, past: Sequence[ReplayStep]) -> float:
@@ -190,8 +197,8 @@ class Live:
             make_resident(parts)
             learn(parts, past)
             more: list[float] = []
-            for number in range(-1, self._plan.rounds):
-                alone_s, searching_s = (self._layer_s(each, num_prompts=3) for each in (alone, parts))
+            for number in range(-1, self._plan.pairs):
+                alone_s, searching_s = (self._layer_s(each) for each in (alone, parts))
                 if number >= 0:
                     more.append(searching_s / alone_s - 1)
         progress(f"{policy}: a layer takes {median(more):.1%} longer beside its search")
@@ -204,11 +211,11 @@ class Live:
         with engine(self._info, OFF, cache=0.5, link=link) as parts:
             fill_host(parts)
             moved = parts.store.counters.bytes_moved
-            for number in range(-1, self._plan.rounds):
-                alone_s = self._layer_s(alone, num_prompts=3)
+            for number in range(-1, self._plan.pairs):
+                alone_s = self._layer_s(alone)
                 with keep_loading(parts.store):
                     began_s, moved_bytes = time.perf_counter(), moved[Tier.HOST]
-                    beside_s = self._layer_s(alone, num_prompts=3)
+                    beside_s = self._layer_s(alone)
                     elapsed_s, moved_bytes = time.perf_counter() - began_s, moved[Tier.HOST] - moved_bytes
                 if number >= 0:
                     more.append((beside_s / alone_s - 1) * elapsed_s / (moved_bytes / (link * 1e9)))
@@ -224,10 +231,33 @@ class Live:
         num_tokens = self._plan.num_tokens
         return drive(parts, prompts, num_tokens=num_tokens, concurrency=concurrency, read_bytes=read_bytes_of_process)
 
-    def _run_cell(
-        self, policy: str, cache: float, link: float, concurrency: int, past: Sequence[ReplayStep]
-    ) -> tuple[dict[str, Any], CellTimes]:
-        """Its row, and what was measured beside."""
+    def _run_cells(self, resident: EngineParts, usual_s: float, past: Sequence[ReplayStep]) -> dict[Key, Cell]:
+        """All of them, round by round: a noisy minute is not a cell. An interrupt leaves those run so far."""
+        plan = self._plan
+        cells: dict[Key, Cell] = defaultdict(Cell)
+        settings = product(plan.caches, plan.policies, plan.links, plan.concurrencies)
+        keys = [(policy, cache, link, concurrency) for cache, policy, link, concurrency in settings]
+        before_s = self._layer_s(resident)
+        try:
+            for key in plan.rounds * keys:
+                figures, search_s, times = self._run_cell(key, past)
+                after_s = self._layer_s(resident)
+                cell = cells[key]
+                cell.figures.join(figures)
+                cell.search_s += search_s
+                cell.num_gates += len(figures.steps) * resident.store.grid.num_layers
+                cell.times.append(replace(times, pace=(before_s + after_s) / 2 / usual_s))
+                before_s = after_s
+        except KeyboardInterrupt:
+            if not cells:
+                raise
+            num_runs = sum(len(cell.times) for cell in cells.values())
+            self._report.notes.append(f"stopped after {num_runs} of {plan.rounds * len(keys)} runs")
+        return cells
+
+    def _run_cell(self, key: Key, past: Sequence[ReplayStep]) -> tuple[Figures, float, RunTimes]:
+        """One run: its figures, seconds of search, and what was measured beside."""
+        policy, cache, link, concurrency = key
         with engine(self._info, policy, cache=cache, link=link) as parts:
             fill_host(parts)
             learn(parts, past)
@@ -235,22 +265,24 @@ class Live:
             with timed_forecasts(parts) as forecasts_s:
                 figures = self._figures(parts, self._ordered, concurrency)
             busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
-            num_gates = len(figures.steps) * parts.store.grid.num_layers
-            cell = CellTimes(load_cpu_s=parts.store.load_cpu_s(), lag_s=parts.store.load_late_s())
+            times = RunTimes(load_cpu_s=parts.store.load_cpu_s(), lag_s=parts.store.load_late_s())
             if forecasts_s:
                 logs = np.log(forecasts_s)  # a few that met a pause of the machine count little
                 forecast_s = float(np.exp(logs.mean() + logs.var() / 2))
-                cell = replace(cell, forecast_s=forecast_s, forecast_spread=float(logs.std()))
-        columns = figures.columns()
-        progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {columns['tok/s']:.4g} tok/s")
+                times = replace(times, forecast_s=forecast_s, forecast_spread=float(logs.std()))
+        progress(f"{policy}, {cache:.1%}, {link:g} GB/s, {concurrency} at a time: {figures.decode_rate:.4g} tok/s")
+        return figures, busy_s, times
+
+    def _row(self, key: Key, cell: Cell) -> dict[str, Any]:
+        policy, cache, link, concurrency = key
+        figures = cell.figures
         row = {"policy": policy, "cache": f"{cache:.1%}", "GB/s": f"{link:g}", "at a time": concurrency}
-        row |= columns | _prefetch_columns(figures.memory, figures.num_decoded)
+        row |= figures.columns() | _prefetch_columns(figures.memory, figures.num_decoded)
         row |= {
-            "search share": busy_s / figures.elapsed_s,
-            "search ms/gate": 1e3 * busy_s / num_gates,
+            "search share": cell.search_s / figures.elapsed_s,
+            "search ms/gate": 1e3 * cell.search_s / cell.num_gates,
         }
-        self._report.rows.append(row)
-        return row, cell
+        return row
 
 
 def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:
