@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from harness import Report, median, progress
 from offload_steps import Figures
 
 from actors.experts.trace import GateTrace
+from cluster.replay.machine import Processor
 from cluster.replay.sweep import Past, Sweep, learn_past, replay_cells
 
 MAX_HIT_POINTS = 0.02
@@ -79,7 +80,8 @@ class RunTimes:
 class Agreement:
     """Collects live cells, replays them, compares."""
 
-    def __init__(self, report: Report, past: GateTrace, held_out: GateTrace, times: ComputeTimes) -> None:
+    def __init__(self, report: Report, past: GateTrace, held_out: Mapping[int, GateTrace], times: ComputeTimes) -> None:
+        """Args: held_out: what is measured, by the number of sequences at a time."""
         self._report, self._past, self._held_out, self._times = report, past, held_out, times
         self._live: dict[Key, dict[str, Any]] = {}
         self._runs: dict[Key, Sequence[RunTimes]] = {}
@@ -97,8 +99,6 @@ class Agreement:
             caches=caches,
             links=links,
             concurrencies=concurrencies,
-            spread=self._times.spread,
-            contention=self._times.contention,
         )
         progress(f"replaying {len(self._live)} cells")
         past = learn_past(self._past, sweep)
@@ -130,7 +130,7 @@ class Agreement:
     def _replay(self, key: Key, sweep: Sweep, past: Past | None, wake_s: float) -> tuple[float, float]:
         """Hit rate and median TPOT in ms of a cell's runs, on average."""
         runs = [self._of_run(sweep, key, own, wake_s) for own in self._runs[key]]
-        cells = [cell for run in runs for cell in replay_cells(self._held_out, past, run)]
+        cells = [cell for run in runs for cell in replay_cells(self._held_out[key[3]], past, run)]
         return float(np.mean([cell.hit_rate for cell in cells])), float(np.mean([cell.tpot_ms_p50 for cell in cells]))
 
     def _of_run(self, sweep: Sweep, key: Key, own: RunTimes, wake_s: float) -> Sweep:
@@ -144,14 +144,18 @@ class Agreement:
             caches=(cache,),
             links=(link,),
             concurrencies=(at_once,),
-            wake_s=own.pace * wake_s,
-            base_s=own.pace * base_s,
-            sequence_s=own.pace * times.sequence_s,
-            expert_s=own.pace * times.expert_s,
-            search_s=own.pace * search_s,
-            predict_s=own.forecast_s,
-            predict_spread=own.forecast_spread,
-            lag_s=own.lag_s,
+            processor=Processor(
+                base_s=own.pace * base_s,
+                sequence_s=own.pace * times.sequence_s,
+                expert_s=own.pace * times.expert_s,
+                wake_s=own.pace * wake_s,
+                spread=times.spread,
+                contention=times.contention,
+                lag_s=own.lag_s,
+                predict_s=own.forecast_s,
+                predict_spread=own.forecast_spread,
+                search_s=own.pace * search_s,
+            ),
             load_cpu_s=own.load_cpu_s,
         )
 

@@ -95,9 +95,8 @@ class Live:
         self._info = load_model_info(str(self._path), max_model_len=MAX_LEN)
         ids = self._prompt_ids()
         self._past_ids = ids[plan.prompts :]
-        order = mixed_order(plan.prompts)  # the order in which a replay takes them
-        self._ids = ids[: plan.prompts]
-        self._ordered = [self._ids[i] for i in order]
+        self._order = mixed_order(plan.prompts)  # in which a replay takes them
+        self._ordered = [ids[i] for i in self._order]
 
     def run(self) -> None:
         """Everything resident first, then every cell, then the same in replay."""
@@ -105,8 +104,8 @@ class Live:
         with engine(self._info, OFF, cache=1.0) as resident:
             make_resident(resident)
             progress("recording traces")
-            past = self._record(resident, self._past_ids, seed=1000)
-            held_out = self._record(resident, self._ids, seed=0)
+            past = self._record(self._past_ids, concurrency=8)
+            held_out = {concurrency: self._record_measured(concurrency) for concurrency in plan.concurrencies}
             with engine(self._info, ON, cache=1.0) as predicting:
                 make_resident(predicting)
                 self._compare_resident(predicting)
@@ -123,9 +122,9 @@ class Live:
             agreement.expect(self._report.rows[-1], key, cell.times)
         agreement.finish()
         self._report.notes.append(
-            f"{plan.rounds} rounds; HOST full and DEVICE empty at the start of each run; learned from {plan.past} other "
-            "prompts; one compute thread; the link is emulated (declared GB/s); hit: resident or on the way, timely: "
-            f"resident; {times.text()}"
+            f"{plan.rounds} rounds; HOST full and DEVICE empty at the start of each run; learned from {plan.past} "
+            "other prompts; one compute thread; the link is emulated (declared GB/s); hit: resident or on the way, "
+            f"timely: resident; {times.text()}"
         )
 
     def _prompt_ids(self) -> list[list[int]]:
@@ -135,13 +134,21 @@ class Live:
         texts = prompts_of_domains(self._plan.prompts + self._plan.past)
         return [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in texts]
 
-    def _record(self, parts: EngineParts, prompts: Sequence[Sequence[int]], seed: int) -> GateTrace:
+    def _record_measured(self, concurrency: int) -> GateTrace:
+        """As the cells will run them: in bfloat16 answers depend on what shares a step."""
+        trace = self._record(self._ordered, concurrency)
+        return trace.select([int(i) for i in np.argsort(self._order)])
+
+    def _record(self, prompts: Sequence[Sequence[int]], concurrency: int) -> GateTrace:
+        """By an engine of its own, whose KV cache knows no prompt."""
         requests = [
             TracedRequest(request_id=str(i), domain="", source="", prompt_ids=tuple(ids))
             for i, ids in enumerate(prompts)
         ]
-        sampling = SamplingParams(max_tokens=self._plan.num_tokens, temperature=0.0, ignore_eos=True, seed=seed)
-        return record_trace(parts, self._info, requests, sampling)
+        sampling = SamplingParams(max_tokens=self._plan.num_tokens, temperature=0.0, ignore_eos=True)
+        with engine(self._info, OFF, cache=1.0) as parts:
+            make_resident(parts)
+            return record_trace(parts, self._info, requests, sampling, num_running=concurrency)
 
     def _compare_resident(self, parts: EngineParts) -> None:
         """Of one engine, predicting or not: two engines differ more than that by where their memory lies."""

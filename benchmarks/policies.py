@@ -162,7 +162,7 @@ def _search_share(past: GateTrace) -> str:
     for step in decode:
         show(step, (search,))
     step_s = (time.process_time() - began_s) / len(decode)
-    compute_s = grid.num_layers * (sweep.base_s + grid.top_k * sweep.expert_s)
+    compute_s = grid.num_layers * (sweep.processor.base_s + grid.top_k * sweep.processor.expert_s)
     return (
         f"fMoE's search over {store.size} maps, insertion included: {1e6 * step_s / grid.num_layers:.0f} us a layer of "
         f"processor time here, {step_s / compute_s:.1%} of a step's compute, off the token path"

@@ -59,6 +59,7 @@ def replay(
 ) -> None:
     """Hit rates, bytes and times of policies over a trace: discrete events, the live policy code."""
     from actors.experts.trace import load_trace
+    from cluster.replay.machine import Processor
     from cluster.replay.result import with_bounds
     from cluster.replay.sweep import Sweep, learn_past, replay_cells
     from cluster.sizes import parse_size
@@ -74,11 +75,13 @@ def replay(
         links=_numbers("--link", link, float),
         concurrencies=_numbers("--concurrency", concurrency, int),
         expert_bytes=size,
-        base_s=layer_ms / 1e3,
-        expert_s=expert_ms / 1e3,
-        row_s=row_ms / 1e3,
-        predict_s=predict_ms / 1e3,
-        predict_on_path=predict_on_path,
+        processor=Processor(
+            base_s=layer_ms / 1e3,
+            expert_s=expert_ms / 1e3,
+            row_s=row_ms / 1e3,
+            predict_s=predict_ms / 1e3,
+            predict_on_path=predict_on_path,
+        ),
     )
     learned = None
     if past is not None:

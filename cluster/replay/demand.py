@@ -65,12 +65,13 @@ class DemandRun:
         """[N] how long a layer takes, and how much of this is waiting."""
         num_layers, widest = len(self.num_missing), int(self.num_missing.max(initial=0))
         layer = np.repeat(np.arange(num_layers), self.num_timely)
-        compute_of = np.array(machine.compute_s(self.timely_rows))
+        processor = machine.processor
+        compute_of = np.array(processor.compute_s(self.timely_rows))
         at_once_s = self.num_at_once * machine.load_s
         alone_s = np.bincount(layer, compute_of, minlength=num_layers).astype(np.float64)
-        end_s = machine.beside_link_s(np.zeros(num_layers), alone_s, at_once_s)  # from the gate on
+        end_s = processor.beside_link_s(np.zeros(num_layers), alone_s, at_once_s)  # from the gate on
         compute_s = np.zeros((num_layers, widest))
-        compute_s[np.arange(widest) < self.num_missing[:, None]] = machine.compute_s(self.missing_rows)
+        compute_s[np.arange(widest) < self.num_missing[:, None]] = processor.compute_s(self.missing_rows)
         busy_s, stall_s = np.zeros(num_layers), np.zeros(num_layers)
         for k in range(widest):
             there = np.flatnonzero(self.num_missing > k)
@@ -78,8 +79,8 @@ class DemandRun:
             busy_s[there] = np.maximum(busy_s[there], asked_s) + machine.load_s
             stall_s[there] += np.maximum(busy_s[there] - end_s[there], 0)
             began_s, link_until_s = np.maximum(busy_s[there], end_s[there]), np.maximum(busy_s, at_once_s)[there]
-            end_s[there] = machine.beside_link_s(began_s, compute_s[there, k], link_until_s) + machine.wake_s
-        gate_s = [machine.gate_s(len(step.signal.num_rows)) for step in self.steps]
+            end_s[there] = processor.beside_link_s(began_s, compute_s[there, k], link_until_s) + processor.wake_s
+        gate_s = [processor.gate_s(len(step.signal.num_rows)) for step in self.steps]
         return np.repeat(gate_s, num_layers // max(len(self.steps), 1)) + end_s, stall_s
 
 

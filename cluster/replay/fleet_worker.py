@@ -238,7 +238,7 @@ class FleetWorker:
             for index in needed:
                 self._scores.on_use(index)
             missing = self._memory.use(needed, step.rows[row])
-            compute_s = machine.compute_s(step.rows[row])
+            compute_s = machine.processor.compute_s(step.rows[row])
             layer_s = sum(compute_s)
             if missing:
                 # loads go one after the other while the resident ones compute; the last loaded one computes last
@@ -246,7 +246,7 @@ class FleetWorker:
                 stall_s += waited_s
                 layer_s += waited_s
                 self._share_out(step, row, [index - row * width for index in missing])
-            took_s += machine.gate_s(len(step.signal.num_rows)) + layer_s
+            took_s += machine.processor.gate_s(len(step.signal.num_rows)) + layer_s
             num_loads += len(missing)
         step.end(listeners)
         return took_s, stall_s, num_loads

@@ -1,9 +1,9 @@
-"""The machine that a replay simulates: memory, link, and what a layer takes to compute."""
+"""The machine that a replay simulates: memory, link, and what computing takes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import numpy as np
@@ -13,16 +13,16 @@ _Seconds = TypeVar("_Seconds", float, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """The defaults are the demo model widened 32 times on one core (measured).
+class Processor:
+    """What computing takes. The defaults are the demo model widened 32 times on one core (measured).
 
-    num_slots: experts that fit. base_s: attention and gate of a layer, sequence_s more for every sequence but the
-    first. An expert takes `expert_s`, or `row_s` a token if that is more. wake_s: what an expert that a step waited for
-    costs beyond its compute: waking up, a call of its own. spread: of a layer's compute times, the standard deviation
-    of their logarithm. Where it matters is beside prefetch: with layers that take always as long as each other, how
-    many chunks fit beside one is a whole number, and 0.1 ms more or less of compute is up to an expert more or less.
-    contention: how much longer computing takes while the link is busy, as a share: copies take memory and processor
-    from it. lag_s: how late a chunk of a load ahead begins, on average, after the link became free: its thread wakes.
+    base_s: attention and gate of a layer, sequence_s more for every sequence but the first. An expert takes `expert_s`,
+    or `row_s` a token if that is more. wake_s: what an expert that a step waited for costs beyond its compute: waking
+    up, a call of its own. spread: of a layer's compute times, the standard deviation of their logarithm. Where it
+    matters is beside prefetch: with layers that take always as long as each other, how many chunks fit beside one is a
+    whole number, and 0.1 ms more or less of compute is up to an expert more or less. contention: how much longer
+    computing takes while the link is busy, as a share: copies take memory and processor from it. lag_s: how late a
+    chunk of a load ahead begins, on average, after the link became free: its thread wakes.
 
     predict_s: from a gate to its forecast, for policies that predict, what waited before it included; predict_spread:
     of that, the standard deviation of the logarithm. The live memory forecasts on a thread of its own, so compute does
@@ -31,9 +31,6 @@ class Machine:
     costs nothing.
     """
 
-    num_slots: int
-    expert_bytes: int
-    link_bytes_per_s: float
     base_s: float = 1e-4
     sequence_s: float = 0.0
     expert_s: float = 1e-4
@@ -46,11 +43,6 @@ class Machine:
     predict_spread: float = 0.0
     predict_on_path: bool = False
     search_s: float = 0.0
-
-    @property
-    def load_s(self) -> float:
-        """One expert over the link."""
-        return self.expert_bytes / self.link_bytes_per_s
 
     def gate_s(self, num_sequences: int) -> float:
         """Attention and gate of a layer."""
@@ -68,6 +60,21 @@ class Machine:
         """When a computation ends that takes `alone_s` by itself; until then a forecast is being made."""
         lost = min(self.search_s / self.predict_s, _MAX_LOST) if self.predict_s else 0.0
         return _slowed_s(began_s, alone_s, until_s, lost=lost)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """num_slots: experts that fit."""
+
+    num_slots: int
+    expert_bytes: int
+    link_bytes_per_s: float
+    processor: Processor = field(default_factory=Processor)
+
+    @property
+    def load_s(self) -> float:
+        """One expert over the link."""
+        return self.expert_bytes / self.link_bytes_per_s
 
 
 def _slowed_s(began_s: _Seconds, alone_s: _Seconds, until_s: _Seconds, lost: float) -> _Seconds:

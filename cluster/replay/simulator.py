@@ -39,7 +39,7 @@ class Simulator:
         self.outcome = ReplayOutcome()
         self._grid, self._meter = grid, meter
         self.policies = policies
-        self._machine = machine
+        self._processor = machine.processor
         link = Link(
             bytes_per_s=machine.link_bytes_per_s,
             chunk_bytes=machine.expert_bytes / CHUNKS_PER_EXPERT,
@@ -47,7 +47,7 @@ class Simulator:
         )
         self.memory = ReplayMemory(grid, policies.scorer, link, machine.num_slots)
         self._ledger = StepLedger(self.outcome)
-        self._forecast_s = machine.predict_s if policies.predictor is not None else 0.0
+        self._forecast_s = machine.processor.predict_s if policies.predictor is not None else 0.0
         self._random = np.random.default_rng(0)
         self._forecasts: deque[tuple[float, WantedExperts | None]] = deque()  # when each is there
         self._searched_s = 0.0  # when the last is there
@@ -71,12 +71,12 @@ class Simulator:
 
     def run_to_gate(self, num_sequences: int) -> None:
         """Attention and gate of the next layer."""
-        machine, began_s, busy_s = self._machine, self._now_s, self.memory.link.busy_s_until(self._now_s)
-        self._pace = self._vary(machine.spread)
-        end_s = machine.beside_search_s(began_s, self._pace * machine.gate_s(num_sequences), self._searched_s)
+        processor, began_s, busy_s = self._processor, self._now_s, self.memory.link.busy_s_until(self._now_s)
+        self._pace = self._vary(processor.spread)
+        end_s = processor.beside_search_s(began_s, self._pace * processor.gate_s(num_sequences), self._searched_s)
         self._now_s = self._fetch_until(end_s, busy_s)
         self._gate_s = self._now_s - began_s
-        if machine.predict_on_path:
+        if processor.predict_on_path:
             self._now_s += self._forecast_s
             self._fetch(self._now_s)
         self._search()
@@ -86,8 +86,8 @@ class Simulator:
 
         Args: needed: flat indices. rows: tokens of each.
         """
-        memory, machine = self.memory, self._machine
-        compute_s = [self._pace * alone_s for alone_s in machine.compute_s(rows)]
+        memory, processor = self.memory, self._processor
+        compute_s = [self._pace * alone_s for alone_s in processor.compute_s(rows)]
         demanded = memory.counters.demand_chunks
         counts = self.outcome.decode if step.is_decode else self.outcome.prefill
         end_s = self._compute(needed, compute_s, counts)
@@ -126,7 +126,8 @@ class Simulator:
 
     def _search(self) -> None:
         """Begin to make a forecast; those begun before are there first."""
-        takes_s = 0.0 if self._machine.predict_on_path else self._forecast_s * self._vary(self._machine.predict_spread)
+        processor = self._processor
+        takes_s = 0.0 if processor.predict_on_path else self._forecast_s * self._vary(processor.predict_spread)
         self._searched_s = max(self._searched_s, self._now_s + takes_s)
 
     def _fetch(self, until_s: float) -> None:
@@ -138,7 +139,7 @@ class Simulator:
         self._run_memory(until_s)
 
     def _run_memory(self, until_s: float) -> None:
-        lag_s = self._machine.lag_s
+        lag_s = self._processor.lag_s
         self.memory.run_until(until_s - (self._random.exponential(lag_s) if lag_s else 0.0))
 
     def _fetch_until(self, end_s: float, busy_s: float) -> float:
@@ -147,8 +148,8 @@ class Simulator:
         Args: end_s: when it would end with the link idle. busy_s: of the link, before.
         """
         self._fetch(end_s)
-        if self._machine.contention:
-            end_s += self._machine.contention * (self.memory.link.busy_s_until(end_s) - busy_s)
+        if self._processor.contention:
+            end_s += self._processor.contention * (self.memory.link.busy_s_until(end_s) - busy_s)
             self._fetch(end_s)
         return end_s
 
@@ -158,8 +159,8 @@ class Simulator:
 
     def _computed_s(self, began_s: float, alone_s: float) -> float:
         """When a computation ends, beside the search and loads that are waited for."""
-        alone_s = self._machine.beside_search_s(began_s, alone_s, self._searched_s) - began_s
-        return float(self._machine.beside_link_s(began_s, alone_s, self._link_free_s))
+        alone_s = self._processor.beside_search_s(began_s, alone_s, self._searched_s) - began_s
+        return float(self._processor.beside_link_s(began_s, alone_s, self._link_free_s))
 
     def _compute(self, needed: Sequence[int], compute_s: Sequence[float], counts: ReplayCounts) -> float:
         memory, now_s = self.memory, self._now_s
@@ -188,7 +189,7 @@ class Simulator:
             if waited:
                 counts.stall_s += arrives_s[k] - end_s
                 end_s = arrives_s[k]
-            end_s = self._computed_s(end_s, compute_s[k]) + self._machine.wake_s
+            end_s = self._computed_s(end_s, compute_s[k]) + self._processor.wake_s
             computed = [*computed, k]
         if waited:  # for the last, which alone is being computed from then on
             memory.unpin([needed[done] for done in computed[:-1]])

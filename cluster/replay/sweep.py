@@ -23,7 +23,7 @@ from actors.experts.signals import Grid, SignalListener
 from actors.experts.trace import GateTrace
 from cluster.errors import InvalidRequest
 from cluster.replay.demand import replay_demand
-from cluster.replay.machine import Machine
+from cluster.replay.machine import Machine, Processor
 from cluster.replay.outcome import ReplayOutcome
 from cluster.replay.result import ReplayCell, summarise
 from cluster.replay.schedule import ReplayStep, build_steps, grid_of, mixed_order
@@ -36,7 +36,7 @@ PolicyBuilder = Callable[[str, PolicyContext], PolicySet]
 class Sweep:
     """What to replay. caches: shares of all experts. links: GB/s. expert_bytes: None: as traced.
 
-    base_s to search_s: of Machine. load_cpu_s: processor time of a load, for predictors that price it.
+    load_cpu_s: processor time of a load, for predictors that price it.
     """
 
     policies: Sequence[str]
@@ -44,44 +44,13 @@ class Sweep:
     links: Sequence[float]
     concurrencies: Sequence[int] = (1,)
     expert_bytes: int | None = None
-    base_s: float = 1e-4
-    sequence_s: float = 0.0
-    expert_s: float = 1e-4
-    row_s: float = 1e-5
-    wake_s: float = 0.0
-    spread: float = 0.0
-    contention: float = 0.0
-    lag_s: float = 0.0
-    predict_s: float = 0.0
-    predict_spread: float = 0.0
-    predict_on_path: bool = False
-    search_s: float = 0.0
+    processor: Processor = field(default_factory=Processor)
     load_cpu_s: float = 0.0
     settings: PolicySettings = field(default_factory=PolicySettings)
 
     @property
     def num_cells(self) -> int:
         return len(self.policies) * len(self.caches) * len(self.links) * len(self.concurrencies)
-
-    def machine(self, *, num_slots: int, expert_bytes: int, link: float) -> Machine:
-        """Args: link: GB/s."""
-        return Machine(
-            num_slots=num_slots,
-            expert_bytes=expert_bytes,
-            link_bytes_per_s=link * 1e9,
-            base_s=self.base_s,
-            sequence_s=self.sequence_s,
-            expert_s=self.expert_s,
-            row_s=self.row_s,
-            wake_s=self.wake_s,
-            spread=self.spread,
-            contention=self.contention,
-            lag_s=self.lag_s,
-            predict_s=self.predict_s,
-            predict_spread=self.predict_spread,
-            predict_on_path=self.predict_on_path,
-            search_s=self.search_s,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +158,7 @@ class _Replays:
         """With prediction: all links in one pass; predictors that ask for the costs of a link have each their own."""
         num_slots, sweep = _slots(self._grid, cache), self._sweep
         machines = [self._machine(num_slots, link) for link in sweep.links]
-        layer_s = sweep.base_s + self._grid.top_k * sweep.expert_s
+        layer_s = sweep.processor.base_s + self._grid.top_k * sweep.processor.expert_s
         meters = [CostMeter(load_s=machine.load_s, layer_s=layer_s) for machine in machines]
         for meter in meters:
             meter.cpu_s = sweep.load_cpu_s
@@ -206,7 +175,13 @@ class _Replays:
             yield cache, link, outcome
 
     def _machine(self, num_slots: int, link: float) -> Machine:
-        return self._sweep.machine(num_slots=num_slots, expert_bytes=self.expert_bytes, link=link)
+        """Args: link: GB/s."""
+        return Machine(
+            num_slots=num_slots,
+            expert_bytes=self.expert_bytes,
+            link_bytes_per_s=link * 1e9,
+            processor=self._sweep.processor,
+        )
 
     def _context(self, num_slots: int, meter: CostMeter | None) -> PolicyContext:
         own = copy.deepcopy(self._past)

@@ -23,7 +23,7 @@ from actors.experts.signals import Grid
 from actors.experts.trace import GateTrace
 from cluster.replay.demand import DemandRun, replay_demand
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
-from cluster.replay.machine import Machine
+from cluster.replay.machine import Machine, Processor
 from cluster.replay.memory import ReplayMemory, WantedExperts
 from cluster.replay.outcome import ReplayOutcome
 from cluster.replay.schedule import ReplayStep, build_steps, grid_of
@@ -77,10 +77,12 @@ def _policies(policy: str, grid: Grid, steps: Sequence[ReplayStep], slots: int, 
 
 
 def _run(
-    trace: GateTrace, policy: str, *, slots: int, rate: float = 1e9, concurrency: int = 1, **machine: float
+    trace: GateTrace, policy: str, *, slots: int, rate: float = 1e9, concurrency: int = 1, **processor: float
 ) -> Run:
     grid, steps = grid_of(trace), _steps(trace, concurrency)
-    simulated = replace(Machine(num_slots=slots, expert_bytes=3000, link_bytes_per_s=rate), **machine)
+    simulated = Machine(
+        num_slots=slots, expert_bytes=3000, link_bytes_per_s=rate, processor=replace(Processor(), **processor)
+    )
     meter = CostMeter(load_s=simulated.load_s, layer_s=3e-4)
     policies = _policies(policy, grid, steps, slots, meter)
     transfers: list[Transfer] = []
