@@ -99,6 +99,7 @@ class Agreement:
             caches=caches,
             links=links,
             concurrencies=concurrencies,
+            has_ring=True,
         )
         progress(f"replaying {len(self._live)} cells")
         past = learn_past(self._past, sweep)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from actors.experts.policies.base import PolicySet
+from actors.experts.policies.published import PublishedScores
 from actors.experts.predict.base import BEFORE_FIRST
 from actors.experts.predict.meter import CostMeter
-from actors.experts.ring import uses_nearly_all
+from actors.experts.ring import RingPlan, uses_nearly_all
 from actors.experts.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
 from cluster.replay.machine import Machine
@@ -34,8 +35,13 @@ class Simulator:
         machine: Machine,
         on_transfer: Callable[[Transfer], None] | None = None,
         meter: CostMeter | None = None,
+        *,
+        has_ring: bool = False,
     ) -> None:
-        """Args: meter: told of every layer but those of large steps, which go round the ring live."""
+        """Args:
+        meter: told of every layer but those of large steps, which go round the ring live.
+        has_ring: large steps leave behind what the live memory's ring does, for policies that hear gates.
+        """
         self.outcome = ReplayOutcome()
         self._grid, self._meter = grid, meter
         self.policies = policies
@@ -45,7 +51,11 @@ class Simulator:
             chunk_bytes=machine.expert_bytes / CHUNKS_PER_EXPERT,
             on_transfer=on_transfer,
         )
-        self.memory = ReplayMemory(grid, policies.scorer, link, machine.num_slots)
+        hears = bool(policies.listeners) or policies.predictor is not None
+        self._published = PublishedScores(policies.scorer, grid.size) if has_ring and hears else None
+        self._ring: RingPlan | None = None  # of a large step
+        self.memory = ReplayMemory(grid, self._published or policies.scorer, link, machine.num_slots)
+        self._num_slots = machine.num_slots
         self._ledger = StepLedger(self.outcome)
         self._forecast_s = machine.processor.predict_s if policies.predictor is not None else 0.0
         self._random = np.random.default_rng(0)
@@ -62,8 +72,9 @@ class Simulator:
         """Replay; a simulator runs once."""
         return run_together([self], steps)[0]
 
-    def begin_step(self, wanted: WantedExperts | None) -> None:
+    def begin_step(self, step: ReplayStep, wanted: WantedExperts | None) -> None:
         """A step begins; `wanted` is what is to be fetched ahead of it."""
+        self._plan_ring(int(step.signal.num_rows.sum()))
         self._began_s, self._chunks_before = self._now_s, self._chunks_sent()
         self._search()
         if self.policies.predictor is not None:
@@ -81,11 +92,13 @@ class Simulator:
             self._fetch(self._now_s)
         self._search()
 
-    def run_layer(self, step: ReplayStep, needed: Sequence[int], rows: Sequence[int]) -> float:
+    def run_layer(self, step: ReplayStep, row: int, needed: Sequence[int]) -> float:
         """Load and compute the experts that the gate chose; when the last is done.
 
-        Args: needed: flat indices. rows: tokens of each.
+        Args: row: of the grid. needed: flat indices.
         """
+        self._publish(row)
+        rows = step.rows[row]
         memory, processor = self.memory, self._processor
         compute_s = [self._pace * alone_s for alone_s in processor.compute_s(rows)]
         demanded = memory.counters.demand_chunks
@@ -123,6 +136,18 @@ class Simulator:
 
     def _chunks_sent(self) -> int:
         return self.memory.counters.demand_chunks + self.memory.counters.prefetch_chunks
+
+    def _plan_ring(self, num_rows: int) -> None:
+        if self._published is not None:
+            is_large = self._num_slots < self._grid.size and uses_nearly_all(self._grid, num_rows)
+            values = self.policies.scorer.scores()
+            self._ring = RingPlan(self._grid, self._num_slots, values) if is_large else None
+            self._publish(BEFORE_FIRST)
+
+    def _publish(self, row: int) -> None:
+        """What experts are worth now, for eviction."""
+        if self._published is not None:
+            self._published.publish(None if self._ring is None else self._ring.outlook(row).scores)
 
     def _search(self) -> None:
         """Begin to make a forecast; those begun before are there first."""
@@ -205,7 +230,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
     for step in steps:
         step.begin(listeners)
         for simulator, wanted in zip(simulators, _wanted(sets, BEFORE_FIRST), strict=True):
-            simulator.begin_step(wanted)
+            simulator.begin_step(step, wanted)
         for row, gate in enumerate(step.gates):
             for simulator in simulators:
                 simulator.run_to_gate(len(step.signal.num_rows))
@@ -215,7 +240,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
             for scorer in scorers:
                 for index in needed:
                     scorer.on_use(index)
-            ends_s = [simulator.run_layer(step, needed, step.rows[row]) for simulator in simulators]
+            ends_s = [simulator.run_layer(step, row, needed) for simulator in simulators]
             for simulator, wanted, end_s in zip(simulators, _wanted(sets, row), ends_s, strict=True):
                 simulator.end_layer(needed, wanted, end_s)
         for simulator in simulators:

@@ -36,7 +36,7 @@ PolicyBuilder = Callable[[str, PolicyContext], PolicySet]
 class Sweep:
     """What to replay. caches: shares of all experts. links: GB/s. expert_bytes: None: as traced.
 
-    load_cpu_s: processor time of a load, for predictors that price it.
+    has_ring: as in Simulator. load_cpu_s: processor time of a load, for predictors that price it.
     """
 
     policies: Sequence[str]
@@ -45,6 +45,7 @@ class Sweep:
     concurrencies: Sequence[int] = (1,)
     expert_bytes: int | None = None
     processor: Processor = field(default_factory=Processor)
+    has_ring: bool = False
     load_cpu_s: float = 0.0
     settings: PolicySettings = field(default_factory=PolicySettings)
 
@@ -109,10 +110,10 @@ def replay_cells(
         known = UsesToCome(grid, [needed for step in steps for needed in step.needed])
         replays = _Replays(trace, past, sweep, steps, known, build)
         for policy in sweep.policies:
-            if policy.partition("+")[2] in ("", "none"):
+            if policy.partition("+")[2] in ("", "none") and not sweep.has_ring:
                 results = replays.alone(policy)
             else:
-                results = (result for cache in sweep.caches for result in replays.ahead(policy, cache))
+                results = (result for cache in sweep.caches for result in replays.simulated(policy, cache))
             for cache, link, outcome in results:
                 yield summarise(
                     outcome,
@@ -144,7 +145,7 @@ class _Replays:
         self._past, self._sweep, self._steps, self._known, self._build = past, sweep, steps, known, build
 
     def alone(self, policy: str) -> Iterator[_Result]:
-        """Without prediction: all caches in one pass, all links from it."""
+        """Without prediction or ring: all caches in one pass, all links from it."""
         sweep = self._sweep
         slots = [_slots(self._grid, cache) for cache in sweep.caches]
         policies = self._build(policy, self._context(max(slots), None))
@@ -154,8 +155,8 @@ class _Replays:
             for link in sweep.links:
                 yield cache, link, run.timed(self._machine(num_slots, link))
 
-    def ahead(self, policy: str, cache: float) -> Iterator[_Result]:
-        """With prediction: all links in one pass; predictors that ask for the costs of a link have each their own."""
+    def simulated(self, policy: str, cache: float) -> Iterator[_Result]:
+        """Event by event: all links in one pass; predictors that ask for the costs of a link have each their own."""
         num_slots, sweep = _slots(self._grid, cache), self._sweep
         machines = [self._machine(num_slots, link) for link in sweep.links]
         layer_s = sweep.processor.base_s + self._grid.top_k * sweep.processor.expert_s
@@ -168,7 +169,7 @@ class _Replays:
             context = replace(context, learned=context.next_use)
             sets = [self._build(policy, replace(context, costs=meter.costs)) for meter in meters]
         simulators = [
-            Simulator(self._grid, policies, machine, meter=meter)
+            Simulator(self._grid, policies, machine, meter=meter, has_ring=sweep.has_ring)
             for policies, machine, meter in zip(sets, machines, meters, strict=True)
         ]
         for link, outcome in zip(sweep.links, run_together(simulators, self._steps), strict=True):

@@ -16,10 +16,11 @@ from actors.experts.future import Future, UsesToCome
 from actors.experts.policies.base import PolicySet, Scorer
 from actors.experts.policies.build import PolicyContext, build_policies
 from actors.experts.policies.eviction_order import EvictionOrder
+from actors.experts.policies.frequency import StaticScorer
 from actors.experts.policies.lru import LruScorer
 from actors.experts.predict.base import Forecast
 from actors.experts.predict.meter import CostMeter
-from actors.experts.signals import Grid
+from actors.experts.signals import Grid, Silent
 from actors.experts.trace import GateTrace
 from cluster.replay.demand import DemandRun, replay_demand
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
@@ -267,6 +268,37 @@ def test_machines_that_share_a_pass_end_as_alone() -> None:
     together = run_together([Simulator(grid, policies, machine) for machine in machines], steps)
 
     assert together == [_run(trace, "fmoe+fmoe", slots=24, rate=rate).outcome for rate in rates]
+
+
+@pytest.mark.parametrize(("has_ring", "hears", "left"), [(False, True, 2), (True, False, 2), (True, True, 0)])
+def test_ring_gives_up_what_is_used_last(has_ring: bool, hears: bool, left: int) -> None:
+    """By value the layer before the last would stay."""
+    prompt = [[[row % 4]] * 4 for row in range(16)]  # four layers of four experts, all used
+    trace = trace_of([prompt], num_experts=4, num_prefill=len(prompt))
+    worth = StaticScorer(np.repeat([2.0, 1.0, 3.0, 4.0], 4))
+    policies = PolicySet(scorer=worth, predictor=None, listeners=(Silent(),) if hears else ())
+    machine = Machine(num_slots=8, expert_bytes=3000, link_bytes_per_s=1e9)
+    simulator = Simulator(grid_of(trace), policies, machine, has_ring=has_ring)
+
+    simulator.run(_steps(trace))
+
+    resident, _, _ = simulator.memory.begin_layer(range(16))
+    assert resident == [*range(4 * left, 4 * left + 4), *range(12, 16)]
+
+
+def test_ring_changes_nothing_where_steps_are_small() -> None:
+    trace = clustered_trace(num_requests=3, num_rows=5, seed=9)
+    grid, steps, machine = grid_of(trace), _steps(trace), Machine(num_slots=24, expert_bytes=3000, link_bytes_per_s=3e7)
+
+    alike = [
+        Simulator(
+            grid, _policies("mrs+next-gate", grid, steps, 24, CostMeter(load_s=1e-3, layer_s=3e-4)), machine, **ring
+        )
+        for ring in ({}, {"has_ring": True})
+    ]
+
+    with_ring, without = (simulator.run(steps) for simulator in alike)
+    assert with_ring == without
 
 
 def test_forecasts_cost_time_only_where_compute_waits_for_them() -> None:
