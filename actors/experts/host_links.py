@@ -1,7 +1,7 @@
 """Which hosts own which experts, and the connections to them: made, watched and made again beside the engine.
 
 The engine's thread reads `routes`, a snapshot that is replaced as a whole, and reports channels that are lost or slow;
-a thread of its own looks hosts' welcomes, or by a placement where that
+a thread of its own looks hosts up and connects. What a host owns is told by its welcome, or by a placement where that
 is newer. Knows endpoints and ownership; knows no rows.
 """
 
@@ -21,6 +21,7 @@ from cluster.scheduler.plan import Placement
 
 _LOG = logging.getLogger(__name__)
 _OTHERS_S = 30.0  # from the first connection on, a start waits this long for the others
+_JOIN_S = 3.0  # a placement waits this long for its newcomers; the scheduler gives workers 10 s to follow it
 
 Locate = Callable[[int], HostEndpoint]
 Connect = Callable[[HostEndpoint], ExpertChannel]
@@ -48,6 +49,9 @@ class HostLinks:
         self._clock = clock
         self._links = {index: HostLink() for index in range(num_hosts)}
         self._placement: Placement | None = None
+        self._next: Placement | None = None  # followed when those that it brings are connected, or had their time
+        self._joining: set[int] = set()
+        self._next_by_s = 0.0
         self._left: list[ExpertChannel] = []  # of hosts that are out of the placement; the engine's thread ends them
         self._num_slow = 0
         self._wake = threading.Event()
@@ -64,7 +68,7 @@ class HostLinks:
             away = [
                 f"expert host {i} is away ({link.reason}); its experts are read from the checkpoint here"
                 for i, link in self._links.items()
-                if link.channel is None
+                if link.channel is None and i not in self._joining
             ]
             slow = [
                 f"expert host {i} is slow; others compute for it"
@@ -113,26 +117,19 @@ class HostLinks:
             raise failure
 
     def set_placement(self, placement: Placement) -> None:
-        """Follow a placement from the next layer on: connect to its hosts, let go of others. From any thread.
+        """Follow a placement, from the next layer on where its hosts are connected. From any thread.
 
-        Frames under way are not disturbed: hosts take the epoch before until every worker has switched.
+        Newcomers are connected first, for a few seconds at most: until then the hosts before them are asked. Frames
+        under way are not disturbed: hosts take the epoch before until every worker has switched.
         """
         with self._changed:
-            if placement.epoch <= self.epoch:
+            if placement.epoch <= (self.epoch if self._next is None else self._next.epoch):
                 return
-            self._placement = placement
-            wanted = {index for index, owned in placement.hosts.items() if any(owned.values())}
-            for index in set(self._links) - wanted:
-                channel = self._links.pop(index).channel
-                if channel is not None:
-                    self._left.append(channel)
-            for index in wanted - set(self._links):
-                self._links[index] = HostLink()
-            self._links = dict(sorted(self._links.items()))
-            for link in self._links.values():
-                link.behind = None
-            self._count_slow()
-            self.routes = self._make_routes()
+            newcomers = _wanted(placement) - set(self._links)
+            self._links = dict(sorted({**self._links, **{index: HostLink() for index in newcomers}}.items()))
+            self._next, self._next_by_s = placement, self._clock() + _JOIN_S
+            self._joining = newcomers | (self._joining & _wanted(placement))
+            self._follow_if_due()
         self._wake.set()
 
     def lose(self, channel: ExpertChannel, reason: str) -> None:
@@ -157,6 +154,9 @@ class HostLinks:
 
         Of the engine's thread, as all use of channels.
         """
+        if self._next is not None:
+            with self._changed:
+                self._follow_if_due()
         if self._left:
             with self._changed:
                 left, self._left = self._left, []
@@ -213,7 +213,10 @@ class HostLinks:
             self._try(index)
         now = self._clock()
         with self._changed:
+            self._follow_if_due()
             waits = [link.retry_s - now for link in self._links.values() if link.channel is None]
+            if self._next is not None:
+                waits.append(self._next_by_s - now)
         return max(0.0, min(waits)) if waits else None
 
     def close(self) -> None:
@@ -270,6 +273,7 @@ class HostLinks:
                 link.put_off(reason, self._clock())
                 return
             link.connect(channel, self._clock())
+            self._joining.discard(index)
             self.routes = self._make_routes()
             self._changed.notify_all()
         log_event(_LOG, logging.INFO, "expert host connected", host=index, carrier=channel.carrier)
@@ -279,8 +283,28 @@ class HostLinks:
         has_layers = set(welcome.owned) <= set(self._layers)
         return welcome.num_experts == self._num_experts and last < self._num_experts and has_layers
 
+    def _follow_if_due(self) -> None:
+        """Switch to the next placement where nobody is waited for any more. Locked by the caller."""
+        if self._next is None or (self._joining and self._clock() < self._next_by_s):
+            return
+        self._placement, self._next = self._next, None
+        self._joining = set()
+        for index in set(self._links) - _wanted(self._placement):
+            channel = self._links.pop(index).channel
+            if channel is not None:
+                self._left.append(channel)
+        for link in self._links.values():
+            link.behind = None
+        self._count_slow()
+        self.routes = self._make_routes()
+
     def _count_slow(self) -> None:
         self._num_slow = sum(link.slow_since_s is not None for link in self._links.values())
 
     def _make_routes(self) -> Routes:
         return make_routes(self._links, self._placement, self._layers, self._num_experts)
+
+
+def _wanted(placement: Placement) -> set[int]:
+    """Hosts that own anything."""
+    return {index for index, owned in placement.hosts.items() if any(owned.values())}

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from actors.data_plane.channel import HostEndpoint, Welcome
 from actors.experts.host_links import HostLinks, Routes
 from cluster.errors import ConfigError, MoesaicError, Unavailable
+from cluster.scheduler.plan import Placement
 
 LAYERS, NUM_EXPERTS = (0, 4), 6
 
@@ -33,7 +34,8 @@ class Channel:
 class Cluster:
     """Hosts that are there or not, and links to them without a thread, at a time that the test sets."""
 
-    def __init__(self, *owned: set[int]) -> None:
+    def __init__(self, *owned: set[int], num_hosts: int | None = None) -> None:
+        """Args: num_hosts: that there are at first; default: all."""
         self.owned = owned
         self.errors: dict[int, Exception] = {}
         self.epoch = 1
@@ -43,7 +45,7 @@ class Cluster:
         self.attempts: list[tuple[int, float]] = []
         self.made: list[Channel] = []
         self.links = HostLinks(
-            len(owned),
+            len(owned) if num_hosts is None else num_hosts,
             self._locate,
             self._connect,  # type: ignore[arg-type]
             layers=LAYERS,
@@ -90,6 +92,11 @@ class Cluster:
         assert routes.is_whole is alone
         assert not any(channel.closed for channel in routes.channels)  # type: ignore[attr-defined]
         return routes
+
+
+def _halves(epoch: int, *, second: int) -> Placement:
+    """Host 0 keeps its half; the other is that of host `second`."""
+    return Placement(epoch=epoch, hosts={0: dict.fromkeys(LAYERS, (0, 1, 2)), second: dict.fromkeys(LAYERS, (3, 4, 5))})
 
 
 def test_routes_lead_each_expert_to_its_first_owner() -> None:
@@ -199,6 +206,41 @@ def test_renew_waits_for_the_thread_that_connects() -> None:
         assert cluster.links.routes.channels[0].welcome.epoch == 2
     finally:
         cluster.links.close()
+
+
+def test_placement_waits_for_its_newcomers_a_bounded_time() -> None:
+    cluster = Cluster({0, 1, 2}, {3, 4, 5}, {3, 4, 5}, {3, 4, 5}, num_hosts=2)
+    cluster.links.connect_due()
+    cluster.errors[2] = ConnectionRefusedError("nobody listens")
+
+    cluster.links.set_placement(_halves(2, second=2))
+    cluster.advance(2.9)
+    assert (cluster.links.epoch, cluster.links.degraded) == (0, ())
+    assert cluster.links.routes.owner[0].tolist() == [0, 0, 0, 1, 1, 1]
+
+    cluster.advance(0.2)
+    assert cluster.links.epoch == 2
+    assert cluster.links.routes.owner[0].tolist() == [0, 0, 0, -1, -1, -1]
+    assert "nobody listens" in cluster.links.degraded[0]
+
+    cluster.links.set_placement(_halves(3, second=1))  # it left the links, and is a newcomer again
+    assert cluster.links.epoch == 2
+    cluster.links.set_placement(_halves(4, second=3))  # nobody waits for it any more
+    cluster.links.set_placement(_halves(3, second=1))  # told late
+    cluster.links.connect_due()
+    assert (cluster.links.epoch, cluster.links.carriers) == (4, ("memory", "memory"))
+    cluster.links.review(1.0)
+    assert sum(not channel.closed for channel in cluster.made) == 2, "of those that were on the way none is left open"
+
+
+def test_placement_without_newcomers_is_followed_at_once() -> None:
+    cluster = Cluster({0, 1, 2}, {3, 4, 5})
+    cluster.links.connect_due()
+    cluster.links.lose(cluster.links.routes.channels[1], "lost")
+
+    cluster.links.set_placement(_halves(2, second=1))
+
+    assert cluster.links.epoch == 2, "a host that is away would not come sooner"
 
 
 @pytest.mark.parametrize("error", [OSError("x"), MoesaicError("x"), ValueError("x"), KeyError("x"), AssertionError()])

@@ -219,16 +219,21 @@ def test_hosts_join_and_leave_with_the_placement(everything: ExpertBackend, make
     hosts = _hosts(everything, [0, 1, 2], [3, 4, 5], [])
     worker = make_worker(hosts[:2])
     worker.links.hosts = hosts
-    hosts[0].epoch = hosts[2].epoch = 2
     work = _work(8)
 
     worker.links.set_placement(Placement(epoch=2, hosts={0: {LAYER: (0, 1, 2)}, 2: {LAYER: (3, 4, 5)}}))
+    before = worker.dispatcher.start(work, 8, 0)()
+    assert [len(host.received) for host in hosts] == [1, 1, 0], "until the newcomer is connected, those before it"
+    assert (worker.links.epoch, worker.links.degraded) == (0, ())
+    hosts[0].epoch = hosts[2].epoch = 2
     worker.links.connect_due()
-    out = worker.dispatcher.start(work, 8, 0)()
+    after = worker.dispatcher.start(work, 8, 0)()
 
-    torch.testing.assert_close(out, _local(everything, work, 8), rtol=1e-5, atol=1e-6)
-    assert [len(host.received) for host in hosts] == [1, 0, 1]
+    for out in (before, after):
+        torch.testing.assert_close(out, _local(everything, work, 8), rtol=1e-5, atol=1e-6)
+    assert [len(host.received) for host in hosts] == [2, 1, 1]
     assert (worker.links.is_complete, worker.links.num_lost, worker.links.carriers) == (True, 0, ("memory",) * 2)
+    assert (worker.links.epoch, worker.dispatcher.counters.fallbacks) == (2, 0), "nothing was read in a host's place"
 
 
 def test_host_that_fails_every_time_costs_bounded_attempts_and_no_request(
