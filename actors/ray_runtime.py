@@ -38,6 +38,7 @@ class RayRuntime:
         self._started_valkey = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program preempt the engine
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's 30 are short where the disk is slow
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if address is None:
             ray.init(

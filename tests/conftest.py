@@ -11,6 +11,7 @@ from hypothesis import settings
 settings.register_profile("moesaic", deadline=None)  # a busy machine is no defect
 settings.load_profile("moesaic")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; servers under test inherit it
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # as in actors/ray_runtime.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

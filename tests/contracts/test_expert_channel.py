@@ -309,6 +309,7 @@ def test_actor_call_keeps_the_contract() -> None:
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         actor: Any = ray.remote(fake_host.ActorHost).options(max_concurrency=4).remote()
+        ray.get(actor.__ray_ready__.remote(), timeout=120)  # a process starts slowly on a busy machine
         with pytest.raises(HostLost, match="the worker other"):
             ActorCallChannel(actor, worker_id="w", fingerprint="other")
         channel = ActorCallChannel(actor, worker_id="w", fingerprint=fake_host.FINGERPRINT, checked=True)
