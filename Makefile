@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 BENCHMARKS := decode serving memory data_plane activation_statistics policies offload ring placement routing migration
 
-.PHONY: setup serve proto fmt check test test-ray test-all bench
+.PHONY: setup serve proto fmt check test test-ray test-all nightly bench
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -41,6 +41,10 @@ test-ray: setup
 
 test-all: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# What is too long for every push: many starts, in many environments.
+nightly: setup
+	$(BIN)/python -m pytest -m nightly $(ARGS)
 
 bench: $(VENV)/.installed-bench
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick $(ARGS); done

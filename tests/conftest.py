@@ -14,8 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; ser
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # as in actors/ray_runtime.py
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with servers after the quick ones."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests with servers after the quick ones; `nightly` ones only where -m names them, whatever else -m says."""
+    if "nightly" not in config.getoption("markexpr"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
     items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
 
 
