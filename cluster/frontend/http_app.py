@@ -11,6 +11,7 @@ from cluster.frontend.http_middleware import Admission, ApiKey, BodyLimit, Reque
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_routes import OpenAIRoutes
 from cluster.frontend.operator_routes import OperatorRoutes
+from cluster.frontend.root_page import root_page
 from cluster.frontend.scheduler_routes import SchedulerRoutes
 from cluster.frontend.tokenize_routes import TokenizeRoutes
 from cluster.model_info import ModelInfo
@@ -59,6 +60,7 @@ def create_app(
     app.add_api_route("/diagnose", central.diagnose, methods=["GET"])
     app.add_api_route("/drain", central.drain, methods=["POST"])
     app.add_api_route("/version", operator.version, methods=["GET"])
+    app.add_api_route("/", root_page(app, info, tells_model=config.api_key is None), methods=["GET", "HEAD"])
     install_error_responses(app)
     # The last one added sees a request first.
     app.add_middleware(Admission, requests=requests, paths=_GENERATION_PATHS, metrics=metrics)

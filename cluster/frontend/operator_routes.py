@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from importlib import metadata
 from typing import TypeVar
 
 import orjson
@@ -14,6 +13,7 @@ from starlette.responses import Response
 from cluster.errors import ConfigError, InvalidRequest, MoesaicError, Unavailable
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_schema import ExpertCacheBody, parse_body
+from cluster.frontend.root_page import program_version
 from cluster.observability.metrics import FrontendMetrics
 from cluster.observability.scheduler_metrics import scheduler_metrics_text
 from cluster.observability.worker_metrics import worker_metrics_text
@@ -105,11 +105,7 @@ class OperatorRoutes:
 
     async def version(self) -> Response:
         """GET /version"""
-        try:
-            version = metadata.version("moesaic")
-        except metadata.PackageNotFoundError:  # run from a checkout
-            version = "unknown"
-        return _json({"version": version})
+        return _json({"version": program_version()})
 
     async def _scheduler_metrics(self) -> str:
         if self._scheduler is None:
