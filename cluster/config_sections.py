@@ -145,7 +145,9 @@ class FrontendConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
-    api_key: SecretStr | None = Field(default=None, description="clients must send it as a bearer token")
+    api_key: SecretStr | None = Field(
+        default=None, description="clients must send it, as a bearer token or as X-Api-Key"
+    )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
     request_timeout_s: float = Field(default=600.0, gt=0)
     drain_timeout_s: float = Field(default=30.0, ge=0)

@@ -6,7 +6,6 @@ The counterpart of `http_middleware.py`.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 import uuid
@@ -18,6 +17,7 @@ import grpc
 from grpc_status import rpc_status
 
 from cluster.errors import AuthenticationFailed, DeadlineExceeded, Unavailable
+from cluster.frontend.api_keys import has_key, presented_keys, refusal
 from cluster.frontend.grpc_convert import field_path
 from cluster.frontend.grpc_errors import status_of
 from cluster.frontend.open_requests import OpenRequests
@@ -43,10 +43,10 @@ class Call:
 
 
 class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
-    """Lets calls through only with the right bearer token; health stays open, because probes send none."""
+    """Lets calls through only with the right key; health stays open, because probes send none."""
 
     def __init__(self, key: str) -> None:
-        self._expected = f"Bearer {key}".encode()
+        self._key = key
         self._refusal: Handler = grpc.stream_stream_rpc_method_handler(_refuse)  # takes calls of every arity
 
     async def intercept_service(
@@ -56,8 +56,8 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """The handler of the call if its key is right, else one that refuses it."""
         method = str(handler_call_details.method)
-        given = _metadata_value(handler_call_details.invocation_metadata, "authorization")
-        if method.startswith(_HEALTH_PREFIX) or hmac.compare_digest(given.encode(), self._expected):
+        presented = _presented_keys(handler_call_details.invocation_metadata)
+        if method.startswith(_HEALTH_PREFIX) or has_key(presented, self._key):
             return await continuation(handler_call_details)
         return self._refusal
 
@@ -144,9 +144,13 @@ async def _within(timeout_s: float, work: Awaitable[Answer]) -> Answer:
 
 
 async def _refuse(_requests: object, context: Context) -> None:
-    given = _metadata_value(context.invocation_metadata(), "authorization")
-    message = "incorrect API key" if given else "no API key; send metadata 'authorization: Bearer KEY'"
+    presented = _presented_keys(context.invocation_metadata())
+    message = refusal(presented, "metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'")
     await context.abort_with_status(grpc_status_of(AuthenticationFailed(message, code="invalid_api_key")))
+
+
+def _presented_keys(metadata: object) -> tuple[str, ...]:
+    return presented_keys(_metadata_value(metadata, "authorization"), _metadata_value(metadata, "x-api-key"))
 
 
 def _metadata_value(metadata: object, key: str) -> str:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.config_sections import FrontendConfig, GrpcConfig
 from cluster.errors import ConfigError, MoesaicError
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.grpc_calls import ApiKeyInterceptor, Calls
+from cluster.frontend.grpc_health import ListedHealth
 from cluster.frontend.grpc_servicers import ClusterServicer, GenerationServicer
 from cluster.frontend.open_requests import OpenRequests
 from cluster.model_info import ModelInfo
@@ -65,7 +66,7 @@ class GrpcServer:
         self._config = config
         self._host = config.host or frontend.host
         self._requests = OpenRequests(metrics.set_in_flight)
-        self._health = health.aio.HealthServicer()
+        self._health = ListedHealth()
         self._readiness: asyncio.Task[None] | None = None
         key = frontend.api_key
         self._server = grpc.aio.server(
@@ -92,7 +93,7 @@ class GrpcServer:
         Raises:
             ConfigError: the address cannot be listened on, or a TLS file cannot be used; names the field.
         """
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.show("", serving=True)
         await self._set_ready(ready=False)
         self._listen()
         await self._server.start()
@@ -144,9 +145,8 @@ class GrpcServer:
             self._readiness = None
 
     async def _set_ready(self, *, ready: bool) -> None:
-        response = health_pb2.HealthCheckResponse
         for name in SERVICES:
-            await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
+            await self._health.show(name, serving=ready)
 
 
 def _channel_options(config: GrpcConfig) -> Sequence[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import time
 from collections.abc import Iterable
@@ -11,12 +10,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import AuthenticationFailed, BodyTooLarge, Unavailable
+from cluster.frontend.api_keys import has_key, presented_keys, refusal
 from cluster.frontend.http_errors import error_response
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.request_id import choose_request_id
 from cluster.observability.logs import log_event
 from cluster.observability.metrics import FrontendMetrics
 
+_KEY_HEADERS = ("authorization", "x-api-key")
 _PROBES = ("/health", "/ready", "/metrics")
 
 
@@ -72,20 +73,23 @@ class RequestContext:
 
 
 class ApiKey:
-    """Lets guarded paths through only with the right bearer token."""
+    """Lets guarded paths through only with the right key."""
 
     def __init__(self, app: ASGIApp, *, key: str, guarded: Iterable[str]) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key
         self._guarded = tuple(guarded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _is_below(scope["path"], self._guarded):
             return await self._app(scope, receive, send)
-        given = Headers(scope=scope).get("authorization", "").encode("latin-1")
-        if hmac.compare_digest(given, self._expected):
+        headers = Headers(scope=scope)
+        # Starlette reads header bytes as Latin-1; keys are UTF-8.
+        values = [headers.get(name, "").encode("latin-1").decode(errors="replace") for name in _KEY_HEADERS]
+        presented = presented_keys(*values)
+        if has_key(presented, self._key):
             return await self._app(scope, receive, send)
-        message = "incorrect API key" if given else "no API key; send it as 'Authorization: Bearer KEY'"
+        message = refusal(presented, "'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
         error = AuthenticationFailed(message, code="invalid_api_key")
         await error_response(error)(scope, receive, send)
 

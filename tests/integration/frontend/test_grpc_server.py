@@ -357,23 +357,34 @@ def test_key_is_wanted_everywhere_but_for_health(serve, run):
                 missing = await rich_failure(generate(request))
                 wrong = [
                     await failure(generate(request, metadata=guess(key)))
-                    for key in ("Bearer s3cre", "Bearer s3crets", "s3cret", "bearer s3cret", "Bearer")
+                    for key in ("Bearer s3cre", "Bearer s3crets", "s3cret", "basic s3cret", "Bearer")
                 ]
                 health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-                right = await generate(request, metadata=guess("Bearer s3cret"))
+                listed = await health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
+                rights = [
+                    await generate(request, metadata=metadata)
+                    for metadata in (
+                        guess("Bearer s3cret"),
+                        guess("bearer  s3cret"),
+                        guess("BEARER s3cret"),
+                        (("x-api-key", "s3cret"),),
+                        (*guess("Bearer EMPTY"), ("x-api-key", "s3cret")),
+                    )
+                ]
                 status = await failure(
                     cluster_pb2_grpc.ClusterServiceStub(channel).GetStatus(cluster_pb2.GetStatusRequest())
                 )
             with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as raised:
                 await asyncio.to_thread(ProtoReflectionDescriptorDatabase(channel).get_services)
-            return missing, wrong, health, right, status, raised.value
+            return missing, wrong, health, listed, rights, status, raised.value
 
-    missing, wrong, health, right, status, reflection = run(scenario)
+    missing, wrong, health, listed, rights, status, reflection = run(scenario)
     assert missing[1][ErrorInfo].reason == "AUTHENTICATION_FAILED"
     for error in (missing[0], *wrong, status, reflection):
         assert error.code() is grpc.StatusCode.UNAUTHENTICATED
     assert health.status == SERVING
-    assert right.usage.completion_tokens == 1
+    assert set(listed.statuses) == {"", *SERVICES}
+    assert [right.usage.completion_tokens for right in rights] == [1] * 5
 
 
 def test_a_bad_request_id_is_replaced(serve, run):

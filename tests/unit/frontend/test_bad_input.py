@@ -256,14 +256,20 @@ def test_error_messages_are_bounded(refused):
 def test_wrong_key(make_app, call):
     async def scenario():
         app = make_app(api_key="secret")
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"X-Api-Key": "no"}):
             for path in ("/v1/models", "/v1/chat/completions", "/experts", "/status", "/tokenize", "/abort_requests"):
                 response = await call(app, "GET", path, headers=headers)
                 assert response.status_code == 401
                 assert response.json()["error"]["code"] == "invalid_api_key"
                 assert response.json()["error"]["type"] == "authentication_error"
-        headers = {"Authorization": "Bearer secret"}
-        assert (await call(app, "POST", "/v1/chat/completions", json=CHAT, headers=headers)).status_code == 200
+        for headers in (
+            {"Authorization": "Bearer secret"},
+            {"Authorization": "bearer  secret"},
+            {"authorization": "BEARER secret"},
+            {"X-Api-Key": "secret"},
+            {"Authorization": "Bearer EMPTY", "X-Api-Key": "secret"},
+        ):
+            assert (await call(app, "POST", "/v1/chat/completions", json=CHAT, headers=headers)).status_code == 200
         for path in ("/health", "/ready", "/metrics"):
             assert (await call(app, "GET", path)).status_code == 200
 
