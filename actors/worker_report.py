@@ -44,6 +44,8 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         degraded.extend(parts.backend.store.problems)
     if parts and parts.conductor and parts.conductor.problem:
         degraded.append(parts.conductor.problem)
+    if parts:
+        degraded.extend(parts.problems)
     if parts and parts.kernel == "torch":
         degraded.append("compiled kernels are missing: plain torch is used (a C compiler is needed at install time)")
     return WorkerStatus(

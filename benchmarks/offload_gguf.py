@@ -106,7 +106,7 @@ def _renamed(tensors: Any, config: dict[str, Any]) -> Any:
         for theirs, ours in _EXPERTS.items():
             matrices = [tensors.get_tensor(f"{stem}mlp.experts.{e}.{theirs}.weight") for e in range(num_experts)]
             yield f"blk.{layer}.{ours}.weight", torch.stack(matrices)
-    if not config.get("tie_word_embeddings"):
+    if "lm_head.weight" in tensors.keys():  # noqa: SIM118 - not a mapping
         yield "output.weight", tensors.get_tensor("lm_head.weight")
 
 

@@ -49,6 +49,7 @@ class EngineParts:
     """The engine and the parts that status and statistics look at.
 
     backend None: no experts in this process. conductor None: its memory hears no gates.
+    problems: what is odd about the checkpoint, in words.
     """
 
     engine: Engine
@@ -61,6 +62,7 @@ class EngineParts:
     top_k: int
     kernel: str
     dtype: torch.dtype
+    problems: tuple[str, ...] = ()
 
     @property
     def store(self) -> ExpertStore:
@@ -158,6 +160,7 @@ def build_engine(
         loaded.top_k,
         builder.compute.plan.label,
         loaded.dtype,
+        loaded.problems,
     )
 
 

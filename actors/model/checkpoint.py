@@ -6,30 +6,26 @@ with file and tensor for everything that does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from actors.experts.activations import activation_of
 from actors.model.attention_layers import AttentionLayer, outline_attention
+from actors.model.dense_weights import DenseSource, load_dense
 from actors.model.expert_layout import (
-    ConversionRules,
     ExpertLayout,
     ModuleForm,
     conversion_rules,
     derive_layout,
-    is_expert_key,
 )
-from actors.model.quantization import FP8, dequantize_dense, fp8_block_size
+from actors.model.quantization import fp8_block_size
 from actors.model.safetensors_index import TensorRef, read_index
 from actors.model.seams import experts_modules, layer_of
-from actors.model.skeleton import build_skeleton, read_config, set_tensor
+from actors.model.skeleton import build_skeleton, read_config
 from cluster.errors import CheckpointError
 from cluster.model_info import ModelInfo
 
@@ -41,6 +37,7 @@ class LoadedModel:
     """The dense part, ready to run, and where the experts are.
 
     attention: what each layer needs of the KV pages; empty when the dense weights were not loaded.
+    problems: what is odd about the checkpoint though it can be served, in words.
     """
 
     model: PreTrainedModel
@@ -48,6 +45,7 @@ class LoadedModel:
     dtype: torch.dtype
     top_k: int
     attention: tuple[AttentionLayer, ...]
+    problems: tuple[str, ...] = ()
 
 
 def load_model(info: ModelInfo, dtype_name: str, *, dense: bool = True) -> LoadedModel:
@@ -83,11 +81,13 @@ def load_model(info: ModelInfo, dtype_name: str, *, dense: bool = True) -> Loade
         module_form=_module_form(info, first, fp8_block),
     )
     attention: tuple[AttentionLayer, ...] = ()
+    problems: tuple[str, ...] = ()
     if dense:
-        _load_dense(model, index, rules, list(experts), fp8_block)
+        source = DenseSource(index=index, rules=rules, experts=tuple(experts), fp8_block=fp8_block)
+        problems = load_dense(model, source, layout)
         model.eval()
         attention = outline_attention(model, top_k=top_k)
-    return LoadedModel(model=model, layout=layout, dtype=dtype, top_k=top_k, attention=attention)
+    return LoadedModel(model=model, layout=layout, dtype=dtype, top_k=top_k, attention=attention, problems=problems)
 
 
 def _refuse_files(info: ModelInfo) -> None:
@@ -122,61 +122,6 @@ def _compute_dtype(name: str, index: dict[str, TensorRef]) -> torch.dtype:
             continue
         counts[ref.dtype] = counts.get(ref.dtype, 0) + ref.num_bytes
     return torch.bfloat16 if max(counts, key=lambda kind: counts[kind]) == "BF16" else torch.float32
-
-
-def _load_dense(
-    model: PreTrainedModel,
-    index: dict[str, TensorRef],
-    rules: ConversionRules,
-    experts: list[str],
-    fp8_block: tuple[int, int] | None,
-) -> None:
-    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not is_expert_key(n, experts)}
-    persistent = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-    wanted = parameters | persistent
-    missing = set(wanted)
-    for name, ref, value in _read_dense(index, rules, experts, set(wanted)):
-        target = wanted[name]
-        if tuple(target.shape) != ref.shape:
-            raise CheckpointError(
-                f"{ref.file}: tensor {ref.name} has shape {ref.shape}, expected {tuple(target.shape)}"
-            )
-        if ref.dtype == FP8:
-            value = dequantize_dense(ref, value, index, fp8_block)
-        set_tensor(model, name, value.to(target.dtype), is_buffer=name in persistent)
-        missing.discard(name)
-    model.tie_weights()
-    missing -= set(model.all_tied_weights_keys)
-    if missing:
-        first = sorted(missing)[0]
-        where = next(iter(index.values())).file.parent if index else "checkpoint"
-        raise CheckpointError(f"{where}: tensor {first} is missing ({len(missing)} missing in all)")
-
-
-def _read_dense(
-    index: dict[str, TensorRef], rules: ConversionRules, experts: list[str], wanted: set[str]
-) -> Iterator[tuple[str, TensorRef, Tensor]]:
-    """Values one by one; keys of experts and of parts the model does not have are skipped."""
-    by_file: dict[Any, list[tuple[str, TensorRef]]] = {}
-    for key, ref in index.items():
-        name = rules.rename(key)
-        if name in wanted and not is_expert_key(name, experts):
-            by_file.setdefault(ref.file, []).append((name, ref))
-    for file, entries in by_file.items():
-        with _open(file) as tensors:
-            for name, ref in entries:
-                if ref.dtype not in _STORED and ref.dtype != FP8:
-                    raise CheckpointError(
-                        f"{file}: tensor {ref.name} is stored as {ref.dtype}; one of F32, BF16, F16, {FP8} is read"
-                    )
-                yield name, ref, tensors.get_tensor(ref.name).clone()
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: not a safetensors file ({error})") from error
 
 
 def _top_k(text_config: Any) -> int:

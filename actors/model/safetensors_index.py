@@ -50,6 +50,8 @@ def read_index(directory: Path) -> dict[str, TensorRef]:
         CheckpointError: no safetensors, a shard missing or truncated, a broken header; names the file.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():  # where both are, transformers reads this one
+        return _read_header(single)
     if index.is_file():
         try:
             entries: dict[str, object] = json.loads(index.read_text())["weight_map"]
@@ -68,8 +70,6 @@ def read_index(directory: Path) -> dict[str, TensorRef]:
             if name not in tensors:
                 raise CheckpointError(f"{directory / shard}: tensor {name} is in {index.name} but not in the shard")
         return tensors
-    if single.is_file():
-        return _read_header(single)
     for kind, label in _UNSUPPORTED.items():
         if any(directory.glob(f"*.{kind}")):
             raise CheckpointError(f"{directory}: {label} checkpoints are not supported; convert to safetensors")

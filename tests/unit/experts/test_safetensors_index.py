@@ -55,6 +55,13 @@ def test_slices_lie_inside_their_tensor(tmp_path: Path) -> None:
     assert struct.unpack("<8f", raw[rows.offset : rows.offset + rows.num_bytes]) == tuple(range(16, 24))
 
 
+def test_of_one_file_and_an_index_the_file_is_read_as_transformers_does(tmp_path: Path) -> None:
+    _write_sharded(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", TENSORS)
+
+    assert {ref.file.name for ref in read_index(tmp_path).values()} == {"model.safetensors"}
+
+
 def test_shards_are_read_as_one(tmp_path: Path) -> None:
     _write_sharded(tmp_path)
 
