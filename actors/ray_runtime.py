@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -32,12 +33,14 @@ _SPARE_TIMEOUT_S = 30.0  # our own deadline must come before Serve's
 class RayRuntime:
     """A Ray cluster, joined or started; ends only what it started."""
 
-    def __init__(self, *, address: str | None, namespace: str) -> None:
+    def __init__(self, *, address: str | None, namespace: str, environment: Mapping[str, str]) -> None:
+        """Args: environment: of every process of a Ray that is started here; a joined one has its own."""
         self._namespace = namespace
         self._started_ray = address is None
         self._started_valkey = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program preempt the engine
+        os.environ.update(environment)
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's 30 are short where the disk is slow
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if address is None:

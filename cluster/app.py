@@ -94,12 +94,13 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
         The process's exit code.
     """
     from actors.ray_runtime import RayRuntime
+    from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT
 
     stop = threading.Event()
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
     address, frontend = config.ray.address, config.frontend
     on_progress(f"joining Ray at {address}" if address else "starting a local Ray")
-    runtime = RayRuntime(address=address, namespace=config.ray.namespace)
+    runtime = RayRuntime(address=address, namespace=config.ray.namespace, environment=PROXY_ENVIRONMENT)
     signal.signal(signal.SIGTERM, _setter(stop))  # `ray.init` has put a handler there that exits at once
     try:
         if _embeds_valkey(config):

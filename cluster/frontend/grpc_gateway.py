@@ -15,6 +15,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster.config import from_tree
 from cluster.errors import MoesaicError
+from cluster.frontend.late_workers import LateWorkers
 from cluster.model_info import ModelInfo, load_model_info
 from cluster.observability.logs import configure_logging, log_event
 from cluster.observability.metrics import FrontendMetrics
@@ -81,17 +82,20 @@ class GrpcGateway:
             await self._server.stop(_STOP_TIMEOUT_S)
 
     async def _start(self) -> None:
-        """Listen as soon as there are workers to ask; try again where it fails."""
+        """Listen, refusing until there are workers to ask; try again where it fails."""
         while self._server is None:
             try:
                 loaded = await asyncio.to_thread(self._load)
-                server = self._make_server(await self._find_workers(), *loaded)
+                workers = LateWorkers()
+                server = self._make_server(workers, *loaded)
                 try:
                     await server.start()
                 except MoesaicError:
                     await server.stop(0)
                     raise
                 self._server, self._error = server, None
+                self._settled.set()
+                workers.found(await self._find_workers())
             except Exception as error:  # noqa: BLE001 - a top loop: shown to whoever asks for the address
                 ours = isinstance(error, MoesaicError)
                 self._error = error if ours else MoesaicError(f"the gRPC gateway could not start: {error!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import orjson
 from fastapi import FastAPI
@@ -24,6 +25,11 @@ def error_response(error: BaseException) -> Response:
     return Response(orjson.dumps(error_json(error)), codes_of(error).http, headers, "application/json")
 
 
+def unknown_route_response(method: str, path: str) -> Response:
+    """There is nothing at this path."""
+    return _invalid_request(f"unknown route: {method} {path[:200]}", 404)
+
+
 def install_error_responses(app: FastAPI) -> None:
     """Answer our errors and Starlette's own (unknown route, wrong method) with the envelope."""
     app.add_exception_handler(MoesaicError, _answer_ours)
@@ -39,5 +45,9 @@ async def _answer_starlette(request: Request, error: Exception) -> Response:
         return error_response(error)
     route = f"{request.method} {request.url.path[:200]}"
     message = {404: f"unknown route: {route}", 405: f"method not allowed: {route}"}.get(error.status_code, error.detail)
+    return _invalid_request(message, error.status_code, error.headers)
+
+
+def _invalid_request(message: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
-    return Response(orjson.dumps(body), error.status_code, error.headers, "application/json")
+    return Response(orjson.dumps(body), status, headers, "application/json")

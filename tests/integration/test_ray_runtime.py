@@ -19,13 +19,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_a_ray_of_our_own_never_joins_one_found_on_the_machine(started: list[dict[str, Any]]) -> None:
-    RayRuntime(address=None, namespace="n")
+    RayRuntime(address=None, namespace="n", environment={})
 
     assert started[0]["address"] == "local"
 
 
 def test_a_named_cluster_is_joined_without_options_of_its_own_start(started: list[dict[str, Any]]) -> None:
-    RayRuntime(address="10.0.0.1:6379", namespace="n")
+    RayRuntime(address="10.0.0.1:6379", namespace="n", environment={})
 
     assert started[0]["address"] == "10.0.0.1:6379"
     assert "object_store_memory" not in started[0]

@@ -13,8 +13,10 @@ import grpc
 import httpx
 import pytest
 import yaml
+from answer_watch import AnswerWatch
 from live_server import LiveServer, clean_environment, end_all, free_port, make_root, poll
 
+from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT
 from cluster.rpc import generation_pb2 as pb
 from cluster.rpc.generation_pb2_grpc import GenerationServiceStub
 
@@ -36,7 +38,11 @@ def deployed(tmp_path: Path) -> Iterator[LiveServer]:
     config.write_text(yaml.safe_dump(tree))
     root = make_root()
     environment = clean_environment(
-        RAY_TMPDIR=str(root), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0"
+        RAY_TMPDIR=str(root),
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_USAGE_STATS_ENABLED="0",
+        **PROXY_ENVIRONMENT,
     )
     # Every port that has a default, so that this Ray can live beside another.
     options = {
@@ -63,7 +69,10 @@ def deployed(tmp_path: Path) -> Iterator[LiveServer]:
             return run.returncode == 0
 
         poll(is_deployed, deadline_s=120, what=lambda: f"serve deploy; its log:\n{live.log}", every_s=1)
-        live.wait_ready()
+        answers = AnswerWatch(live.port)
+        with answers:
+            live.wait_ready()
+        answers.assert_all_ours()
         yield live
     finally:
         end_all(root)
