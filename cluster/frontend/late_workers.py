@@ -1,4 +1,4 @@
-"""Stands in for attention workers until they are found, so that a server can listen before there are any, and say so."""
+"""Stands in for attention workers until they are found: a server can listen before there are any, and say so."""
 
 from __future__ import annotations
 
