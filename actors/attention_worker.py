@@ -90,9 +90,11 @@ class AttentionWorker:
         store: StateStore,
         locate_host: Locate | None = None,
         shelves: Shelves | None = None,
+        *,
+        num_nodes: int = 1,
     ) -> None:
         """Args: locate_host: where expert host i is now; None: all experts are computed here. shelves: other nodes'
-        memory, if experts are kept there."""
+        memory, if experts are kept there. num_nodes: that workers and hosts spread over."""
         self.worker_id = uuid.uuid4().hex[:8]
         self.info = info
         self.phase = StartupPhase.STARTING
@@ -108,7 +110,7 @@ class AttentionWorker:
         self.learned = LearnedStateLoop(store, info.fingerprint, self.worker_id, None if path is None else Path(path))
         self._config = config
         self._hosts = None if locate_host is None else HostAccess(worker_id=self.worker_id, locate=locate_host)
-        self._shelves = shelves
+        self._shelves, self._num_nodes = shelves, num_nodes
         self.max_open = config.attention.max_running + config.attention.max_queue
         experts = config.experts
         self._meter = ProgressMeter(
@@ -223,6 +225,7 @@ class AttentionWorker:
                 threads=threads,
                 hosts=self._hosts,
                 shelves=self._shelves,
+                num_nodes=self._num_nodes,
                 on_phase=self._set_phase,
             )
             if parts.conductor is not None:
@@ -246,6 +249,7 @@ class AttentionWorker:
         self.statistics.stop()
         self.learned.stop()
         parts.dispatcher.close()
+        parts.lease.close()
         self._fail_all(Unavailable("the worker is stopping; try again"))
 
     def _set_phase(self, phase: StartupPhase) -> None:

@@ -18,7 +18,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from actors.autoscaling import DemandMeter, worker_autoscaling, worker_load
-from actors.expert_host_actor import locate_host
+from actors.expert_host_actor import locate_host, num_nodes
 from actors.expert_shelf import RayShelves
 from actors.report_loop import ReportLoop
 from actors.request_router import ExpertRequestRouter
@@ -55,7 +55,7 @@ class AttentionWorkerReplica:
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
         locate = partial(locate_host, config.ray.namespace) if config.experts.hosts else None
         shelves = None if is_zero(config.experts.remote_tier) else RayShelves(config.ray.namespace)
-        self._worker = AttentionWorker(config, info, open_store(redis_url), locate, shelves)
+        self._worker = AttentionWorker(config, info, open_store(redis_url), locate, shelves, num_nodes=num_nodes())
         here = ray.get_runtime_context()
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         link = SchedulerLink(config.ray.namespace)
@@ -161,4 +161,4 @@ def ingress_application(
 
 def _num_front_ends() -> int:
     """One for each node that there is now; not more, or Serve would wait for nodes."""
-    return max(1, min(sum(node["Alive"] for node in ray.nodes()), _MAX_FRONT_ENDS))
+    return min(num_nodes(), _MAX_FRONT_ENDS)

@@ -34,6 +34,7 @@ from actors.host.batching_pool import BatchingPool, DispatchTask
 from actors.host.device_owner import DeviceOwner
 from actors.host.handler import HostHandler
 from actors.host.owned_experts import OwnedExperts
+from actors.node_memory.leases import MemoryLease
 from cluster.config import MoesaicConfig, host_threads
 from cluster.errors import MoesaicError, Unavailable
 from cluster.model_info import ModelInfo
@@ -51,9 +52,17 @@ class ExpertHost:
     """One host. `start` returns at once; the phase tells when it is ready."""
 
     def __init__(
-        self, config: MoesaicConfig, info: ModelInfo, host_index: int, *, node_id: str = "", peers: Peers | None = None
+        self,
+        config: MoesaicConfig,
+        info: ModelInfo,
+        host_index: int,
+        *,
+        node_id: str = "",
+        peers: Peers | None = None,
+        num_nodes: int = 1,
     ) -> None:
-        """Args: node_id: Ray's name of where it runs. peers: the other hosts, to get experts from."""
+        """Args: node_id: Ray's name of where it runs. peers: the other hosts, to get experts from. num_nodes: that
+        workers and hosts spread over."""
         self.host_id = f"host-{host_index}-{secrets.token_hex(3)}"  # a new one at every start: an incarnation
         self.phase = StartupPhase.STARTING
         self.error: MoesaicError | None = None
@@ -62,7 +71,8 @@ class ExpertHost:
         self._config = config
         self._info = info
         self._index = host_index
-        self._node_id, self._peers = node_id, peers
+        self._node_id, self._peers, self._num_nodes = node_id, peers, num_nodes
+        self._lease: MemoryLease | None = None
         self._costs = BatchCost()
         self._experts: OwnedExperts | None = None
         self._form = ""  # of the bytes of its experts, once they are known
@@ -96,6 +106,8 @@ class ExpertHost:
             self._experts.close()
         if self.backend is not None:
             self.backend.store.close()
+        if self._lease is not None:
+            self._lease.close()
 
     @property
     def owned(self) -> Mapping[int, tuple[int, ...]]:
@@ -241,7 +253,9 @@ class ExpertHost:
         self.phase = StartupPhase.LOADING
         try:
             threads = host_threads(self._config, os.cpu_count() or 2)
-            built = build_host_backend(self._config, self._info, self._index, threads=threads, peers=self._peers)
+            built = build_host_backend(
+                self._config, self._info, self._index, threads=threads, peers=self._peers, num_nodes=self._num_nodes
+            )
         except MoesaicError as error:
             self.error, self.phase = error, StartupPhase.FAILED
             return
@@ -250,9 +264,11 @@ class ExpertHost:
             self.error, self.phase = MoesaicError(f"loading {self._info.path} failed: {error}"), StartupPhase.FAILED
             return
         self.backend = backend = built.backend
+        self._lease = built.lease
         self._form = form_digest(backend.store.form)
         if self._stopped:
             backend.store.close()
+            built.lease.close()
             return
         self._experts = OwnedExperts(
             self.host_id, backend.store, built.owned, peers=built.peers, on_epochs=self._pool.set_epochs

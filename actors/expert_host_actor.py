@@ -49,7 +49,7 @@ class ExpertHostActor:
         info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
         self._fingerprint = info.fingerprint
         namespace, node_id = config.ray.namespace, ray.get_runtime_context().get_node_id()
-        self._host = ExpertHost(config, info, index, node_id=node_id, peers=RayPeers(namespace))
+        self._host = ExpertHost(config, info, index, node_id=node_id, peers=RayPeers(namespace), num_nodes=num_nodes())
         self._host.start(ray.util.get_node_ip_address())
         link = SchedulerLink(namespace)
         self._reports = ReportLoop(
@@ -170,6 +170,11 @@ def locate_host(namespace: str, index: int) -> HostEndpoint:
         raise error.cause if isinstance(error.cause, MoesaicError) else Unavailable(str(error)) from error
     except (ValueError, RayError) as error:
         raise Unavailable(f"expert host {index} is not there: {type(error).__name__}") from error
+
+
+def num_nodes() -> int:
+    """Nodes that Ray has now; at least one."""
+    return max(1, sum(node["Alive"] for node in ray.nodes()))
 
 
 class ExpertHostsClient:

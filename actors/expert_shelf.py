@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.experts.memory.remote import RemoteReadError, ShelfFacts, form_digest
+from actors.node_memory.leases import MemoryLease
 from cluster.config import MoesaicConfig, from_tree
 from cluster.errors import MoesaicError
 from cluster.model_info import load_model_info
@@ -55,6 +56,8 @@ class ExpertShelfActor:
         self._held: list[tuple[int, ray.ObjectRef]] = []  # grows only
         self._form: str | None = None
         self._problem: str | None = None
+        self._lease = MemoryLease(f"shelf {self._shelf_id}", is_shared=True)  # as long as this process lives
+        self._lease.settle()
         self._thread = threading.Thread(target=self._fill, name="fill", daemon=True)
         self._thread.start()
 
@@ -112,6 +115,7 @@ class ExpertShelfActor:
             counts=self._counts(),
         )
         self._form = form_digest(form)
+        self._lease.book("experts.remote_tier", len(experts) * form.slot_bytes)
         arena = RamArena(1, form.slot_bytes)
         files = {part.file for expert in layout.experts.values() for part in expert.parts}
         reader = ExpertReader(files, direct_io=self._config.experts.direct_io == "auto")

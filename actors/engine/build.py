@@ -5,7 +5,8 @@ The composition root of one attention worker's process, and of the experts of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
 from actors.model.expert_layout import ExpertLayout
 from actors.model.fast_modules import speed_up
+from actors.node_memory.leases import MemoryLease
 from cluster.config import MoesaicConfig
 from cluster.errors import ConfigError
 from cluster.model_info import ModelInfo
@@ -62,6 +64,7 @@ class EngineParts:
     top_k: int
     kernel: str
     dtype: torch.dtype
+    lease: MemoryLease
     problems: tuple[str, ...] = ()
 
     @property
@@ -86,24 +89,45 @@ def build_engine(
     threads: int,
     hosts: HostAccess | None = None,
     shelves: Shelves | None = None,
+    num_nodes: int = 1,
     on_phase: Callable[[StartupPhase], None] = lambda _: None,
 ) -> EngineParts:
     """Load the model and make it ready to step.
 
     Args:
         shelves: where other nodes keep experts, if they do.
+        num_nodes: that the workers and hosts spread over.
 
     Raises:
         ConfigError: a budget too small; names the field and the minimum.
         CheckpointError: the checkpoint is damaged or unsupported.
         Unavailable: an expert host cannot be reached.
     """
+    lease = open_lease(config, info, num_nodes)
+    with closed_on_error(lease):
+        parts = _build(config, info, lease, threads=threads, hosts=hosts, shelves=shelves, on_phase=on_phase)
+        lease.settle()
+        return parts
+
+
+def _build(
+    config: MoesaicConfig,
+    info: ModelInfo,
+    lease: MemoryLease,
+    *,
+    threads: int,
+    hosts: HostAccess | None,
+    shelves: Shelves | None,
+    on_phase: Callable[[StartupPhase], None],
+) -> EngineParts:
     torch.set_num_threads(threads)
     on_phase(StartupPhase.LOADING)
     loaded = load_model(info, config.model.dtype)
     native = load_native(threads=threads)
+    lease.note_loaded()
     num_blocks = _num_blocks(config, info, loaded)
-    builder = BackendBuilder(config.experts, loaded, native)
+    lease.book("attention.kv_cache", num_blocks * _block_bytes(config, loaded))
+    builder = BackendBuilder(config.experts, loaded, native, lease)
     on_phase(StartupPhase.CALIBRATING)
     builder.calibrate()
     check = AttentionCheck.prepare(loaded)
@@ -115,7 +139,7 @@ def build_engine(
     links: HostLinks | None = None
     conductor: Conductor | None = None
     if hosts is None or not config.experts.hosts:
-        budget = builder.budget(config.experts.cache, kv_bytes=parse_size(config.attention.kv_cache))
+        budget = builder.budget("experts.cache", config.experts.cache)
         timeout_s, sources = config.experts.load_timeout_s, ()
         if shelves is not None:
             sources = (remote_source(shelves, fingerprint=info.fingerprint, load_timeout_s=timeout_s),)
@@ -160,6 +184,7 @@ def build_engine(
         loaded.top_k,
         builder.compute.plan.label,
         loaded.dtype,
+        lease,
         loaded.problems,
     )
 
@@ -171,32 +196,51 @@ class HostBackend:
     backend: ExpertBackend
     owned: dict[int, tuple[int, ...]]
     peers: PeerLink | None
+    lease: MemoryLease
 
 
 def build_host_backend(
-    config: MoesaicConfig, info: ModelInfo, host_index: int, *, threads: int, peers: Peers | None = None
+    config: MoesaicConfig,
+    info: ModelInfo,
+    host_index: int,
+    *,
+    threads: int,
+    peers: Peers | None = None,
+    num_nodes: int = 1,
 ) -> HostBackend:
-    """The experts of host `host_index`; one beyond those configured owns nothing at first. Raises as build_engine."""
+    """The experts of host `host_index`; one beyond those configured owns nothing at first. Args and errors as
+    build_engine."""
+    lease = open_lease(config, info, num_nodes)
+    with closed_on_error(lease):
+        built = _build_host(config, info, lease, host_index, threads=threads, peers=peers)
+        lease.settle()
+        return built
+
+
+def _build_host(
+    config: MoesaicConfig, info: ModelInfo, lease: MemoryLease, host_index: int, *, threads: int, peers: Peers | None
+) -> HostBackend:
     torch.set_num_threads(threads)
     loaded = load_model(info, config.model.dtype, dense=False)
-    builder = BackendBuilder(config.experts, loaded, load_native(threads=threads))
+    lease.note_loaded()
+    builder = BackendBuilder(config.experts, loaded, load_native(threads=threads), lease)
     builder.calibrate()
     layout, num_hosts = loaded.layout, config.experts.hosts
     shares = even_placement(layout.layers, layout.num_experts, num_hosts)
     owned = shares[host_index] if host_index < num_hosts else dict.fromkeys(layout.layers, ())
     largest = max(sum(len(experts) for experts in share.values()) for share in shares) / len(layout.experts)
-    budget = builder.budget(config.experts.host_cache, kv_bytes=0, share=min(1.0, largest * (1 + _SPARE)))
+    budget = builder.budget("experts.host_cache", config.experts.host_cache, share=min(1.0, largest * (1 + _SPARE)))
     links: list[PeerLink] = []
     sources = () if peers is None else (peer_source(peers, links.append),)
     backend = builder.build(budget, sources=sources)
-    return HostBackend(backend, owned, links[0] if links else None)
+    return HostBackend(backend, owned, links[0] if links else None, lease)
 
 
 def _local_backend(config: MoesaicConfig, builder: BackendBuilder) -> ExpertBackend | None:
     """Experts in a worker's own memory beside hosts: none unless they are asked for."""
     if config.experts.cache == AUTO:
         return None
-    budget = builder.budget(config.experts.cache, kv_bytes=parse_size(config.attention.kv_cache))
+    budget = builder.budget("experts.cache", config.experts.cache)
     return builder.build(budget) if budget else None
 
 
@@ -218,9 +262,29 @@ def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, 
     return links
 
 
-def _num_blocks(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel) -> int:
+def open_lease(config: MoesaicConfig, info: ModelInfo, num_nodes: int) -> MemoryLease:
+    """This process's lease of the node's memory. Args: num_nodes: that the model's processes spread over."""
+    family = f"{config.ray.namespace} {info.fingerprint}"
+    return MemoryLease(family, expected=-(-(config.attention.workers + config.experts.hosts) // num_nodes))
+
+
+@contextlib.contextmanager
+def closed_on_error(lease: MemoryLease) -> Iterator[None]:
+    """Nothing stays promised by a process that could not start."""
+    try:
+        yield
+    except BaseException:
+        lease.close()
+        raise
+
+
+def _block_bytes(config: MoesaicConfig, loaded: LoadedModel) -> int:
     token_bytes = sum(layer.values_per_token for layer in loaded.attention) * loaded.dtype.itemsize
-    block_bytes = token_bytes * config.attention.block_size
+    return token_bytes * config.attention.block_size
+
+
+def _num_blocks(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel) -> int:
+    block_bytes = _block_bytes(config, loaded)
     num_blocks = parse_size(config.attention.kv_cache) // block_bytes
     needed = -(-info.max_model_len // config.attention.block_size) + 1  # block 0 is for padding
     if num_blocks < needed:

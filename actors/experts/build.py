@@ -23,9 +23,10 @@ from actors.experts.predict.meter import CostMeter
 from actors.experts.reader import ExpertReader
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
+from actors.node_memory.leases import MemoryLease
 from cluster.config_sections import ExpertsConfig
 from cluster.scheduler.request_mix import RequestMix
-from cluster.sizes import AUTO, parse_cache_size
+from cluster.sizes import parse_cache_size
 
 FormedLink = Callable[[SlotForm, RamArena], Link]
 _FIRST_GUESS_S = 1e-3  # of a load's and a layer's time, until they are measured
@@ -34,7 +35,10 @@ _FIRST_GUESS_S = 1e-3  # of a load's and a layer's time, until they are measured
 class BackendBuilder:
     """Makes backends of one model: a process's own, and the small one that stands in for a lost host."""
 
-    def __init__(self, config: ExpertsConfig, loaded: LoadedModel, native: NativeKernels | None) -> None:
+    def __init__(
+        self, config: ExpertsConfig, loaded: LoadedModel, native: NativeKernels | None, lease: MemoryLease
+    ) -> None:
+        """Args: lease: of this process, for what its memories will fill."""
         self._config = config
         self._loaded = loaded
         stored = TORCH_DTYPES[loaded.layout.stored_dtype]
@@ -42,17 +46,19 @@ class BackendBuilder:
         self._held = stored if stored.itemsize <= loaded.dtype.itemsize else loaded.dtype
         self.compute = ExpertCompute(native, loaded.layout.form.held_as(self._held), compute_dtype=loaded.dtype)
         self.total_bytes = held_expert_bytes(loaded.layout, self._held)
+        self._lease = lease
+        expert_budget(config.host_tier, total_bytes=self.total_bytes, lease=lease, field="experts.host_tier")
 
     def calibrate(self) -> None:
         """Choose kernels for this machine."""
         layout = self._loaded.layout
         self.compute.calibrate(layout.hidden, layout.intermediate)
 
-    def budget(self, setting: str, *, kv_bytes: int, share: float = 1.0) -> int:
-        """Bytes that `setting` means. Args: share: part of the model's experts that `auto` need not exceed."""
-        if setting == AUTO:
-            return expert_budget(AUTO, total_bytes=-int(-self.total_bytes * share // 1), kv_bytes=kv_bytes)
-        return expert_budget(setting, total_bytes=self.total_bytes, kv_bytes=kv_bytes)
+    def budget(self, field: str, setting: str, *, share: float = 1.0) -> int:
+        """Bytes that a setting means. Args: field: its name. share: part of the model's experts that `auto` need not
+        exceed."""
+        most = -int(-self.total_bytes * share // 1)
+        return expert_budget(setting, total_bytes=self.total_bytes, lease=self._lease, field=field, most=most)
 
     def build(
         self, budget_bytes: int, *, has_host_tier: bool = True, sources: tuple[FormedLink, ...] = ()

@@ -6,28 +6,40 @@ from pathlib import Path
 
 import pytest
 
-from actors.experts import budget
+from actors.experts.budget import expert_budget
+from actors.node_memory.leases import MemoryLease
+from actors.node_memory.limits import free_memory_bytes
+from cluster.memory_share import MemoryLevel
+
+FIELD = "experts.cache"
+GB, MIB = 10**9, 2**20  # this process fills a little while it asks
 
 
-def test_sizes_and_percentages_are_taken_as_given() -> None:
-    assert budget.expert_budget("25%", total_bytes=1000, kv_bytes=0) == 250
-    assert budget.expert_budget("2KiB", total_bytes=1000, kv_bytes=0) == 2048
+@pytest.fixture
+def lease(tmp_path: Path) -> MemoryLease:
+    return MemoryLease("model", directory=tmp_path, levels=lambda: (MemoryLevel("", 10 * GB),))
 
 
-def test_auto_is_all_experts_when_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "free_memory_bytes", lambda: 10_000)
+def test_sizes_and_percentages_are_taken_as_given(lease: MemoryLease) -> None:
+    assert expert_budget("25%", total_bytes=1000, lease=lease, field=FIELD) == 250
+    assert expert_budget("2KiB", total_bytes=1000, lease=lease, field=FIELD) == 2048
 
-    assert budget.expert_budget("auto", total_bytes=1000, kv_bytes=2000) == 1000
+
+def test_auto_is_all_experts_when_they_fit(lease: MemoryLease) -> None:
+    lease.book("attention.kv_cache", 2 * GB)
+
+    assert expert_budget("auto", total_bytes=1000, lease=lease, field=FIELD) == 1000
+    assert expert_budget("auto", total_bytes=1000, lease=lease, field=FIELD, most=600) == 600
 
 
-def test_auto_leaves_room_for_the_kv_cache_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "free_memory_bytes", lambda: 10_000)
+@pytest.mark.parametrize(("kv_bytes", "budget"), [(2 * GB, 5.6 * GB), (20 * GB, 0)])
+def test_auto_leaves_room_for_the_kv_cache_and_others(lease: MemoryLease, kv_bytes: int, budget: float) -> None:
+    lease.book("attention.kv_cache", kv_bytes)
 
-    assert budget.expert_budget("auto", total_bytes=100_000, kv_bytes=2000) == 5600
-    assert budget.expert_budget("auto", total_bytes=100_000, kv_bytes=20_000) == 0
+    assert expert_budget("auto", total_bytes=100 * GB, lease=lease, field=FIELD) == pytest.approx(budget, abs=MIB)
 
 
 def test_free_memory_is_no_more_than_the_machine_has() -> None:
     total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal"))
 
-    assert 0 < budget.free_memory_bytes() <= int(total.split()[1]) * 1024
+    assert 0 < free_memory_bytes() <= int(total.split()[1]) * 1024
