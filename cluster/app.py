@@ -15,9 +15,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
+from cluster.config_check import check_possible
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.model_info import load_model_info
 from cluster.sizes import is_zero
+from cluster.stats.redis_connection import check_redis
 from cluster.types import StartupPhase
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
     Args:
         args: a configuration, its plain tree (Serve's `args:`), or nothing for defaults and environment.
     Raises:
-        ConfigError: an unknown key or a value out of range; names the field.
+        ConfigError: unknown keys, values out of range, or what cannot work together; names the fields.
     """
     from actors.deployments import ingress_application, worker_application
     from actors.expert_host_actor import start_expert_hosts
@@ -49,6 +51,9 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
     from cluster.frontend.http_ingress import HttpIngress
 
     config = args if isinstance(args, MoesaicConfig) else _merged(args or {})
+    check_possible(config)
+    if config.redis.url is not None:
+        check_redis(config.redis.url, connect=False)
     tree = to_tree(config)
     max_open = config.attention.max_running + config.attention.max_queue
     fingerprint = load_model_info(config.model.path).fingerprint

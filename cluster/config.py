@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from cluster.config_problems import describe_problems, unknown_in_environment, unknown_section
 from cluster.config_sections import (
     AttentionConfig,
     ExpertsConfig,
@@ -68,24 +70,39 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
     """Merge a YAML file, the environment and `overrides` (command-line flags, which win).
 
     Raises:
-        ConfigError: unreadable file, unknown key or value out of range; names the field.
+        ConfigError: unreadable file, unknown keys or values out of range; names all such fields.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
+    tree = {} if path is None else _read_tree(path)
+    prefix, delimiter = str(MoesaicConfig.model_config.get("env_prefix")), "__"
+    problems = unknown_in_environment(os.environ, prefix, delimiter, _SECTIONS)
+    config: MoesaicConfig | None = None
+    try:
+        config = MoesaicConfig(**tree)
+    except ValidationError as error:
+        problems += describe_problems(error, _SECTIONS)
+    if overrides:
+        merged = to_tree(config or MoesaicConfig.model_construct())
+        for section, fields in overrides.items():
+            merged.setdefault(section, {}).update(fields)
         try:
-            loaded = cast(object, yaml.safe_load(path.read_text()))
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"config file {path}: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"config file {path}: the top level must be a mapping of sections")
-        tree = cast("dict[str, Any]", loaded or {})
-    config = _validated(tree)
-    if not overrides:
-        return config
-    merged = to_tree(config)
-    for section, fields in overrides.items():
-        merged.setdefault(section, {}).update(fields)
-    return from_tree(merged)
+            config = from_tree(merged)
+        except ConfigError as error:
+            problems += error.problems
+    if config is None or problems:
+        raise ConfigError.of(list(dict.fromkeys(problems)))
+    return config
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    """The file's sections; one without anything in it is left out."""
+    try:
+        loaded = cast(object, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config file {path}: {error}") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise ConfigError(f"config file {path}: the top level must be a mapping of sections")
+    sections = cast("dict[object, Any]", loaded or {})
+    return {str(name): fields for name, fields in sections.items() if fields is not None or name not in _SECTIONS}
 
 
 def to_tree(config: MoesaicConfig) -> dict[str, Any]:
@@ -98,29 +115,18 @@ def to_tree(config: MoesaicConfig) -> dict[str, Any]:
 
 def from_tree(tree: dict[str, Any]) -> MoesaicConfig:
     """Inverse of `to_tree`; the environment does not override it a second time."""
-    unknown = sorted(set(tree) - set(_SECTIONS))
-    if unknown:
-        raise ConfigError(f"config: unknown section {unknown[0]!r}; sections are {', '.join(_SECTIONS)}")
+    problems = [unknown_section(name, _SECTIONS) for name in sorted(set(tree) - set(_SECTIONS))]
     sections: dict[str, Section] = {}
-    for name, value in tree.items():
+    for name, model in _SECTIONS.items():
+        if name not in tree:
+            continue
         try:
-            sections[name] = _SECTIONS[name].model_validate(value)
+            sections[name] = model.model_validate(tree[name])
         except ValidationError as error:
-            raise ConfigError(_explain(error, section=name)) from error
+            problems += describe_problems(error, _SECTIONS, name)
+    if problems:
+        raise ConfigError.of(problems)
     return MoesaicConfig.model_construct(None, **sections)
-
-
-def _validated(tree: dict[str, Any]) -> MoesaicConfig:
-    try:
-        return MoesaicConfig(**tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
-
-
-def _explain(error: ValidationError, section: str | None = None) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in (section, *first["loc"]) if part is not None)
-    return f"config field {field}: {first['msg']} (got {first.get('input')!r:.80})"
 
 
 _SECTIONS: dict[str, type[Section]] = {

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
-from cluster.sizes import AUTO, parse_cache_size, parse_size
+from cluster.sizes import AUTO, check_cache_size, parse_size
 
 DEFAULT_MODEL = "moesaic-demo"
 
@@ -123,7 +123,7 @@ class ExpertsConfig(Section):
     @classmethod
     def _is_cache_size(cls, value: object, info: ValidationInfo) -> str:
         if value != AUTO or info.field_name not in ("cache", "host_cache"):
-            parse_cache_size(str(value), total_bytes=1)
+            check_cache_size(str(value))
         return str(value)
 
     @model_validator(mode="after")

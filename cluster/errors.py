@@ -17,7 +17,9 @@ MoesaicError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 
 class MoesaicError(Exception):
@@ -84,7 +86,21 @@ class ExpertReadError(MoesaicError):
 
 
 class ConfigError(MoesaicError):
-    """The configuration cannot work; the message names the field and the way out."""
+    """The configuration cannot work; the message names the field and the way out. `problems`: each, where several."""
+
+    _problems: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, problems: Sequence[str]) -> Self:
+        """One error for all of `problems`, at least one."""
+        error = cls("; ".join(problems))
+        error._problems = tuple(problems)
+        return error
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, one thing each."""
+        return self._problems or (self.message,)
 
 
 class CheckpointError(ConfigError):

@@ -29,6 +29,18 @@ def parse_cache_size(text: str | int, *, total_bytes: int) -> int:
     return int(total_bytes * float(match.group(1)) / 100) if match else parse_size(text)
 
 
+def check_cache_size(text: str | int) -> None:
+    """Whether a setting is a size, or a share of a whole.
+
+    Raises:
+        ValueError: it is neither, or more than the whole.
+    """
+    parse_cache_size(text, total_bytes=1)
+    share = _PERCENT.match(str(text))
+    if share is not None and float(share.group(1)) > 100:
+        raise ValueError(f"{text!r} is more than all experts; at most 100%")
+
+
 def is_zero(setting: str) -> bool:
     """Whether a size or percentage is none at all."""
     return parse_cache_size(setting, total_bytes=10**6) == 0

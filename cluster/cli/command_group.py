@@ -1,4 +1,4 @@
-"""How commands fail: one line on stderr and an exit code.
+"""How commands fail: one line on stderr, one for each problem of a configuration, and an exit code.
 
 Exit codes: 0 done, 1 the server is away or could not, 2 wrong input or configuration, 130 interrupted.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import typer
 import typer.core
 
-from cluster.errors import DeadlineExceeded, MoesaicError, Overloaded, Unavailable
+from cluster.errors import ConfigError, DeadlineExceeded, MoesaicError, Overloaded, Unavailable
 
 
 class CommandGroup(typer.core.TyperGroup):
@@ -28,8 +28,9 @@ class CommandGroup(typer.core.TyperGroup):
 
 
 def describe_error(error: MoesaicError) -> str:
-    """One line, whatever the message holds."""
-    return "error: " + " ".join(error.message.split())
+    """One line for each problem, whatever the messages hold."""
+    problems = error.problems if isinstance(error, ConfigError) else (error.message,)
+    return "\n".join("error: " + " ".join(problem.split()) for problem in problems)
 
 
 def exit_code_of(error: MoesaicError) -> int:

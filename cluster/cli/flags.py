@@ -91,8 +91,8 @@ def given_only(overrides: Overrides) -> Overrides:
     return {section: fields for section, fields in given.items() if fields}
 
 
-def read_config(path: Path | None, overrides: Overrides) -> MoesaicConfig:
-    """File, environment and flags; checks that the model exists.
+def read_config(path: Path | None, overrides: Overrides, *, with_model: bool = True) -> MoesaicConfig:
+    """File, environment and flags; checks that the model exists, unless the caller does (`with_model` False).
 
     Raises:
         ConfigError: names the field, file or model.
@@ -101,7 +101,9 @@ def read_config(path: Path | None, overrides: Overrides) -> MoesaicConfig:
     from cluster.model_info import load_model_info
 
     config = load_config(path, overrides)
-    load_model_info(config.model.path, served_name=config.model.served_name, max_model_len=config.model.max_model_len)
+    if with_model:
+        model = config.model
+        load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
     return config
 
 

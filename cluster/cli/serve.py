@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.cli import flags
-from cluster.errors import ConfigError
+from cluster.cli.serve_checks import check_settings
 
 
 def serve(
@@ -67,15 +64,8 @@ def serve(
     overrides["grpc"] = {"port": grpc_port, "enabled": grpc}
     overrides["redis"] = {"url": redis_url}
     overrides["ray"] = {"address": ray_address}
-    settings = flags.read_config(config, flags.given_only(overrides))
-    check_port_is_free(settings.frontend.host, settings.frontend.port)
-    if settings.grpc.enabled:
-        if settings.grpc.port == settings.frontend.port:
-            raise ConfigError(f"port {settings.grpc.port} is wanted by HTTP and by gRPC; change --port or --grpc-port")
-        grpc_host = settings.grpc.host or settings.frontend.host
-        check_port_is_free(grpc_host, settings.grpc.port, host_option="grpc.host", port_option="--grpc-port")
-    # In a cluster the file is on the workers' nodes; they look for themselves.
-    check_files(settings.model.path, None if settings.ray.address else settings.experts.learned_state)
+    settings = flags.read_config(config, flags.given_only(overrides), with_model=False)
+    check_settings(settings)
     report(f"starting {settings.model.path}")
     from cluster.app import run_server  # brings in Ray
 
@@ -90,43 +80,3 @@ def elapsed_reporter(clock: Callable[[], float]) -> Callable[[str], None]:
         typer.echo(f"[{clock() - start_s:6.1f} s] {line}")
 
     return report
-
-
-def check_files(model: str, learned_state: str | None) -> None:
-    """Find damaged or missing files before anything is started; reads headers, no weights.
-
-    Raises:
-        CheckpointError: names the file and the tensor.
-        ConfigError: the file of learned state is damaged or of another model, or none can be saved there.
-    """
-    from actors.experts.learned_state import check_learned
-    from actors.model.safetensors_index import read_index
-    from cluster.frontend.tokenizer import Tokenizer
-    from cluster.model_info import load_model_info, resolve_model
-
-    directory = resolve_model(model)
-    read_index(directory)
-    Tokenizer.load(directory)
-    if learned_state is not None:
-        check_learned(Path(learned_state), load_model_info(model).fingerprint)
-
-
-def check_port_is_free(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> None:
-    """Raise `ConfigError` if this address cannot be listened on; says why and what to do."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"host {host!r}: {error.strerror}; choose another with {host_option}") from error
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a closed one may linger
-        try:
-            probe.bind(address)
-            probe.listen(1)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                way_out = f"stop the program that listens there, or choose another port with {port_option}"
-                raise ConfigError(f"port {port} on {host} is in use; {way_out}") from error
-            way_out = f"see {host_option}, {port_option}"
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}; {way_out}") from error

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,6 +23,7 @@ from cluster.frontend.grpc_calls import ApiKeyInterceptor, Calls
 from cluster.frontend.grpc_health import ListedHealth
 from cluster.frontend.grpc_servicers import ClusterServicer, GenerationServicer
 from cluster.frontend.open_requests import OpenRequests
+from cluster.frontend.tls_files import TlsFiles, read_tls_files
 from cluster.model_info import ModelInfo
 from cluster.observability.logs import log_event
 from cluster.observability.metrics import FrontendMetrics
@@ -113,12 +112,13 @@ class GrpcServer:
 
     def _listen(self) -> None:
         config = self._config
+        tls = read_tls_files(config)
         address = f"[{self._host}]:{config.port}" if ":" in self._host else f"{self._host}:{config.port}"
         try:
-            if config.tls_cert is None:
+            if tls is None:
                 self._server.add_insecure_port(address)
             else:
-                self._server.add_secure_port(address, _credentials(config))
+                self._server.add_secure_port(address, _credentials(tls))
         except RuntimeError as error:
             way_out = "stop the program that listens there, or choose another grpc.port (--grpc-port)"
             raise ConfigError(f"gRPC cannot listen on {address}; {way_out}") from error
@@ -168,26 +168,8 @@ def _channel_options(config: GrpcConfig) -> Sequence[tuple[str, Any]]:
     return options
 
 
-def _credentials(config: GrpcConfig) -> grpc.ServerCredentials:
-    chain, key = _read_pem("tls_cert", config.tls_cert), _read_pem("tls_key", config.tls_key)
-    try:  # gRPC would only say that it cannot listen
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-            config.tls_cert or "", config.tls_key, password=lambda: b""
-        )
-    except ssl.SSLError as error:
-        files = f"{config.tls_cert} and {config.tls_key}"
-        raise ConfigError(f"config fields grpc.tls_cert, grpc.tls_key: {files}: {error.reason}") from error
-    if config.tls_client_ca is None:
-        return grpc.ssl_server_credentials([(key, chain)])
-    roots = _read_pem("tls_client_ca", config.tls_client_ca)
-    return grpc.ssl_server_credentials([(key, chain)], root_certificates=roots, require_client_auth=True)
-
-
-def _read_pem(field: str, path: str | None) -> bytes:
-    try:
-        raw = Path(path or "").read_bytes()
-    except OSError as error:
-        raise ConfigError(f"config field grpc.{field}: {path}: {error.strerror}") from error
-    if b"-----BEGIN" not in raw:
-        raise ConfigError(f"config field grpc.{field}: {path} is not a PEM file")
-    return raw
+def _credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    pair = [(tls.key, tls.chain)]
+    if tls.client_ca is None:
+        return grpc.ssl_server_credentials(pair)
+    return grpc.ssl_server_credentials(pair, root_certificates=tls.client_ca, require_client_auth=True)

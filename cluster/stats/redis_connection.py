@@ -8,8 +8,12 @@ The only file that imports redis.
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
+import ssl
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError
 
@@ -51,6 +55,45 @@ class RedisConnection:
             yield
         except redis.RedisError as error:
             raise ConnectionError(f"{self.address}: {error}") from error
+
+
+def check_redis(url: str, *, connect: bool, timeout_s: float = 2.0) -> None:
+    """Whether `redis.url` can be right. A server that is only away now is no mistake: counts wait for it.
+
+    Raises:
+        ConfigError: no Redis URL; or, if it may `connect`, an unknown host, a wrong password, or no Redis there.
+    """
+    connection = RedisConnection(url, timeout_s)
+    parts = urlsplit(url)
+    if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):  # redis-py takes it for database 0
+        raise ConfigError(f"config field redis.url: {parts.path[1:]!r} is no number of a database; give /0 or nothing")
+    if not connect:
+        return
+    import redis
+
+    try:
+        connection.ping()
+    except ConnectionError as error:
+        cause = error.__cause__
+        refused = (redis.AuthenticationError, redis.ResponseError, redis.InvalidResponse)
+        if isinstance(cause, refused) or _is_for_good(cause):
+            raise ConfigError(
+                f"config field redis.url: {error}; give redis://[:password@]host:port/db of a Redis or Valkey server, "
+                f"or leave it out for one of our own"
+            ) from error
+
+
+def _is_for_good(error: BaseException | None) -> bool:
+    """Whether waiting would not help: the name of the host stands for nothing, or the server does not speak TLS."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, ssl.SSLError):
+            return True
+        if isinstance(error, socket.gaierror):
+            return error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class RedisScript:

@@ -13,7 +13,10 @@ from live_server import free_port
 from typer.testing import Result
 
 from actors.experts.learned_state import save_learned
+from cluster.errors import ConfigError
 from cluster.model_info import load_model_info
+from cluster.stats.embedded_valkey import start_embedded_valkey
+from cluster.stats.redis_connection import check_redis
 
 Run = Callable[..., Result]
 
@@ -32,6 +35,7 @@ def _assert_one_line(result: Result, code: int, *parts: str) -> None:
         (["serve", "nosuch-model"], ["nosuch-model", "moesaic-demo"]),
         (["serve", "--expert-cache", "12XB"], ["cache", "12XB", "512MiB"]),
         (["serve", "--kv-cache", "lots"], ["kv_cache", "lots"]),
+        (["serve", "--expert-cache", "900%"], ["experts.cache", "900%", "100%"]),
         (["serve", "--dtype", "int3"], ["dtype", "int3"]),
         (["serve", "--eviction", "belady"], ["experts.eviction", "belady", "lru"]),
         (["serve", "--prediction", "oracle"], ["experts.prediction", "oracle", "next-gate"]),
@@ -79,7 +83,7 @@ def test_unknown_key_in_config_file(run: Run, tmp_path: Path) -> None:
 
 
 def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cluster.cli.flags.read_config", interrupt)
@@ -120,3 +124,53 @@ def test_learned_state_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
     _assert_one_line(serve(tmp_path), 2, "cannot be read (Is a directory)")
     missing = tmp_path / "none" / "learned.npz"
     _assert_one_line(serve(missing), 2, str(missing), "no directory that can be written", "make it")
+
+
+def test_everything_wrong_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is found outside the settings: model, ports, TLS files, Redis."""
+    monkeypatch.setenv("MOESAIC__GRPC__TLS_CERT", str(tmp_path / "cert.pem"))
+    monkeypatch.setenv("MOESAIC__GRPC__TLS_KEY", str(tmp_path / "key.pem"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run("serve", "nosuch-model", "--port", port, "--redis-url", "http://x")
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    for part in ("nosuch-model", port, "cert.pem", "redis.url"):
+        assert sum(part in line for line in lines) == 1, part
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("url", "part"),
+    [
+        ("http://x", "redis://"),
+        ("redis+sentinel://a:1/0", "redis://"),
+        ("redis://h:port/0", "port"),
+        ("redis://h:99999/0", "0-65535"),
+        ("redis://127.0.0.1:1/zero", "zero"),
+        ("redis://[::1", "IPv6"),
+        ("redis://no.such.host.invalid:1/0", "no.such.host.invalid"),
+    ],
+)
+def test_redis_urls_that_cannot_be(run: Run, url: str, part: str) -> None:
+    _assert_one_line(_serve(run, "--redis-url", url), 2, "redis.url", part)
+
+
+def test_redis_that_refuses(tmp_path: Path) -> None:
+    """A server that answers, and never will do what is asked; one that is away is waited for."""
+    valkey = start_embedded_valkey(tmp_path)
+    try:
+        address = f"127.0.0.1:{valkey.port}"
+        for url in (f"redis://{address}/0", f"redis://:hunter2@{address}/0", valkey.url.replace("/0", "/99")):
+            with pytest.raises(ConfigError, match=r"redis\.url") as raised:
+                check_redis(url, connect=True)
+            assert address in raised.value.message and "hunter2" not in raised.value.message
+        check_redis(valkey.url, connect=True)
+    finally:
+        valkey.stop()
+    check_redis(valkey.url, connect=True)
+
+
+def _serve(run: Run, *flags: str) -> Result:
+    return run("serve", "--port", str(free_port()), "--grpc-port", str(free_port()), *flags)

@@ -25,7 +25,7 @@ def _install_app(monkeypatch: pytest.MonkeyPatch, code: int) -> list[MoesaicConf
     module = types.ModuleType("cluster.app")
     module.run_server = run_server  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cluster.app", module)
-    monkeypatch.setattr("cluster.cli.serve.check_port_is_free", lambda _host, _port, **_options: None)
+    monkeypatch.setattr("cluster.cli.serve_checks.check_port_is_free", lambda _host, _port, **_options: None)
     return seen
 
 
