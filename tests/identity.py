@@ -188,15 +188,18 @@ def expert_hosts(
     dtype: str = "float32",
     max_model_len: int = 384,
     peers: Peers | None = None,
+    experts: Mapping[str, Any] | None = None,
 ) -> Iterator[list[ExpertHost]]:
     """Ready expert hosts in threads of this process: everything of a host but its process.
 
     Args:
         spares: so many more, that own nothing yet.
         peers: how they get experts from each other.
+        experts: further fields of that section: tiers.
     """
     info = load_model_info(str(path), max_model_len=max_model_len)
-    overrides = {"model": {"dtype": dtype}, "experts": {"hosts": num, "host_cache": host_cache, "host_threads": 1}}
+    section = {"hosts": num, "host_cache": host_cache, "host_threads": 1, **(experts or {})}
+    overrides = {"model": {"dtype": dtype}, "experts": section}
     hosts = [ExpertHost(load_config(None, overrides), info, i, peers=peers) for i in range(num + spares)]
     try:
         for host in hosts:

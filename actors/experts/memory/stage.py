@@ -64,9 +64,22 @@ class Stage:
         rest = self.links if after is None else self.links[self.links.index(after) + 1 :]
         return next((link for link in rest if link.has(index)), None)
 
-    def begin(self, index: int, slot: int, *, is_demand: bool) -> None:
-        """Queue the load of an expert into a slot."""
-        self.queue.add(self._transfer(index, slot, is_demand=is_demand))
+    def begin(self, index: int, take: Callable[[], int | None], *, is_demand: bool) -> bool:
+        """Queue the load of an expert into the slot that `take` finds; False: there is none, or nothing that this stage
+        can take the expert from, and then no slot is taken."""
+        if self.source(index) is None:
+            return False
+        slot = take()
+        if slot is None:
+            return False
+        transfer = None
+        if index not in self.queue.transfers:  # to give a slot up may have begun what is waited for
+            transfer = self._transfer(index, slot, is_demand=is_demand)
+        if transfer is None:
+            self.residents.give_back(slot)
+            return False
+        self.queue.add(transfer)
+        return True
 
     def demand(self, index: int) -> None:
         """Somebody waits for an expert: put its load first; it begins once there is a slot."""
@@ -74,9 +87,7 @@ class Stage:
         if under_way is not None:  # one that was given up is asked for again when it has ended
             under_way.is_demand = under_way.is_demand or not under_way.stops
             return
-        slot = self._slot_for_demand()
-        if slot is not None:
-            self.begin(index, slot, is_demand=True)
+        self.begin(index, self._slot_for_demand, is_demand=True)
 
     def give_up(self, index: int) -> None:
         """Nobody waits for an expert any more."""
@@ -117,15 +128,21 @@ class Stage:
             index = int(np.where(is_open, self.priority, 0).argmax())
             slot = residents.take(self.priority >= self.priority[index])
             if slot is not None:
-                return self._transfer(index, slot, is_demand=False)
+                return self._ahead(index, slot)
         if self.fills_up and residents.num_free:
             absent = self._absent()
             if absent.any():
                 slot = residents.take_free()
                 assert slot is not None
                 index = int(np.where(absent, residents.order.scores(), -np.inf).argmax())
-                return self._transfer(index, slot, is_demand=False)
+                return self._ahead(index, slot)
         return None
+
+    def _ahead(self, index: int, slot: int) -> Transfer | None:
+        transfer = self._transfer(index, slot, is_demand=False)
+        if transfer is None:
+            self.residents.give_back(slot)
+        return transfer
 
     def _open(self) -> np.ndarray:
         """[N] bool: which of the wanted are absent and can come now."""
@@ -141,13 +158,16 @@ class Stage:
             absent[list(self.failed)] = False
         return absent
 
-    def _transfer(self, index: int, slot: int, *, is_demand: bool, after: Link | None = None) -> Transfer:
+    def _transfer(self, index: int, slot: int, *, is_demand: bool, after: Link | None = None) -> Transfer | None:
+        """None, and nothing is changed: no link has the expert now."""
         link = self.source(index, after=after)
-        assert link is not None, "asked for only where it is"
+        if link is None:
+            return None
+        transfer = Transfer(index, slot, link, link.num_chunks(index), is_demand)
         self.residents.loading[index] = True
         if self.below is not None:
             self.below.residents.hold((index,))
-        return Transfer(index, slot, link, link.num_chunks(index), is_demand)
+        return transfer
 
     def _moved(self, transfer: Transfer, num_bytes: int) -> None:
         self._counters.bytes_moved[transfer.link.tier] += num_bytes
@@ -161,13 +181,15 @@ class Stage:
             self.below.residents.release((index,))
         if not transfer.stops:
             self.residents.insert(index, transfer.slot)
-        elif not transfer.is_cancelled and self.source(index, after=transfer.link) is not None:
-            # A node may be gone; the disk is not.
+            self._done(self, transfer)
+            return
+        again = None
+        if not transfer.is_cancelled:  # a node may be gone; the disk is not
             again = self._transfer(index, transfer.slot, is_demand=transfer.is_demand, after=transfer.link)
+        if again is not None:
             self.queue.add(again)
             return
-        else:
-            self.residents.give_back(transfer.slot)
-            if transfer.error is not None and not transfer.is_demand:
-                self.failed[index] = transfer.error
+        self.residents.give_back(transfer.slot)
+        if transfer.error is not None and not transfer.is_demand:
+            self.failed[index] = transfer.error
         self._done(self, transfer)

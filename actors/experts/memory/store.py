@@ -126,17 +126,19 @@ class ExpertStore:
         row, device, counters = self._rows[layer], self._device.residents, self.counters
         first = row * self.grid.num_experts
         indices = [first + expert for expert in experts]
-        with self._lock:
-            here = [index for index in indices if device.is_resident[index]]
-            device.hold(here)
-            self._use(row, here)
-            counters.hits[row] += len(here)
-            if len(here) < len(indices):
-                sources, num_late = self._demands.ask(index for index in indices if not device.is_resident[index])
-                counters.late[row] += num_late
-                for tier, count in sources.items():
-                    counters.misses[tier][row] += count
+        here: list[int] = []
         try:
+            with self._lock:
+                found = [index for index in indices if device.is_resident[index]]
+                device.hold(found)
+                here = found
+                self._use(row, here)
+                counters.hits[row] += len(here)
+                if len(here) < len(indices):
+                    sources, num_late = self._demands.ask(index for index in indices if not device.is_resident[index])
+                    counters.late[row] += num_late
+                    for tier, count in sources.items():
+                        counters.misses[tier][row] += count
             if here:
                 yield self._group(first, here)
             while self._demands:
@@ -174,24 +176,24 @@ class ExpertStore:
                 stage.residents.order.touch(indices)
 
     def load_ahead(self, expert: ExpertId, *, replaces: Callable[[ExpertId], bool]) -> bool:
-        """Begin to load one expert that nobody waits for, one at a time; False if there is no room for it.
+        """Begin to bring one expert that nobody waits for a stage higher, one at a time; False if there is no room.
 
+        It comes from where it is now: into HOST first, where there is one, and into DEVICE when it is asked for again.
         Args: replaces: whether the expert is worth more than this one, which would be evicted.
         """
-        index, device = self._index(expert), self._device
+        index = self._index(expert)
         with self._lock:
-            residents = device.residents
-            if device.queue.transfers or residents.is_resident[index]:
+            if self._device.residents.is_resident[index]:
                 return False
+            stage = next((stage for stage in self._stages if stage.source(index) is not None), None)
+            if stage is None or stage.queue.transfers:
+                return False
+            residents = stage.residents
             if not residents.num_free:
                 victim = residents.order.victim(residents.held > 0)
                 if victim is None or not replaces(self.form.expert(victim)):
                     return False
-            slot = residents.take()
-            if slot is None:
-                return False
-            device.begin(index, slot, is_demand=False)
-            return True
+            return stage.begin(index, residents.take, is_demand=False)
 
     def resident(self, layer: int) -> np.ndarray:
         """[E] bool: which experts of a layer are in DEVICE; a live view."""
