@@ -194,7 +194,7 @@ async def _over_http(url: str, model: str, case: Case, on_taken: Callable[[], No
             if response.status_code != 200:
                 raise RuntimeError(f"{response.status_code}: {(await response.aread())[:200]!r}")
             on_taken()
-            async for event in read_events(response.aiter_lines()):
+            async for event in read_events(response.aiter_bytes()):
                 if event_error(event):
                     raise RuntimeError(json.dumps(event))
                 token_ids = (event.get("choices") or [{}])[0].get("token_ids")

@@ -128,14 +128,16 @@ def prompts_of(domain: str) -> list[str]:
     file = SHARED_PROMPTS / f"{domain}.jsonl"
     if not file.is_file():
         raise SystemExit(f"{file} is not there; this benchmark needs the shared prompts")
-    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    return [json.loads(line)["prompt"] for line in file.read_text().rstrip("\n").split("\n")]
 
 
 def prompts_of_domains(num: int) -> list[str]:
     """`num` prompts, domain after domain: the shared ones when they are there, else the bundled ones."""
     if SHARED_PROMPTS.is_dir():
         files = sorted(SHARED_PROMPTS.glob("*.jsonl"))
-        per_domain = [[json.loads(line)["prompt"] for line in f.read_text().splitlines()[:num]] for f in files]
+        per_domain = [
+            [json.loads(line)["prompt"] for line in f.read_text().rstrip("\n").split("\n")[:num]] for f in files
+        ]
         mixed = [domain[i] for i in range(num) for domain in per_domain if i < len(domain)]
         return mixed[:num]
     from cluster.loadgen.prompts import BUNDLED_PROMPTS

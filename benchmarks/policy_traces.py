@@ -52,7 +52,7 @@ def _recorded(path: Path, part: slice, *, seed: int) -> Path:
 def _prompts(part: slice) -> list[dict[str, str]]:
     if SHARED_PROMPTS.is_dir():
         files = sorted(SHARED_PROMPTS.glob("*.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()[part]]
+        return [json.loads(line) for file in files for line in file.read_text().rstrip("\n").split("\n")[part]]
     from cluster.loadgen.prompts import BUNDLED_PROMPTS
 
     return [{"prompt": text, "domain": "bundled"} for text in BUNDLED_PROMPTS[part.start != 0 :: 2]]

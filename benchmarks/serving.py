@@ -68,7 +68,7 @@ async def _stream_all(url: str, model: str, prompts: list[list[int]], num_tokens
                     "ignore_eos": True, "stream": True, "logprobs": 0}  # fmt: skip
             async with client.stream("POST", "/v1/completions", json=body) as response:
                 response.raise_for_status()
-                async for event in read_events(response.aiter_lines()):
+                async for event in read_events(response.aiter_bytes()):
                     choices = event.get("choices") or [{}]
                     tokens = len((choices[0].get("logprobs") or {}).get("tokens") or ())
                     counted[i] += tokens or (1 if event_text(event) else 0)

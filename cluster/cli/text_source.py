@@ -96,7 +96,7 @@ class ServerSource:
                 client.stream("POST", path, json=body) as response,
             ):
                 await raise_for_answer(response)
-                async for event in read_events(response.aiter_lines()):
+                async for event in read_events(response.aiter_bytes()):
                     message = event_error_message(event)
                     if message is not None:
                         raise Unavailable(message)

@@ -113,7 +113,7 @@ def _read_prompts(path: Path, encode: Any, max_tokens: int, limit: int | None) -
     from actors.experts.trace import TracedRequest
 
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")  # splitlines would cut JSON strings at U+2028
     except OSError as error:
         raise InvalidRequest(f"--prompts {path}: cannot be read: {error}") from error
     requests: list[TracedRequest] = []

@@ -61,8 +61,9 @@ class LoadClient:
         import httpx
 
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.url = url.rstrip("/")
         self._http = httpx.AsyncClient(
-            base_url=url.rstrip("/"),
+            base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(timeout_s, connect=10.0),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
@@ -100,7 +101,7 @@ class LoadClient:
         return recorder.timing(error=recorder.error)
 
     async def _record(self, response: httpx.Response, recorder: _Recorder) -> None:
-        async for event in read_events(response.aiter_lines()):
+        async for event in read_events(response.aiter_bytes()):
             recorder.take(event, now_s=time.perf_counter())
 
     def _body(self, request: LoadRequest) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     prompts: list[str] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut JSON strings at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"prompts {path}: {error}", param="prompts") from error
     for number, line in enumerate(lines, start=1):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from cluster.cli.text_source import ServerSource, TextOptions, TextPiece
 from cluster.errors import Unavailable
 from cluster.loadgen.arrivals import closed_loop, poisson
 from cluster.loadgen.client import LoadClient, LoadRequest, RequestTiming, run_load
@@ -17,12 +18,11 @@ Handler = Callable[[dict[str, object], asyncio.StreamWriter], Awaitable[None]]
 
 
 def _events(text: str) -> list[dict[str, object]]:
-    async def lines() -> AsyncIterator[str]:
-        for line in text.split("\n"):
-            yield line
+    async def chunks() -> AsyncIterator[bytes]:
+        yield text.encode()
 
     async def collect() -> list[dict[str, object]]:
-        return [event async for event in read_events(lines())]
+        return [event async for event in read_events(chunks())]
 
     return asyncio.run(collect())
 
@@ -72,6 +72,23 @@ def test_timings_of_a_stream() -> None:
     assert len(timing.gaps_s) == 2 and min(timing.gaps_s) > 0.02
     assert timing.e2e_s >= 0.15
     assert (timing.prompt_tokens, timing.output_tokens) == (4, 9)
+
+
+def test_line_separators_within_json_are_text_for_every_reader() -> None:
+    said = "a\u2028b\x85c\vd"
+
+    async def stream(_: dict[str, object], writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+        event = json.dumps({"choices": [{"text": said, "finish_reason": "stop"}]}, ensure_ascii=False)
+        writer.write(f"\ufeff: hello\rdata: {event}\r\rdata: [DONE]\r\r".encode())
+
+    async def command_line(client: LoadClient) -> list[TextPiece]:
+        source = ServerSource(client.url, model="m")
+        return [piece async for piece in source.complete("a", TextOptions(max_tokens=9))]
+
+    timing = _run(stream, lambda client: client.send(LoadRequest(prompt="a", max_tokens=9)))
+    assert isinstance(timing, RequestTiming) and timing.error is None
+    assert _run(stream, command_line) == [TextPiece(said, "stop")]
 
 
 def test_failures_have_codes() -> None:

@@ -19,6 +19,8 @@ def test_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "eins", "domain": "x"}\n\n{"prompt": "zwei"}\n')
     assert read_prompts(path) == ("eins", "zwei")
+    path.write_text('{"prompt": "a\u2028b\x85c"}\r\n{"prompt": "d"}\n', encoding="utf-8")
+    assert read_prompts(path) == ("a\u2028b\x85c", "d")
     for text, message in (('{"prompt": 3}', "line 1"), ("{", "line 1"), ("", "empty"), ("[]", "line 1")):
         path.write_text(text)
         with pytest.raises(InvalidRequest, match=message):
