@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator, Sequence
 
@@ -30,7 +31,7 @@ def events_of(chunks: Sequence[bytes]) -> list[dict[str, object]]:
 
 def cut(body: bytes, places: Sequence[int]) -> list[bytes]:
     bounds = [0, *sorted(place % (len(body) + 1) for place in places), len(body)]
-    return [body[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [body[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 @given(
