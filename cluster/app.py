@@ -81,7 +81,12 @@ def local_service(config: MoesaicConfig) -> GenerationService:
     from cluster.stats.memory_store import MemoryStore
 
     model = config.model
-    info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+    info = load_model_info(
+        model.path,
+        served_name=model.served_name,
+        max_model_len=model.max_model_len,
+        generation_config=model.generation_config,
+    )
     worker = AttentionWorker(config, info, MemoryStore())
     worker.start()
     atexit.register(worker.stop)  # saves what was learned; threads in native code must not outlive the interpreter
@@ -183,7 +188,12 @@ def _wait_until_ready(
 
 def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progress: Callable[[str], None]) -> None:
     frontend, model = config.frontend, config.model
-    info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+    info = load_model_info(
+        model.path,
+        served_name=model.served_name,
+        max_model_len=model.max_model_len,
+        generation_config=model.generation_config,
+    )
     host = "127.0.0.1" if frontend.host in ("0.0.0.0", "::") else frontend.host
     url = f"http://{host}:{frontend.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_key else ""
@@ -193,6 +203,9 @@ def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progre
     on_progress(
         f"ready: {info.name} at {url}/v1  (status: {url}/status, experts: {url}/experts, metrics: {url}/metrics)"
     )
+    if chosen := info.sampling.given():
+        values = ", ".join(f"{name} {value}" for name, value in chosen.items())
+        on_progress(f"the model's author samples with {values}; --generation-config none leaves that out")
     for address in grpc_addresses:
         on_progress(f"ready: moesaic.v1 over gRPC{' with TLS' if config.grpc.tls_cert else ''} at {address}")
     on_progress(f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")

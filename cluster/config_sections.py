@@ -33,6 +33,9 @@ class ModelConfig(Section):
     max_model_len: int | None = Field(
         default=None, ge=16, description="longest sequence in tokens; default: the model's"
     )
+    generation_config: Literal["auto", "none"] = Field(
+        default="auto", description="auto: requests that say nothing of sampling get what the model's author chose"
+    )
 
 
 class AttentionConfig(Section):

@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from cluster.errors import CheckpointError, ConfigError
+from cluster.generation_config import SamplingDefaults, read_eos_ids, read_object, read_sampling_defaults
+
+
+_NO_DEFAULTS = SamplingDefaults()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,7 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     config: Mapping[str, Any]
+    sampling: SamplingDefaults = _NO_DEFAULTS
 
 
 def resolve_model(path: str) -> Path:
@@ -57,28 +62,37 @@ def resolve_model(path: str) -> Path:
         raise ConfigError(f"model {path!r}: not a local directory, and the hub did not give it: {error}") from error
 
 
-def load_model_info(path: str, *, served_name: str | None = None, max_model_len: int | None = None) -> ModelInfo:
-    """Read config.json and generation_config.json of MODEL and check what can be checked cheaply."""
+def load_model_info(
+    path: str,
+    *,
+    served_name: str | None = None,
+    max_model_len: int | None = None,
+    generation_config: Literal["auto", "none"] = "none",
+) -> ModelInfo:
+    """Read the small files of MODEL and check what can be checked cheaply.
+
+    Args:
+        generation_config: whether requests that say nothing of sampling get the author's; for front ends alone.
+    """
     directory = resolve_model(path)
-    config = _read_json(directory / "config.json", required=True)
+    config = _read_config(directory / "config.json")
     text_config = cast("dict[str, Any]", config.get("text_config", config))
-    generation = _read_json(directory / "generation_config.json", required=False)
     context, limited_by = _context(directory, text_config)
     if max_model_len is not None and max_model_len > context:
         raise ConfigError(
             f"config field model.max_model_len: {max_model_len} exceeds the model's context of {context}{limited_by}"
         )
-    eos: object = generation.get("eos_token_id", config.get("eos_token_id"))
-    eos_ids = tuple(cast("list[int]", eos)) if isinstance(eos, list) else (eos,) if isinstance(eos, int) else ()
+    vocab_size = int(text_config.get("vocab_size", 0))
     return ModelInfo(
         path=directory,
         name=served_name or directory.name,
         model_type=str(text_config.get("model_type", "")),
         fingerprint=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
         max_model_len=max_model_len or context,
-        vocab_size=int(text_config.get("vocab_size", 0)),
-        eos_token_ids=eos_ids,
+        vocab_size=vocab_size,
+        eos_token_ids=read_eos_ids(directory, config, vocab_size=vocab_size),
         config=config,
+        sampling=read_sampling_defaults(directory) if generation_config == "auto" else SamplingDefaults(),
     )
 
 
@@ -118,15 +132,7 @@ def _embedded_roots() -> tuple[Path, ...]:
     return (checkout, *sorted(installed))
 
 
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        if required:
-            raise CheckpointError(f"{path}: file is missing; a model directory needs config.json")
-        return {}
-    try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return cast("dict[str, Any]", loaded)
+        raise CheckpointError(f"{path}: file is missing; a model directory needs config.json")
+    return read_object(path)

@@ -53,6 +53,7 @@ def chat(
     kv_cache: flags.KvCache = None,
     max_model_len: flags.MaxModelLen = None,
     dtype: flags.Dtype = None,
+    generation_config: flags.GenerationConfig = None,
     threads: flags.Threads = None,
 ) -> None:
     """Talk with MODEL in this process, or with the server at --url."""
@@ -62,6 +63,7 @@ def chat(
         kv_cache=kv_cache,
         max_model_len=max_model_len,
         dtype=dtype,
+        generation_config=generation_config,
         threads=threads,
         eviction=eviction,
         prediction=prediction,

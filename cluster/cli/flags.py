@@ -20,6 +20,10 @@ ExpertCache = Annotated[
 ]
 KvCache = Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache: 256MiB.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's.")]
+GenerationConfig = Annotated[
+    str | None,
+    typer.Option(metavar="auto|none", help="Where a request says nothing: sample as the model's author did, or not."),
+]
 Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; 0: all cores but one.")]
 Eviction = Annotated[
@@ -57,6 +61,7 @@ def engine_overrides(
     kv_cache: str | None,
     max_model_len: int | None,
     dtype: str | None,
+    generation_config: str | None = None,
     threads: int | None,
     eviction: str | None = None,
     prediction: str | None = None,
@@ -67,7 +72,12 @@ def engine_overrides(
     """Flags of the engine, as `load_config` takes them; those not given stay out."""
     return given_only(
         {
-            "model": {"path": model, "max_model_len": max_model_len, "dtype": dtype},
+            "model": {
+                "path": model,
+                "max_model_len": max_model_len,
+                "dtype": dtype,
+                "generation_config": generation_config,
+            },
             "experts": {
                 "cache": expert_cache,
                 "eviction": eviction,
@@ -103,7 +113,7 @@ def read_config(path: Path | None, overrides: Overrides, *, with_model: bool = T
     config = load_config(path, overrides)
     if with_model:
         model = config.model
-        load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+        load_model_info(model.path, max_model_len=model.max_model_len, generation_config=model.generation_config)
     return config
 
 

@@ -15,7 +15,7 @@ from cluster.cli.text_source import TextOptions, TextSource, open_source
 from cluster.errors import InvalidRequest
 
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default 1.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the model's, else 1.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many tokens; 0: all.")]
 MinP = Annotated[float | None, typer.Option(help="Keep tokens at least this likely, as a share of the likeliest.")]
@@ -52,6 +52,7 @@ def generate(
     kv_cache: flags.KvCache = None,
     max_model_len: flags.MaxModelLen = None,
     dtype: flags.Dtype = None,
+    generation_config: flags.GenerationConfig = None,
     threads: flags.Threads = None,
 ) -> None:
     """Continue a text with MODEL in this process, or with the server at --url."""
@@ -64,6 +65,7 @@ def generate(
         kv_cache=kv_cache,
         max_model_len=max_model_len,
         dtype=dtype,
+        generation_config=generation_config,
         threads=threads,
         eviction=eviction,
         prediction=prediction,

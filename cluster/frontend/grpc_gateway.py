@@ -111,7 +111,12 @@ class GrpcGateway:
         from cluster.frontend.tokenizer import Tokenizer
 
         model = self._config.model
-        info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+        info = load_model_info(
+            model.path,
+            served_name=model.served_name,
+            max_model_len=model.max_model_len,
+            generation_config=model.generation_config,
+        )
         if self._embedder is None:
             self._embedder = PromptEmbedder(info.path, info.vocab_size)
         return info, Tokenizer.load(info.path), self._embedder

@@ -54,7 +54,12 @@ class HttpIngress:
         configure_logging()
         config = from_tree(config_tree)
         model = config.model
-        info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+        info = load_model_info(
+            model.path,
+            served_name=model.served_name,
+            max_model_len=model.max_model_len,
+            generation_config=model.generation_config,
+        )
         self._worker = ServeWorkerClient(workers, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
         scheduler, embedder = SchedulerLink(config.ray.namespace), PromptEmbedder(info.path, info.vocab_size)
         _, self._app = build_front_end(config, info, self._worker, scheduler, embedder.embed)

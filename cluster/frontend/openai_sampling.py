@@ -122,13 +122,13 @@ class SamplingFields(StrictModel):
     def sampling(
         self, *, max_tokens: int | None, num_logprobs: int | None, num_prompt_logprobs: int | None
     ) -> SamplingOptions:
-        """These fields in our types; what was left out or null has its default."""
+        """These fields in our types; what was left out or null stays open."""
         return SamplingOptions(
             max_tokens=max_tokens,
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
-            top_k=max(self.top_k or 0, 0),
-            min_p=_or(self.min_p, 0.0),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=None if self.top_k is None else max(self.top_k, 0),
+            min_p=self.min_p,
             seed=self.seed,
             min_tokens=self.min_tokens or 0,
             stop=tuple(self.stop),
@@ -136,9 +136,9 @@ class SamplingFields(StrictModel):
             ignore_eos=bool(self.ignore_eos),
             num_logprobs=num_logprobs,
             n=self.n or 1,
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
             logit_bias=tuple(self.logit_bias.items()),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=tuple(self.bad_words or ()),
@@ -147,7 +147,3 @@ class SamplingFields(StrictModel):
             skip_special_tokens=self.skip_special_tokens is not False,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
         )
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else float(value)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.frontend.sequence import SamplingOptions
 from cluster.frontend.tokenizer import Tokenizer
+from cluster.generation_config import SamplingDefaults
 from cluster.model_info import ModelInfo
 from cluster.types import SamplingParams
 
@@ -40,7 +43,8 @@ def resolve_sampling(
     check_token_ids(options.stop_token_ids, limit, "stop_token_ids")
     check_token_ids(options.allowed_token_ids, limit, "allowed_token_ids")
     check_token_ids([token_id for token_id, _ in options.logit_bias], limit, "logit_bias")
-    max_tokens = _max_tokens(info.max_model_len, num_prompt, options.max_tokens, prompt_param)
+    chosen = _chosen(options, info.sampling)
+    max_tokens = _max_tokens(info, num_prompt, options.max_tokens, prompt_param)
     if options.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens ({options.min_tokens}) exceeds the tokens that can be generated ({max_tokens})",
@@ -56,25 +60,19 @@ def resolve_sampling(
         )
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
         seed=secrets.randbits(63) if options.seed is None else options.seed % 2**63,
         min_tokens=options.min_tokens,
         stop=options.stop,
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
         num_logprobs=options.num_logprobs,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        repetition_penalty=options.repetition_penalty,
         logit_bias=options.logit_bias,
         allowed_token_ids=allowed,
         bad_words=bad_words,
         num_prompt_logprobs=options.num_prompt_logprobs,
         include_stop_str_in_output=options.include_stop_str_in_output,
         skip_special_tokens=options.skip_special_tokens,
+        **chosen,
     )
 
 
@@ -110,15 +108,26 @@ def check_token_ids(ids: Sequence[int], limit: int, param: str) -> None:
         raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limit} tokens", param=param)
 
 
+def _chosen(options: SamplingOptions, defaults: SamplingDefaults) -> dict[str, Any]:
+    """What the request says of the distribution, else the model's author; what neither says stays out."""
+    names = (field.name for field in fields(SamplingDefaults) if field.name != "max_tokens")
+    asked = {name: getattr(options, name) for name in names}
+    return {
+        name: value
+        for name, asked_value in asked.items()
+        if (value := getattr(defaults, name) if asked_value is None else asked_value) is not None
+    }
+
+
 def _check_bounds(options: SamplingOptions) -> None:
     """The HTTP face has checked these already; other faces and the command line have not."""
     for name, (low, high) in _BOUNDS.items():
-        value: float = getattr(options, name)
-        if not low <= value <= high:
+        value: float | None = getattr(options, name)
+        if value is not None and not low <= value <= high:
             raise InvalidRequest(f"{name} must be from {low:g} to {high:g}, got {value}", param=name)
-    if not options.top_p > 0:
+    if options.top_p is not None and not options.top_p > 0:
         raise InvalidRequest(f"top_p must be above 0, got {options.top_p}", param="top_p")
-    if not 0 < options.repetition_penalty < math.inf:
+    if options.repetition_penalty is not None and not 0 < options.repetition_penalty < math.inf:
         message = f"repetition_penalty must be above 0, got {options.repetition_penalty}"
         raise InvalidRequest(message, param="repetition_penalty")
     if not all(-_MAX_BIAS <= value <= _MAX_BIAS for _, value in options.logit_bias):
@@ -142,7 +151,8 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, .
     return tuple(sequences)
 
 
-def _max_tokens(context: int, num_prompt: int, max_tokens: int | None, prompt_param: str) -> int:
+def _max_tokens(info: ModelInfo, num_prompt: int, max_tokens: int | None, prompt_param: str) -> int:
+    context = info.max_model_len
     too_long = f"this model's maximum context length is {context} tokens, but "
     if num_prompt >= context:
         raise ContextTooLong(
@@ -151,7 +161,7 @@ def _max_tokens(context: int, num_prompt: int, max_tokens: int | None, prompt_pa
             code=_CONTEXT_CODE,
         )
     if max_tokens is None:
-        return context - num_prompt
+        return min(context - num_prompt, info.sampling.max_tokens or context)
     if max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", param="max_tokens")
     if num_prompt + max_tokens > context:

@@ -22,16 +22,17 @@ LOWEST_LOGPROB = -9999.0  # JSON has no infinity; the value OpenAI gives for "no
 class SamplingOptions:
     """Sampling as a client may leave it open; fields are those of `SamplingParams` where they have its names.
 
-    `max_tokens` None is the rest of the context, `seed` None is a random one. `n` answers are given to each prompt.
+    None is the model author's choice where there is one; else `max_tokens` None is the rest of the context, `seed` None
+    a random one, and the others have the defaults of `SamplingParams`. `n` answers are given to each prompt.
     `bad_words` are text. `truncate_prompt_tokens` keeps that many last tokens of the prompt; -1 what the context has
     room for.
     """
 
     max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     seed: int | None = None
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
@@ -39,9 +40,9 @@ class SamplingOptions:
     ignore_eos: bool = False
     num_logprobs: int | None = None
     n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()

@@ -65,7 +65,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
-        """How; absent: sample at temperature 1 until the model ends or the context is full."""
+        """How; absent: as the model's author chose, else at temperature 1, until the model ends or the context is full."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class GenerateStreamRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
-        """How; absent: sample at temperature 1 until the model ends or the context is full."""
+        """How; absent: as the model's author chose, else at temperature 1, until the model ends or the context is full."""
 
     def __init__(
         self,
@@ -367,7 +367,9 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class SamplingOptions(_message.Message):
-    """How tokens are chosen and when a sequence ends. A field left out has its default, which need not be zero."""
+    """How tokens are chosen and when a sequence ends. A field left out has its default, which need not be zero, and which
+    the author of the model may have chosen for max_tokens, temperature, top_p, top_k, min_p and the penalties.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from fakes import FakeAttentionWorker
 
+from cluster.config_sections import FrontendConfig
 from cluster.errors import InvalidRequest
 from cluster.frontend.detokenizer import Detokenizer
+from cluster.frontend.generation import GenerationService
+from cluster.frontend.grpc_convert import parse_generation
+from cluster.frontend.http_app import create_app
 from cluster.frontend.sequence import SamplingOptions
+from cluster.generation_config import SamplingDefaults
+from cluster.rpc import generation_pb2 as pb
 
 CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 COMPLETION = {"model": "moesaic-demo", "prompt": "hi there", "max_tokens": 4}
@@ -158,3 +165,62 @@ def test_every_face_has_the_same_bounds(make_service, field, value):
         make_service(FakeAttentionWorker()).prepare((5,), SamplingOptions(**{field: value}), "r")
 
     assert caught.value.param == field
+
+
+AUTHOR = SamplingDefaults(
+    temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, repetition_penalty=1.1, presence_penalty=0.2, max_tokens=7
+)
+
+
+@pytest.fixture
+def authored_service(tokenizer, info, metrics):
+    """A service over a model whose author chose how it samples, and its worker."""
+    worker = FakeAttentionWorker()
+    info = dataclasses.replace(info, sampling=AUTHOR)
+    return GenerationService(worker, tokenizer, info, FrontendConfig(), metrics), worker, info
+
+
+def chosen_in(sampling):
+    return {name: getattr(sampling, name) for name in AUTHOR.given()}
+
+
+@pytest.mark.parametrize("nulls", [{}, dict.fromkeys(AUTHOR.given())])
+def test_where_a_request_is_silent_the_author_chooses(authored_service, metrics, call, nulls):
+    service, worker, info = authored_service
+    app = create_app(service, worker, info, FrontendConfig(), metrics)
+
+    async def scenario():
+        for path, body in (("chat/completions", CHAT), ("completions", COMPLETION)):
+            silent = {name: value for name, value in body.items() if name != "max_tokens"}
+            answer = await call(app, "POST", f"/v1/{path}", json=silent | nulls)
+            assert answer.status_code == 200, answer.text
+        return [chosen_in(request.sampling) for request in worker.requests]
+
+    chat, completion = asyncio.run(scenario())
+    assert chat == AUTHOR.given()
+    assert completion == AUTHOR.given() | {"max_tokens": 16}  # OpenAI's own default
+
+
+def test_a_request_has_the_last_word_over_the_author(authored_service):
+    service, _, _ = authored_service
+    said = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    said |= {"presence_penalty": 0.0, "max_tokens": 9}
+    assert chosen_in(service.prepare((5,), SamplingOptions(**said), "r").sampling) == said
+    assert chosen_in(service.prepare((5,), SamplingOptions(temperature=0.0), "r").sampling) == AUTHOR.given() | {
+        "temperature": 0.0
+    }
+
+
+def test_the_authors_limit_leaves_a_long_prompt_its_rest(authored_service, info):
+    service, _, _ = authored_service
+    prompt = [5] * (info.max_model_len - 3)
+    assert service.prepare(prompt, SamplingOptions(), "r").sampling.max_tokens == 3
+
+
+def test_grpc_asks_the_author_too(authored_service):
+    service, _, _ = authored_service
+    silent = parse_generation(pb.GenerateRequest(prompt=pb.Prompt(text="x"), sampling=pb.SamplingOptions(n=1)))
+    assert chosen_in(service.prepare((5,), silent.options, "r").sampling) == AUTHOR.given()
+    zero = pb.GenerateRequest(prompt=pb.Prompt(text="x"), sampling=pb.SamplingOptions(temperature=0, top_k=-1))
+    sampling = service.prepare((5,), parse_generation(zero).options, "r").sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.0, 0, 0.9)
