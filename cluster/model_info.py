@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 from cluster.errors import CheckpointError, ConfigError
 from cluster.generation_config import SamplingDefaults, read_eos_ids, read_object, read_sampling_defaults
 
-
 _NO_DEFAULTS = SamplingDefaults()
 
 
