@@ -73,16 +73,18 @@ def read_eos_ids(directory: Path, config: Mapping[str, Any], *, vocab_size: int)
     generation = read_object(directory / _FILE)
     text_config = cast("dict[str, Any]", config.get("text_config") or {})
     sources = ((_FILE, generation), ("config.json", config), ("config.json", text_config))
-    named = next(((name, ids) for name, source in sources if (ids := source.get("eos_token_id")) is not None), None)
     ids: set[int] = set()
-    if named is not None:
-        file, value = named
+    for file, source in sources:
+        value: object = source.get("eos_token_id")
+        if value is None:
+            continue
         values: list[object] = cast("list[object]", value) if isinstance(value, list) else [value]
         if not all(type(entry) is int for entry in values):
             raise CheckpointError(
                 f"{directory / file}: eos_token_id is {str(value)[:100]}, but must be a token id or a list of such"
             )
         ids.update(cast("list[int]", values))
+        break
     own = _tokenizer_eos(directory)
     if own is not None:
         ids.add(own)
