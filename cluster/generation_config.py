@@ -81,7 +81,7 @@ def read_eos_ids(directory: Path, config: Mapping[str, Any], *, vocab_size: int)
         values: list[object] = cast("list[object]", value) if isinstance(value, list) else [value]
         if not all(type(entry) is int for entry in values):
             raise CheckpointError(
-                f"{directory / file}: eos_token_id is {str(value)[:100]}, but must be a token id or a list of such"
+                f"{directory / file}: eos_token_id is {str(values)[:100]}, but must be a token id or a list of such"
             )
         ids.update(cast("list[int]", values))
         break

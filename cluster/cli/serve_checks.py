@@ -105,7 +105,8 @@ def _check_ports(config: MoesaicConfig, problems: list[str]) -> None:
 def _check_length(config: MoesaicConfig) -> None:
     from cluster.model_info import load_model_info
 
-    load_model_info(config.model.path, max_model_len=config.model.max_model_len)
+    model = config.model
+    load_model_info(model.path, max_model_len=model.max_model_len, generation_config=model.generation_config)
 
 
 def _check_tls(config: MoesaicConfig) -> None:
