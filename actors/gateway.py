@@ -72,6 +72,10 @@ class Gateways:
                 raise Unavailable(f"a gRPC gateway does not start: {type(answer).__name__}") from answer
         return [str(answer) for answer in answers]
 
+    def abort_answers(self, names: tuple[str, ...]) -> list[frozenset[str] | RayError]:
+        """What each ended of the answers of those names, or the error of one that did not say in time."""
+        return self._ask("abort_answers", names)
+
     def begin_drain(self) -> None:
         """Show NOT_SERVING, then refuse new requests; one that is gone lets nobody in."""
         self._ask("begin_drain")
@@ -93,9 +97,9 @@ class Gateways:
                 with contextlib.suppress(ValueError):  # ended meanwhile
                     yield ray.get_actor(entry["name"], namespace=self._namespace)
 
-    def _ask(self, method: str, *, timeout_s: float = _CALL_TIMEOUT_S) -> list[Any]:
+    def _ask(self, method: str, *args: object, timeout_s: float = _CALL_TIMEOUT_S) -> list[Any]:
         """What each answered, or the RayError of one that did not in time."""
-        return [_result(call, timeout_s) for call in [getattr(actor, method).remote() for actor in self._actors()]]
+        return [_result(call, timeout_s) for call in [getattr(actor, method).remote(*args) for actor in self._actors()]]
 
 
 def proxy_nodes() -> list[str]:

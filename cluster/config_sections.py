@@ -151,7 +151,19 @@ class FrontendConfig(Section):
     api_key: SecretStr | None = Field(
         default=None, description="clients must send it, as a bearer token or as X-Api-Key"
     )
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1024)
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="of one request, decompressed")
+    max_arriving_bytes: int = Field(
+        default=256 * 2**20, ge=1024, description="of all request bodies that are still arriving; more are answered 429"
+    )
+    input_threads: int = Field(
+        default=2, ge=1, le=64, description="threads that read bodies, render chat templates and tokenise"
+    )
+    max_input_queue: int = Field(
+        default=64, ge=0, description="requests that may wait to be read; more are answered 429"
+    )
+    strict: bool = Field(
+        default=False, description="refuse request fields that are not known; else they are named in a header"
+    )
     request_timeout_s: float = Field(default=600.0, gt=0)
     drain_timeout_s: float = Field(default=30.0, ge=0)
     keep_alive_s: float = Field(default=15.0, gt=0, description="an SSE comment after this long without a token")

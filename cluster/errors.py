@@ -3,7 +3,8 @@
 MoesaicError
  |- InvalidRequest        the caller's fault                         400
  |   |- ContextTooLong    prompt (+ max_tokens) exceeds the context  400
- |   `- BodyTooLarge      the request body exceeds its bound         413
+ |   |- BodyTooLarge      the request body exceeds its bound         413
+ |   `- UnsupportedEncoding  the body is compressed in another way   415
  |- AuthenticationFailed  missing or wrong API key                   401
  |- ModelNotFound         the model named is not served              404
  |- Overloaded            the queue is full                          429  retry
@@ -46,6 +47,10 @@ class ContextTooLong(InvalidRequest):
 
 class BodyTooLarge(InvalidRequest):
     """The request body is larger than the server accepts."""
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The request body is encoded in a way that the server cannot read."""
 
 
 class AuthenticationFailed(MoesaicError):
@@ -119,6 +124,7 @@ class ErrorCodes:
 
 _TABLE: dict[type[MoesaicError], ErrorCodes] = {
     BodyTooLarge: ErrorCodes(413, "INVALID_ARGUMENT", "invalid_request_error", False),
+    UnsupportedEncoding: ErrorCodes(415, "INVALID_ARGUMENT", "invalid_request_error", False),
     InvalidRequest: ErrorCodes(400, "INVALID_ARGUMENT", "invalid_request_error", False),
     AuthenticationFailed: ErrorCodes(401, "UNAUTHENTICATED", "authentication_error", False),
     ModelNotFound: ErrorCodes(404, "NOT_FOUND", "invalid_request_error", False),

@@ -197,3 +197,15 @@ class SchedulerClient(Protocol):
     async def undrain(self, node: str) -> DrainLine:
         """Use a node again. Raises as `drain`."""
         ...
+
+
+class FrontEnds(Protocol):
+    """All front ends of the application, HTTP and gRPC: what a client asks of one may be held by another."""
+
+    async def abort_answers(self, names: tuple[str, ...]) -> tuple[frozenset[str], int]:
+        """End the answers of those names, wherever they are given.
+
+        Returns:
+            The names that had a running sequence, and how many front ends did not say in time.
+        """
+        ...

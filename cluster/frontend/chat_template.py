@@ -14,11 +14,12 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import CheckpointError, InvalidRequest
+from cluster.frontend.template_sandbox import BoundedSandbox
 
 _RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
+_TRIPS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 
 
 class ChatTemplate:
@@ -30,8 +31,9 @@ class ChatTemplate:
         Raises:
             CheckpointError: the template has a syntax error; names `origin`, the file it came from.
         """
+        self._sandbox = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = self._sandbox.from_string(source)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"{origin}: the chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
@@ -53,10 +55,14 @@ class ChatTemplate:
                 raise InvalidRequest(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
         variables = {"tools": None, "documents": None, **self._special_tokens, **(kwargs or {})}
         try:
-            return self._template.render(
-                variables, messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            with self._sandbox.limited():
+                pieces = self._template.generate(
+                    variables,
+                    messages=[dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                )
+                return self._sandbox.joined(pieces)
+        except _TRIPS as error:
             # A template is a program over the caller's messages: whatever it trips over is in the messages.
             raise InvalidRequest(
                 f"the model's chat template refused the messages: {error}", param="messages"
@@ -73,8 +79,8 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> BoundedSandbox:
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     names = cast("Any", environment)  # jinja leaves the values of both dictionaries untyped

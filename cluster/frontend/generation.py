@@ -15,6 +15,8 @@ from functools import partial
 from cluster.config_sections import FrontendConfig
 from cluster.errors import DeadlineExceeded, InvalidRequest, MoesaicError, Overloaded, Unavailable
 from cluster.frontend.choices import interleave
+from cluster.frontend.input_pool import InputPool
+from cluster.frontend.open_answers import OpenAnswers
 from cluster.frontend.resolve_sampling import check_token_ids, resolve_sampling, truncated_prompt
 from cluster.frontend.sequence import RunningSequence, SamplingOptions, TextChunk, TokenText, token_text
 from cluster.frontend.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ from cluster.protocols import AttentionWorkerClient
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenChunk
 
 _ABORT_TIMEOUT_S = 5.0
-_LONG_TEXT_CHARS = 16_384
+_BYTES_A_TOKEN = 4  # of what is small: a token id costs about as much as its text
 
 
 class GenerationService:
@@ -48,6 +50,12 @@ class GenerationService:
         self._timeout_s = config.request_timeout_s
         self._metrics = metrics
         self._deadlines: dict[RequestId, _Deadline] = {}
+        self.inputs = InputPool(
+            threads=config.input_threads,
+            max_waiting=config.max_input_queue,
+            on_refusal=partial(metrics.count_rejection, "input_queue_full"),
+        )
+        self.answers = OpenAnswers()
 
     async def encode_chat(
         self,
@@ -58,31 +66,43 @@ class GenerationService:
         add_special_tokens: bool = False,
     ) -> tuple[int, ...]:
         """Prompt ids of a chat; as a rule the template writes the special tokens itself."""
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, kwargs=kwargs)
-        return await self.encode_text(text, add_special_tokens=add_special_tokens)
+
+        def encode() -> tuple[int, ...]:
+            text = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, kwargs=kwargs
+            )
+            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+        return await self.inputs.run(encode)  # a template is a program: what it does with little may be much
 
     async def encode_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Prompt ids of plain text; long texts are encoded beside the event loop."""
-        if len(text) < _LONG_TEXT_CHARS:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        return tuple(await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens=add_special_tokens))
+        encode = partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self.inputs.run(lambda: tuple(encode()), num_bytes=len(text))
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a prompt given as ids.
 
         Raises:
             InvalidRequest: a token id outside the vocabulary.
         """
-        self._check_token_ids(token_ids, "tokens")
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        def decode() -> str:
+            self._check_token_ids(token_ids, "tokens")
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return await self.inputs.run(decode, num_bytes=_BYTES_A_TOKEN * len(token_ids))
 
     def token_text(self, token_id: int) -> TokenText:
         """One token of a prompt, without log-probability."""
         return token_text(self._tokenizer, token_id, 0.0)
 
-    def token_pieces(self, token_ids: Sequence[int]) -> list[str]:
+    async def token_pieces(self, token_ids: Sequence[int]) -> list[str]:
         """What the vocabulary writes for each token id."""
-        return [self._tokenizer.token_piece(token_id) for token_id in token_ids]
+        piece = self._tokenizer.token_piece
+        return await self.inputs.run(
+            lambda: [piece(token_id) for token_id in token_ids], num_bytes=_BYTES_A_TOKEN * len(token_ids)
+        )
 
     def prepare(
         self,
@@ -121,7 +141,7 @@ class GenerationService:
             embedding=self._embed(prompt_ids),
         )
 
-    def prepare_choices(
+    async def prepare_choices(
         self,
         prompt_ids: Sequence[int],
         options: SamplingOptions,
@@ -131,7 +151,10 @@ class GenerationService:
         prompt_param: str = "prompt",
     ) -> list[GenerationRequest]:
         """`prepare` for all `options.n` answers to one prompt; they differ in id and noise."""
-        first = self.prepare(prompt_ids, options, RequestId(answer_id), prompt_param=prompt_param)
+        prepare = partial(self.prepare, prompt_ids, options, RequestId(answer_id), prompt_param=prompt_param)
+        num_ids = len(prompt_ids) + len(options.allowed_token_ids) + len(options.logit_bias)
+        num_bytes = _BYTES_A_TOKEN * num_ids + sum(map(len, options.bad_words))
+        first = await self.inputs.run(prepare, num_bytes=num_bytes)
         choices = range(first_choice, first_choice + options.n)
         return [replace(first, request_id=RequestId(f"{answer_id}-{choice}"), choice=choice) for choice in choices]
 
@@ -175,6 +198,11 @@ class GenerationService:
                 held.clear()
         finally:
             await chunks.aclose()
+
+    def abort_answers(self, names: Sequence[str]) -> frozenset[str]:
+        """End the answers of those names that are being given here; the names that had a running sequence."""
+        running = {name: [each for each in self.answers.sequences_of(name) if self.abort(each)] for name in names}
+        return frozenset(name for name, sequence_ids in running.items() if sequence_ids)
 
     def abort(self, request_id: RequestId) -> bool:
         """End a running sequence: its stream gives what it has and finish reason abort. False if there is none."""

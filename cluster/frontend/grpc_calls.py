@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, cast
 
 import grpc
@@ -26,6 +26,7 @@ from cluster.observability.logs import log_event
 from cluster.observability.metrics import FrontendMetrics
 
 REQUEST_ID_KEY = "x-request-id"
+IGNORED_FIELDS_KEY = "x-moesaic-ignored-fields"
 
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
@@ -36,10 +37,15 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that was let in. `answer_id` is ours and unique, for the worker; `timeout_s` is what it may take."""
+    """A call that was let in. `answer_id` is ours and unique, for the worker; `timeout_s` is what it may take.
+
+    `request_id` is the client's, or what it was told. `ignored_fields` is filled while the request is read.
+    """
 
     answer_id: str
+    request_id: str
     timeout_s: float
+    ignored_fields: list[str] = field(default_factory=list[str])
 
 
 class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
@@ -77,11 +83,13 @@ class Calls:
             method: its name, for the log.
         """
         request_id = choose_request_id(_metadata_value(context.invocation_metadata(), REQUEST_ID_KEY))
-        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-        call = Call(f"gen-{uuid.uuid4().hex}", self._allowed_s(context))
+        named = ((REQUEST_ID_KEY, request_id),)
+        context.set_trailing_metadata(named)
+        call = Call(f"gen-{uuid.uuid4().hex}", request_id, self._allowed_s(context))
         code, started_s = "CANCELLED", time.perf_counter()  # stays so when the client leaves or stops waiting
         try:
             result = await _within(call.timeout_s, work(call))
+            context.set_trailing_metadata((*named, *_ignored(call)))
             code = "OK"
             return result
         except Exception as error:  # noqa: BLE001 - a top loop: logs bugs with traceback, answers, goes on
@@ -89,7 +97,7 @@ class Calls:
             code = status.code.name
             if status.code is grpc.StatusCode.INTERNAL:
                 log_event(_logger(), logging.ERROR, "request failed", error=error, request_id=request_id)
-            trailers = ((REQUEST_ID_KEY, request_id), *(status.trailing_metadata or ()))
+            trailers = (*named, *_ignored(call), *(status.trailing_metadata or ()))
             await context.abort(status.code, status.details, trailers)
         finally:
             log_event(
@@ -147,6 +155,10 @@ async def _refuse(_requests: object, context: Context) -> None:
     presented = _presented_keys(context.invocation_metadata())
     message = refusal(presented, "metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'")
     await context.abort_with_status(grpc_status_of(AuthenticationFailed(message, code="invalid_api_key")))
+
+
+def _ignored(call: Call) -> tuple[tuple[str, str], ...]:
+    return ((IGNORED_FIELDS_KEY, ", ".join(call.ignored_fields)),) if call.ignored_fields else ()
 
 
 def _presented_keys(metadata: object) -> tuple[str, ...]:

@@ -10,22 +10,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import Any, cast
 
 from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.unknown_fields import UnknownFieldSet
 from pydantic import Field, ValidationError
 
 from cluster.errors import InvalidRequest
 from cluster.frontend.grpc_errors import FieldViolation, InvalidFields
-from cluster.frontend.openai_sampling import SamplingFields, StrictModel
+from cluster.frontend.openai_sampling import SamplingFields
 from cluster.frontend.openai_schema import Message
 from cluster.frontend.openai_unsupported import echo
+from cluster.frontend.request_fields import StrictModel
 from cluster.frontend.sequence import LogprobEntry, SamplingOptions, TextChunk, TokenText, Usage
 from cluster.rpc import generation_pb2 as pb
 
 _MAX_LOGPROBS = 20
+_MAX_UNKNOWN = 16
 # Fields whose name in the shared schemas differs from the one in the messages.
 _SAMPLING_NAMES = {"num_prompt_logprobs": "prompt_logprobs"}
 _CHAT_NAMES = {"template_kwargs": "chat_template_kwargs"}
@@ -44,14 +48,17 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedGeneration:
-    """One request: a prompt (text, token ids or a chat) and how to continue it."""
+    """One request: a prompt (text, token ids or a chat) and how to continue it.
+
+    `ignored_fields` are paths, with numbers at their ends, of the first few fields that this server's messages lack.
+    """
 
     prompt: str | Sequence[int] | ChatPrompt
     options: SamplingOptions
+    ignored_fields: tuple[str, ...] = ()
 
 
 class _Sampling(SamplingFields):
-    model: str = ""
     num_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
 
 
@@ -80,7 +87,8 @@ def parse_generation(request: Generation) -> ParsedGeneration:
         violations += _explained(error, "sampling.", _SAMPLING_NAMES)
     if prompt is None or options is None:
         raise InvalidFields(violations)
-    return ParsedGeneration(prompt=prompt, options=options)
+    ignored = tuple(islice(_unknown(request), _MAX_UNKNOWN))
+    return ParsedGeneration(prompt=prompt, options=options, ignored_fields=ignored)
 
 
 def field_path(param: str) -> str:
@@ -207,6 +215,20 @@ def _plain(field: FieldDescriptor, value: Any) -> object:
     if field.is_repeated:
         return [json_format.MessageToDict(entry) if field.message_type else entry for entry in value]
     return json_format.MessageToDict(value) if field.message_type else value
+
+
+def _unknown(message: ProtoMessage, prefix: str = "") -> Iterator[str]:
+    for entry in UnknownFieldSet(message):
+        yield f"{prefix}{entry.field_number}"
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        if field.message_type.file.package.startswith("google."):
+            continue  # values of the client's own choice
+        for place, inner in enumerate(value if field.is_repeated else (value,)):
+            yield from _unknown(
+                inner, f"{prefix}{field.name}.{place}." if field.is_repeated else f"{prefix}{field.name}."
+            )
 
 
 def _explained(error: ValidationError, prefix: str, names: Mapping[str, str]) -> list[FieldViolation]:

@@ -65,6 +65,10 @@ class GrpcGateway:
         config = self._config
         return f"{reachable_host(config.grpc.host or config.frontend.host)}:{config.grpc.port}"
 
+    async def abort_answers(self, names: tuple[str, ...]) -> frozenset[str]:
+        """End the answers of those names that are given here; the names that had a running sequence."""
+        return frozenset() if self._server is None else self._server.abort_answers(names)
+
     async def begin_drain(self) -> None:
         """Show NOT_SERVING, then refuse new requests from now on."""
         if self._server is not None:

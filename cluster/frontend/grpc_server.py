@@ -61,6 +61,7 @@ class GrpcServer:
         max_open: int | None = None,
     ) -> None:
         """`max_open` bounds calls of every kind at once; more end with RESOURCE_EXHAUSTED."""
+        self._service = service
         self._worker = worker
         self._config = config
         self._host = config.host or frontend.host
@@ -74,7 +75,9 @@ class GrpcServer:
             maximum_concurrent_rpcs=max_open,
         )
         calls = Calls(self._requests, metrics, timeout_s=frontend.request_timeout_s)
-        add_GenerationServiceServicer_to_server(GenerationServicer(service, info, calls), self._server)
+        add_GenerationServiceServicer_to_server(
+            GenerationServicer(service, info, calls, refuses_unknown=frontend.strict), self._server
+        )
         add_ClusterServiceServicer_to_server(ClusterServicer(worker, self._requests, calls), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
@@ -97,6 +100,10 @@ class GrpcServer:
         self._listen()
         await self._server.start()
         self._readiness = asyncio.create_task(self._follow_readiness())
+
+    def abort_answers(self, names: Sequence[str]) -> frozenset[str]:
+        """End the answers of those names; the names that had a running sequence."""
+        return self._service.abort_answers(names)
 
     async def begin_drain(self) -> None:
         """Show NOT_SERVING first, then refuse new generation requests; there is no way back."""

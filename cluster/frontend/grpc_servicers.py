@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
+from functools import partial
 from typing import TypeVar
 
-from cluster.errors import ModelNotFound, Unavailable
+from cluster.errors import InvalidRequest, ModelNotFound, Unavailable
 from cluster.frontend.generation import GenerationService
-from cluster.frontend.grpc_calls import Call, Calls, Context
+from cluster.frontend.grpc_calls import REQUEST_ID_KEY, Call, Calls, Context
 from cluster.frontend.grpc_convert import (
     ChatPrompt,
     Generation,
@@ -39,8 +40,11 @@ class GenerationServicer(GenerationServiceServicer):
     them before anything else happens.
     """
 
-    def __init__(self, service: GenerationService, info: ModelInfo, calls: Calls) -> None:
+    def __init__(
+        self, service: GenerationService, info: ModelInfo, calls: Calls, *, refuses_unknown: bool = False
+    ) -> None:
         self._service = service
+        self._refuses_unknown = refuses_unknown
         self._info = info
         self._calls = calls
 
@@ -51,7 +55,7 @@ class GenerationServicer(GenerationServiceServicer):
 
         async def work(call: Call) -> generation_pb2.GenerateResponse:
             choices: dict[int, list[TextChunk]] = {}
-            async with aclosing(await self._chunks(request, call)) as chunks:
+            async with aclosing(self._chunks(request, call)) as chunks:
                 async for index, chunk in chunks:
                     choices.setdefault(index, []).append(chunk)
             return whole_response(self._info.name, [choices[index] for index in sorted(choices)])
@@ -64,18 +68,26 @@ class GenerationServicer(GenerationServiceServicer):
         """The answer piece by piece."""
 
         async def work(call: Call) -> None:
-            async with aclosing(await self._chunks(request, call)) as chunks:
+            is_named = False
+            async with aclosing(self._chunks(request, call)) as chunks:
                 async for index, chunk in chunks:
+                    if not is_named:  # not before: a call that has sent something is not retried by clients
+                        await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
+                        is_named = True
                     await context.write(stream_response(index, chunk))
 
         await self._calls.generate(context, "GenerateStream", work)
 
     async def _chunks(self, request: Generation, call: Call) -> AsyncGenerator[tuple[int, TextChunk]]:
-        """Check the request and start nothing yet: sequences begin with the first chunk that is asked for."""
+        """Check the request, then run its sequences; while they run, they can be aborted by the call's names."""
         if request.model not in ("", self._info.name):
             message = f"the model {request.model[:200]!r} does not exist; this server has {self._info.name!r}"
             raise ModelNotFound(message, param="model", code="model_not_found")
-        parsed = parse_generation(request)
+        parsed = await self._service.inputs.run(partial(parse_generation, request), num_bytes=request.ByteSize())
+        call.ignored_fields.extend(parsed.ignored_fields)
+        if self._refuses_unknown and parsed.ignored_fields:
+            names = ", ".join(parsed.ignored_fields)
+            raise InvalidRequest(f"unknown fields, by number: {names}", param=parsed.ignored_fields[0])
         prompt = parsed.prompt
         if isinstance(prompt, ChatPrompt):
             prompt_ids = await self._service.encode_chat(
@@ -83,10 +95,14 @@ class GenerationServicer(GenerationServiceServicer):
             )
         else:
             prompt_ids = await self._service.encode_text(prompt) if isinstance(prompt, str) else prompt
-        sequences = self._service.prepare_choices(
+        sequences = await self._service.prepare_choices(
             prompt_ids, parsed.options, call.answer_id, prompt_param=f"prompt.{request.prompt.WhichOneof('content')}"
         )
-        return self._service.stream_choices(sequences, timeout_s=call.timeout_s)
+        ids = [sequence.request_id for sequence in sequences]
+        with self._service.answers.listed((call.answer_id, call.request_id), ids):
+            async with aclosing(self._service.stream_choices(sequences, timeout_s=call.timeout_s)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
 
 class ClusterServicer(ClusterServiceServicer):

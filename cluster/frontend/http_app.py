@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from cluster.config_sections import FrontendConfig
 from cluster.frontend.generation import GenerationService
+from cluster.frontend.http_body import BodyReader
 from cluster.frontend.http_errors import install_error_responses
 from cluster.frontend.http_middleware import Admission, ApiKey, BodyLimit, RequestContext
 from cluster.frontend.open_requests import OpenRequests
@@ -16,7 +17,7 @@ from cluster.frontend.scheduler_routes import SchedulerRoutes
 from cluster.frontend.tokenize_routes import TokenizeRoutes
 from cluster.model_info import ModelInfo
 from cluster.observability.metrics import FrontendMetrics
-from cluster.protocols import AttentionWorkerClient, SchedulerClient
+from cluster.protocols import AttentionWorkerClient, FrontEnds, SchedulerClient
 
 _GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 _TEXT_PATHS = ("/tokenize", "/detokenize", "/abort_requests")
@@ -32,13 +33,15 @@ def create_app(
     metrics: FrontendMetrics,
     *,
     scheduler: SchedulerClient | None = None,
+    peers: FrontEnds | None = None,
     per_expert_metrics: bool = False,
 ) -> FastAPI:
     """Build the application. `app.state.requests` is its `OpenRequests`: `begin_drain()`, `num_in_flight`."""
     app = FastAPI(title="Moesaic", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     requests = OpenRequests(metrics.set_in_flight)
     app.state.requests = requests
-    openai = OpenAIRoutes(service, info, config)
+    app.state.bodies = BodyReader(service.inputs, max_bytes=config.max_body_bytes, refuses_unknown=config.strict)
+    openai = OpenAIRoutes(service, info, config, peers)
     text = TokenizeRoutes(service, info)
     operator = OperatorRoutes(worker, requests, metrics, scheduler=scheduler, per_expert_metrics=per_expert_metrics)
     central = SchedulerRoutes(scheduler)
@@ -64,7 +67,7 @@ def create_app(
     install_error_responses(app)
     # The last one added sees a request first.
     app.add_middleware(Admission, requests=requests, paths=_GENERATION_PATHS, metrics=metrics)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, max_arriving_bytes=config.max_arriving_bytes)
     if config.api_key is not None:
         app.add_middleware(ApiKey, key=config.api_key.get_secret_value(), guarded=_GUARDED_PATHS)
     routes = [

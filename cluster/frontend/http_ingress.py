@@ -16,7 +16,7 @@ from cluster.frontend.tokenizer import Tokenizer
 from cluster.model_info import ModelInfo, load_model_info
 from cluster.observability.logs import configure_logging
 from cluster.observability.metrics import FrontendMetrics
-from cluster.protocols import AttentionWorkerClient, SchedulerClient
+from cluster.protocols import AttentionWorkerClient, FrontEnds, SchedulerClient
 from cluster.types import ExpertHostStatus, WorkerStatus
 
 
@@ -25,11 +25,12 @@ def build_front_end(
     info: ModelInfo,
     worker: AttentionWorkerClient,
     scheduler: SchedulerClient | None = None,
+    peers: FrontEnds | None = None,
     embed: Callable[[Sequence[int]], bytes] = lambda _: b"",
 ) -> tuple[GenerationService, FastAPI]:
     """The generation service and the HTTP application over `worker`.
 
-    Args: scheduler: None in a single process. embed: what a prompt means.
+    Args: scheduler, peers: None in a single process. embed: what a prompt means.
     """
     metrics = FrontendMetrics()
     service = GenerationService(worker, Tokenizer.load(info.path), info, config.frontend, metrics, embed)
@@ -40,6 +41,7 @@ def build_front_end(
         config.frontend,
         metrics,
         scheduler=scheduler,
+        peers=peers,
         per_expert_metrics=config.metrics.per_expert,
     )
 
@@ -48,6 +50,7 @@ class HttpIngress:
     """Serve ingress replica: owns one HTTP application. Its options are in `actors/deployments.py`."""
 
     def __init__(self, config_tree: dict[str, Any], workers: DeploymentHandle[Any]) -> None:
+        from actors.front_ends import ServeFrontEnds
         from actors.scheduler_link import SchedulerLink
         from actors.worker_client import ServeWorkerClient
 
@@ -62,7 +65,8 @@ class HttpIngress:
         )
         self._worker = ServeWorkerClient(workers, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
         scheduler, embedder = SchedulerLink(config.ray.namespace), PromptEmbedder(info.path, info.vocab_size)
-        _, self._app = build_front_end(config, info, self._worker, scheduler, embedder.embed)
+        peers = ServeFrontEnds(config.ray.namespace)
+        self._service, self._app = build_front_end(config, info, self._worker, scheduler, peers, embedder.embed)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -74,6 +78,10 @@ class HttpIngress:
     async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
         """The expert hosts' status."""
         return await self._worker.host_statuses()
+
+    async def abort_answers(self, names: tuple[str, ...]) -> frozenset[str]:
+        """End the answers of those names that are given here; the names that had a running sequence."""
+        return self._service.abort_answers(names)
 
     async def begin_drain(self) -> None:
         """Refuse new requests from now on."""

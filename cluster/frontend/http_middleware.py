@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import AuthenticationFailed, BodyTooLarge, Unavailable
+from cluster.errors import AuthenticationFailed, BodyTooLarge, Overloaded, Unavailable
 from cluster.frontend.api_keys import has_key, presented_keys, refusal
 from cluster.frontend.http_errors import error_response
 from cluster.frontend.open_requests import OpenRequests
@@ -18,6 +19,8 @@ from cluster.observability.logs import log_event
 from cluster.observability.metrics import FrontendMetrics
 
 _KEY_HEADERS = ("authorization", "x-api-key")
+IGNORED_FIELDS_HEADER = "x-moesaic-ignored-fields"
+
 _PROBES = ("/health", "/ready", "/metrics")
 
 
@@ -42,11 +45,16 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = int(message["status"])
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if ignored := scope["state"].get("ignored_fields"):
+                    headers[IGNORED_FIELDS_HEADER] = ", ".join(ignored)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            log_event(_logger(), logging.DEBUG, "client left before its request was whole", request_id=request_id)
         except Exception as error:  # noqa: BLE001 - a top loop: logs with traceback, answers, goes on
             log_event(_logger(), logging.ERROR, "request failed", error=error, request_id=request_id)
             if status == 499:
@@ -95,11 +103,16 @@ class ApiKey:
 
 
 class BodyLimit:
-    """Refuses bodies above a size, by their declared length or, without one, while they arrive."""
+    """Refuses bodies above a size, by their declared length or, without one, while they arrive.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    All that are still arriving have a bound too: above it the one that grows is refused.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, max_arriving_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_arriving = max_arriving_bytes
+        self._arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,17 +120,26 @@ class BodyLimit:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
             return await error_response(self._error())(scope, receive, send)
-        num_bytes = 0
+        num_bytes = arriving = 0
 
         async def receive_counted() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, arriving
             message = await receive()
-            num_bytes += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            num_bytes, arriving, self._arriving = num_bytes + size, arriving + size, self._arriving + size
             if num_bytes > self._max_bytes:
                 raise self._error()
+            if self._arriving > self._max_arriving:
+                limit = f"{self._max_arriving} bytes of requests are arriving (frontend.max_arriving_bytes)"
+                raise Overloaded(f"{limit}; try again later")
+            if not message.get("more_body", False):
+                self._arriving, arriving = self._arriving - arriving, 0
             return message
 
-        await self._app(scope, receive_counted, send)
+        try:
+            await self._app(scope, receive_counted, send)
+        finally:
+            self._arriving -= arriving
 
     def _error(self) -> BodyTooLarge:
         return BodyTooLarge(f"the request body exceeds the limit of {self._max_bytes} bytes")

@@ -41,6 +41,7 @@ class AnswerFacts:
     prompts: Sequence[Sequence[int]]
     n: int = 1
     include_usage: bool = False
+    continuous_usage: bool = False
     gives_token_ids: bool = False
     names_token_ids: bool = False
 
@@ -107,6 +108,7 @@ class ChatAnswer:
     def __init__(self, facts: AnswerFacts) -> None:
         self.facts = facts
         self._envelope = _Envelope(facts, "chat.completion.chunk")
+        self._usage = _RunningUsage(facts)
         self._logprobs = LogprobFormat(names_ids=facts.names_token_ids)
 
     def opening_event(self, index: int, chunk: TextChunk) -> bytes:
@@ -115,20 +117,21 @@ class ChatAnswer:
         if self.facts.gives_token_ids:
             extra = b',"prompt_token_ids":' + orjson.dumps(list(self.facts.prompt_of(index)))
         choice = b'{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}' % (index, delta)
-        return self._envelope.event(choice, extra)
+        return self._envelope.event(choice, extra, self._usage.of(index))
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
         events = b""
+        usage = self._usage.take(index, chunk)
         ids = _token_ids_field(chunk) if self.facts.gives_token_ids else b""
         if chunk.text or chunk.logprobs or (ids and chunk.token_ids):
             logprobs = b"null" if chunk.logprobs is None else orjson.dumps(self._logprobs.chat(chunk.logprobs))
             fields = (index, orjson.dumps(chunk.text), logprobs, ids)
             choice = b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s}' % fields
-            events = self._envelope.event(choice)
+            events = self._envelope.event(choice, usage=usage)
         if chunk.finish_reason is not None:
             fields = (index, chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
             events += self._envelope.event(
-                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s","stop_reason":%s}' % fields
+                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s","stop_reason":%s}' % fields, usage=usage
             )
         return events
 
@@ -161,6 +164,7 @@ class CompletionAnswer:
     def __init__(self, facts: AnswerFacts, *, echoes: Sequence[Echo] = (), gives_prompt_logprobs: bool = False) -> None:
         self.facts = facts
         self._envelope = _Envelope(facts, "text_completion")
+        self._usage = _RunningUsage(facts)
         self._logprobs = LogprobFormat(names_ids=facts.names_token_ids)
         self._echoes = echoes
         self._gives_prompt_logprobs = gives_prompt_logprobs
@@ -181,6 +185,7 @@ class CompletionAnswer:
         return self._event(index, orjson.dumps(echo.text), logprobs, b"null", extra)
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
+        self._usage.take(index, chunk)
         ids = _token_ids_field(chunk) if self.facts.gives_token_ids else b""
         shows = chunk.text or chunk.logprobs or chunk.finish_reason is not None or (ids and chunk.token_ids)
         if not shows:
@@ -223,7 +228,29 @@ class CompletionAnswer:
 
     def _event(self, index: int, text: bytes, logprobs: bytes, reason: bytes, extra: bytes) -> bytes:
         fields = (index, text, logprobs, reason, extra)
-        return self._envelope.event(b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}' % fields)
+        choice = b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}' % fields
+        return self._envelope.event(choice, usage=self._usage.of(index))
+
+
+class _RunningUsage:
+    """Tokens of each choice so far, for streams that tell them in every event; as in vLLM, of that choice alone."""
+
+    def __init__(self, facts: AnswerFacts) -> None:
+        self._facts = facts
+        self._num_tokens: dict[int, int] = {}
+
+    def take(self, index: int, chunk: TextChunk) -> bytes | None:
+        """Count a chunk of choice `index`; then as `of`."""
+        self._num_tokens[index] = self._num_tokens.get(index, 0) + len(chunk.token_ids)
+        return self.of(index)
+
+    def of(self, index: int) -> bytes | None:
+        """The usage of choice `index` so far as JSON; None if the client did not ask for it."""
+        if not self._facts.continuous_usage:
+            return None
+        num_prompt, num_tokens = len(self._facts.prompt_of(index)), self._num_tokens.get(index, 0)
+        fields = (num_prompt, num_tokens, num_prompt + num_tokens)
+        return b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}' % fields
 
 
 class _Envelope:
@@ -233,9 +260,10 @@ class _Envelope:
         self._head = b"data: " + orjson.dumps(facts.head(kind))[:-1] + b',"choices":['
         self._tail = b',"usage":null}\n\n' if facts.include_usage else b"}\n\n"
 
-    def event(self, choice: bytes, extra: bytes = b"") -> bytes:
-        """An event with one choice and, behind it, `extra` fields."""
-        return self._head + choice + b"]" + extra + self._tail
+    def event(self, choice: bytes, extra: bytes = b"", usage: bytes | None = None) -> bytes:
+        """An event with one choice and, behind it, `extra` fields and the usage so far."""
+        tail = self._tail if usage is None else b',"usage":' + usage + b"}\n\n"
+        return self._head + choice + b"]" + extra + tail
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._head + b'],"usage":' + orjson.dumps(_usage_json(usage)) + b"}\n\n"

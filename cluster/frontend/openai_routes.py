@@ -14,13 +14,14 @@ from starlette.responses import Response
 from cluster.config_sections import FrontendConfig
 from cluster.errors import ModelNotFound
 from cluster.frontend.generation import GenerationService
+from cluster.frontend.http_body import read_body
 from cluster.frontend.http_stream import EventStream, run_while_connected
-from cluster.frontend.open_answers import OpenAnswers
 from cluster.frontend.openai_answers import DONE_EVENT, AnswerFacts, AnswerFormat, ChatAnswer, CompletionAnswer, Echo
 from cluster.frontend.openai_sampling import SamplingFields
-from cluster.frontend.openai_schema import AbortRequest, ChatRequest, CompletionRequest, parse_body
+from cluster.frontend.openai_schema import AbortRequest, ChatRequest, CompletionRequest
 from cluster.frontend.sequence import TextChunk, Usage
 from cluster.model_info import ModelInfo
+from cluster.protocols import FrontEnds
 from cluster.types import GenerationRequest
 
 
@@ -35,16 +36,23 @@ class _Answer(NamedTuple):
 class OpenAIRoutes:
     """Routes below /v1, and /abort_requests."""
 
-    def __init__(self, service: GenerationService, info: ModelInfo, config: FrontendConfig) -> None:
+    def __init__(
+        self,
+        service: GenerationService,
+        info: ModelInfo,
+        config: FrontendConfig,
+        peers: FrontEnds | None = None,
+    ) -> None:
+        """Args: peers: the other front ends, for what may be given by any of them; None: there are none."""
         self._service = service
         self._info = info
         self._keep_alive_s = config.keep_alive_s
         self._created_s = int(time.time())
-        self._open = OpenAnswers()
+        self._peers = peers
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
-        body = parse_body(ChatRequest, await request.body())
+        body = await read_body(request, ChatRequest)
         check_model(body.model, self._info)
         prompt_ids = await self._service.encode_chat(
             [message.for_template() for message in body.messages],
@@ -53,13 +61,13 @@ class OpenAIRoutes:
             add_special_tokens=body.add_special_tokens,
         )
         answer_id = _new_answer_id(request, "chatcmpl")
-        sequences = self._service.prepare_choices(prompt_ids, body.options(), answer_id, prompt_param="messages")
+        sequences = await self._service.prepare_choices(prompt_ids, body.options(), answer_id, prompt_param="messages")
         shape = ChatAnswer(self._facts(answer_id, body, sequences))
-        return await self._respond(request, _Answer(_names(request, answer_id), sequences, shape), body)
+        return await self._respond(request, _Answer(_names(request, answer_id, body), sequences, shape), body)
 
     async def complete(self, request: Request) -> Response:
         """POST /v1/completions"""
-        body = parse_body(CompletionRequest, await request.body())
+        body = await read_body(request, CompletionRequest)
         check_model(body.model, self._info)
         answer_id = _new_answer_id(request, "cmpl")
         options = body.options()
@@ -71,19 +79,19 @@ class OpenAIRoutes:
                 if isinstance(prompt, str)
                 else prompt
             )
-            choices = self._service.prepare_choices(prompt_ids, options, answer_id, first_choice=len(sequences))
+            choices = await self._service.prepare_choices(prompt_ids, options, answer_id, first_choice=len(sequences))
             sequences += choices
             if body.echo:
                 kept = choices[0].prompt_ids  # fewer than the prompt has when it is truncated
                 is_whole = isinstance(prompt, str) and len(kept) == len(prompt_ids)
-                text = str(prompt) if is_whole else self._service.decode(kept)
+                text = str(prompt) if is_whole else await self._service.decode(kept)
                 echoes.append(Echo(text, self._service.token_text(kept[0])))
         shape = CompletionAnswer(
             self._facts(answer_id, body, sequences),
             echoes=echoes,
             gives_prompt_logprobs=body.prompt_logprobs is not None,
         )
-        return await self._respond(request, _Answer(_names(request, answer_id), sequences, shape), body)
+        return await self._respond(request, _Answer(_names(request, answer_id, body), sequences, shape), body)
 
     async def list_models(self) -> Response:
         """GET /v1/models"""
@@ -95,14 +103,19 @@ class OpenAIRoutes:
         return json_response(self._model_json())
 
     async def abort(self, request: Request) -> Response:
-        """POST /abort_requests: the answers named end with what they have and finish reason abort."""
-        body = parse_body(AbortRequest, await request.body())
-        aborted: list[str] = []
-        for name in body.request_ids:
-            sequence_ids = self._open.sequences_of(name)
-            if [sequence_id for sequence_id in sequence_ids if self._service.abort(sequence_id)]:
-                aborted.append(name)
-        return json_response({"aborted": aborted})
+        """POST /abort_requests: the answers named end with what they have and finish reason abort.
+
+        Whichever front end gives them; those that did not say in time are counted.
+        """
+        body = await read_body(request, AbortRequest)
+        aborted = self._service.abort_answers(body.request_ids)
+        num_silent = 0
+        if self._peers is not None:
+            elsewhere, num_silent = await self._peers.abort_answers(tuple(body.request_ids))
+            aborted |= elsewhere
+        names = [name for name in dict.fromkeys(body.request_ids) if name in aborted]
+        silent = {"silent_front_ends": num_silent} if num_silent else {}
+        return json_response({"aborted": names, **silent})
 
     async def _respond(self, request: Request, answer: _Answer, body: SamplingFields) -> Response:
         if body.stream:
@@ -118,7 +131,7 @@ class OpenAIRoutes:
         shape = answer.shape
         opened: set[int] = set()
         usages: dict[int, Usage] = {}
-        with self._open.listed(answer.names, [sequence.request_id for sequence in answer.sequences]):
+        with self._service.answers.listed(answer.names, [sequence.request_id for sequence in answer.sequences]):
             chunks = self._service.stream_choices(answer.sequences)
             try:
                 async for index, chunk in chunks:
@@ -139,7 +152,7 @@ class OpenAIRoutes:
         """The whole answer."""
         choices: list[list[TextChunk]] = [[] for _ in answer.sequences]
         usages: dict[int, Usage] = {}
-        with self._open.listed(answer.names, [sequence.request_id for sequence in answer.sequences]):
+        with self._service.answers.listed(answer.names, [sequence.request_id for sequence in answer.sequences]):
             chunks = self._service.stream_choices(answer.sequences)
             try:
                 async for index, chunk in chunks:
@@ -160,6 +173,7 @@ class OpenAIRoutes:
             prompts=[sequence.prompt_ids for sequence in sequences[::n]],
             n=n,
             include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
             gives_token_ids=bool(body.return_token_ids),
             names_token_ids=bool(body.return_tokens_as_token_ids),
         )
@@ -174,14 +188,14 @@ class OpenAIRoutes:
         }
 
 
-def check_model(name: str, info: ModelInfo) -> None:
-    """Return if this server has that model.
+def check_model(name: str | None, info: ModelInfo) -> None:
+    """Return if this server has that model; no name means the one that it has.
 
     Raises:
         ModelNotFound: it has another one.
     """
-    if name != info.name:
-        message = f"the model {name[:200]!r} does not exist; this server has {info.name!r}"
+    if name not in (None, info.name):
+        message = f"the model {str(name)[:200]!r} does not exist; this server has {info.name!r}"
         raise ModelNotFound(message, param="model", code="model_not_found")
 
 
@@ -197,5 +211,7 @@ def _new_answer_id(request: Request, prefix: str) -> str:
     return answer_id
 
 
-def _names(request: Request, answer_id: str) -> tuple[str, ...]:
-    return (answer_id, request.state.request_id)
+def _names(request: Request, answer_id: str, body: SamplingFields) -> tuple[str, ...]:
+    """What a client may call its answer."""
+    names = (answer_id, request.state.request_id)
+    return names if body.request_id is None else (*names, body.request_id)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.errors import InvalidRequest
 from cluster.frontend.openai_unsupported import asks_for_nothing
+from cluster.frontend.request_fields import ClientModel
+from cluster.frontend.request_id import MAX_ID_CHARS
 from cluster.frontend.sequence import SamplingOptions
 
 MAX_CHOICES = 128
@@ -20,12 +22,6 @@ _MAX_STOP_CHARS = 1024
 _MAX_BAD_WORDS = 256
 _MAX_BIASED_TOKENS = 1024
 _MAX_BIAS = 100.0
-
-
-class StrictModel(BaseModel):
-    """No coercion (the string "5" is no number) and no unknown names."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
 
 def _stop_list(stop: object) -> object:
@@ -57,17 +53,35 @@ def _bias_by_token(bias: object) -> object:
     return by_token
 
 
-class StreamOptions(StrictModel):
+class StreamOptions(ClientModel):
     """What a stream carries besides tokens."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(StrictModel):
+class KnownFields(ClientModel):
+    """A body in which fields that are known and not implemented may ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unsupported(cls, body: object) -> object:
+        if not isinstance(body, dict):
+            return body
+        fields = cast("dict[str, object]", body)
+        return {
+            name: value
+            for name, value in fields.items()
+            if name in cls.model_fields or not asks_for_nothing(name, value)
+        }
+
+
+class SamplingFields(KnownFields):
     """What chat and text completions have in common."""
 
-    model: str
+    model: str | None = None
+    request_id: str | None = Field(None, max_length=MAX_ID_CHARS)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -78,13 +92,13 @@ class SamplingFields(StrictModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
-    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_by_token)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_by_token)] = Field(default_factory=dict[int, float])
     allowed_token_ids: list[int] | None = Field(None, min_length=1)
     bad_words: list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]] | None = Field(
         None, max_length=_MAX_BAD_WORDS
     )
     min_tokens: int | None = Field(None, ge=0)
-    stop: Annotated[list[str], BeforeValidator(_stop_list)] = []
+    stop: Annotated[list[str], BeforeValidator(_stop_list)] = Field(default_factory=list[str])
     stop_token_ids: list[int] | None = Field(None, max_length=128)
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -95,13 +109,6 @@ class SamplingFields(StrictModel):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_unsupported(cls, body: dict[str, object]) -> dict[str, object]:
-        return {
-            name: value for name, value in body.items() if name in cls.model_fields or not asks_for_nothing(name, value)
-        }
 
     @model_validator(mode="after")
     def _is_consistent(self) -> SamplingFields:
@@ -118,6 +125,11 @@ class SamplingFields(StrictModel):
     def include_usage(self) -> bool:
         """Whether the stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk has the usage so far; only for who wants it at the end too, as in vLLM."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(
         self, *, max_tokens: int | None, num_logprobs: int | None, num_prompt_logprobs: int | None

@@ -5,18 +5,15 @@ Knows JSON fields; knows no model, no tokens and no HTTP. Every refusal is an `I
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, cast
 
-import orjson
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.errors import InvalidRequest
-from cluster.frontend.openai_sampling import MAX_CHOICES, SamplingFields, StrictModel
-from cluster.frontend.openai_unsupported import MAX_ECHO_CHARS, echo
+from cluster.frontend.openai_sampling import MAX_CHOICES, KnownFields, SamplingFields
+from cluster.frontend.request_fields import ClientModel, StrictModel
 from cluster.frontend.sequence import SamplingOptions
 
-_MAX_ERRORS = 10
 _MAX_PROMPTS = 128
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
@@ -55,7 +52,7 @@ def _are_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(entry) is int for entry in cast("list[object]", value))
 
 
-class Message(StrictModel):
+class Message(ClientModel):
     """One chat message. What the openai client adds to an answer it sends back is accepted and not used."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -142,7 +139,7 @@ class CompletionRequest(SamplingFields):
         return self.sampling(max_tokens=limit, num_logprobs=self.logprobs, num_prompt_logprobs=scored)
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(KnownFields):
     """Body of /tokenize: a prompt, or the messages of a chat."""
 
     model: str | None = None
@@ -160,7 +157,7 @@ class TokenizeRequest(StrictModel):
         return self
 
 
-class DetokenizeRequest(StrictModel):
+class DetokenizeRequest(ClientModel):
     """Body of /detokenize."""
 
     model: str | None = None
@@ -177,46 +174,3 @@ class ExpertCacheBody(StrictModel):
     """Body of /experts/cache: bytes, or percent of the routed-expert bytes."""
 
     cache: str = Field(min_length=1, max_length=64)
-
-
-Body = TypeVar("Body", bound=StrictModel)
-
-
-def parse_body(schema: type[Body], body: bytes) -> Body:
-    """Read a request body.
-
-    Raises:
-        InvalidRequest: not UTF-8, not JSON, or not as `schema` wants it; the message is bounded in size.
-    """
-    try:
-        body.decode()
-        fields: object = orjson.loads(body)
-        if not isinstance(fields, dict):
-            raise InvalidRequest("the request body must be a JSON object")
-        return schema.model_validate(fields)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the request body is not valid UTF-8 (byte {error.start})") from None
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the request body is not valid JSON: {error}"[:MAX_ECHO_CHARS]) from None
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False)
-        message = "; ".join(_explain(detail) for detail in details[:_MAX_ERRORS])
-        if len(details) > _MAX_ERRORS:
-            message += f"; and {len(details) - _MAX_ERRORS} more"
-        raise InvalidRequest(message, param=_path(details[0]["loc"]) or None) from None
-
-
-def _explain(detail: Mapping[str, Any]) -> str:
-    path = _path(detail["loc"])
-    match detail["type"]:
-        case "extra_forbidden":
-            return f"Unrecognized request argument supplied: {path}"
-        case "missing":
-            return f"Missing required parameter: '{path}'"
-        case _:
-            reason = str(detail["msg"]).removeprefix("Value error, ")
-            return f"{path}: {reason} (got {echo(detail['input'])})"
-
-
-def _path(location: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in location)[:MAX_ECHO_CHARS]

@@ -11,8 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import ConfigError, InvalidRequest, MoesaicError, Unavailable
+from cluster.frontend.http_body import read_body
 from cluster.frontend.open_requests import OpenRequests
-from cluster.frontend.openai_schema import ExpertCacheBody, parse_body
+from cluster.frontend.openai_schema import ExpertCacheBody
 from cluster.frontend.root_page import program_version
 from cluster.observability.metrics import FrontendMetrics
 from cluster.observability.scheduler_metrics import scheduler_metrics_text
@@ -89,7 +90,7 @@ class OperatorRoutes:
 
     async def set_expert_cache(self, request: Request) -> Response:
         """POST /experts/cache {"cache": "25%"}: every worker's fast expert memory, from now on until it restarts."""
-        body = parse_body(ExpertCacheBody, await request.body())
+        body = await read_body(request, ExpertCacheBody)
         try:
             workers = await self._worker_answer(self._worker.set_expert_cache(body.cache))
         except ConfigError as error:  # here it is the client's mistake

@@ -12,7 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.errors import Unavailable
-from cluster.frontend.openai_schema import StrictModel, parse_body
+from cluster.frontend.http_body import read_body
+from cluster.frontend.request_fields import StrictModel
 from cluster.protocols import SchedulerClient
 from cluster.scheduler.placement.explain import plan_as_dict
 
@@ -48,7 +49,7 @@ class SchedulerRoutes:
 
     async def drain(self, request: Request) -> Response:
         """POST /drain {"node": "10.0.0.7"}: empty a node, or with "undo": true use it again; what is left there."""
-        body = parse_body(DrainBody, await request.body())
+        body = await read_body(request, DrainBody)
         client = self._client
         return _json(await self._answer(client.undrain(body.node) if body.undo else client.drain(body.node)))
 

@@ -6,8 +6,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.frontend.generation import GenerationService
+from cluster.frontend.http_body import read_body
 from cluster.frontend.openai_routes import check_model, json_response
-from cluster.frontend.openai_schema import DetokenizeRequest, TokenizeRequest, parse_body
+from cluster.frontend.openai_schema import DetokenizeRequest, TokenizeRequest
 from cluster.model_info import ModelInfo
 
 
@@ -20,9 +21,8 @@ class TokenizeRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize: of a prompt, or of the messages of a chat as the chat endpoint would see them."""
-        body = parse_body(TokenizeRequest, await request.body())
-        if body.model is not None:
-            check_model(body.model, self._info)
+        body = await read_body(request, TokenizeRequest)
+        check_model(body.model, self._info)
         if body.messages is not None:
             tokens = await self._service.encode_chat(
                 [message.for_template() for message in body.messages],
@@ -33,13 +33,12 @@ class TokenizeRoutes:
         else:
             with_special = body.add_special_tokens is not False
             tokens = await self._service.encode_text(body.prompt or "", add_special_tokens=with_special)
-        pieces = self._service.token_pieces(tokens) if body.return_token_strs else None
+        pieces = await self._service.token_pieces(tokens) if body.return_token_strs else None
         facts = {"count": len(tokens), "max_model_len": self._info.max_model_len}
         return json_response({**facts, "tokens": list(tokens), "token_strs": pieces})
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of token ids, special tokens included."""
-        body = parse_body(DetokenizeRequest, await request.body())
-        if body.model is not None:
-            check_model(body.model, self._info)
-        return json_response({"prompt": self._service.decode(body.tokens, skip_special_tokens=False)})
+        body = await read_body(request, DetokenizeRequest)
+        check_model(body.model, self._info)
+        return json_response({"prompt": await self._service.decode(body.tokens, skip_special_tokens=False)})

@@ -19,7 +19,7 @@ def test_the_shorter_time_ends_all_choices(make_service, configured_s, given_s):
     service = make_service(worker, request_timeout_s=configured_s)
 
     async def scenario():
-        requests = service.prepare_choices([5, 6], SamplingOptions(max_tokens=9, n=2), "answer")
+        requests = await service.prepare_choices([5, 6], SamplingOptions(max_tokens=9, n=2), "answer")
         async with asyncio.timeout(10):
             async for _ in service.stream_choices(requests, timeout_s=given_s):
                 pass
