@@ -30,7 +30,9 @@ class GenerationServiceStub:
 
     Errors are gRPC statuses with google.rpc details: ErrorInfo (domain "moesaic"), BadRequest for wrong fields, RetryInfo
     where coming back helps. A client's deadline bounds the work; cancelling a call stops its sequences within a step.
-    Metadata: `authorization: Bearer KEY` where the server has a key; `x-request-id` is taken and sent back in the trailer.
+    Metadata: `authorization: Bearer KEY` or `x-api-key: KEY` where the server has a key; `x-request-id` is taken and sent
+    back, before the first piece of a stream and in the trailer; POST /abort_requests takes it. `x-moesaic-ignored-fields` in
+    the trailer has the numbers of fields that this server does not know.
     """
 
     def __init__(self, channel):
@@ -56,7 +58,9 @@ class GenerationServiceServicer:
 
     Errors are gRPC statuses with google.rpc details: ErrorInfo (domain "moesaic"), BadRequest for wrong fields, RetryInfo
     where coming back helps. A client's deadline bounds the work; cancelling a call stops its sequences within a step.
-    Metadata: `authorization: Bearer KEY` where the server has a key; `x-request-id` is taken and sent back in the trailer.
+    Metadata: `authorization: Bearer KEY` or `x-api-key: KEY` where the server has a key; `x-request-id` is taken and sent
+    back, before the first piece of a stream and in the trailer; POST /abort_requests takes it. `x-moesaic-ignored-fields` in
+    the trailer has the numbers of fields that this server does not know.
     """
 
     def Generate(self, request, context):
@@ -99,7 +103,9 @@ class GenerationService:
 
     Errors are gRPC statuses with google.rpc details: ErrorInfo (domain "moesaic"), BadRequest for wrong fields, RetryInfo
     where coming back helps. A client's deadline bounds the work; cancelling a call stops its sequences within a step.
-    Metadata: `authorization: Bearer KEY` where the server has a key; `x-request-id` is taken and sent back in the trailer.
+    Metadata: `authorization: Bearer KEY` or `x-api-key: KEY` where the server has a key; `x-request-id` is taken and sent
+    back, before the first piece of a stream and in the trailer; POST /abort_requests takes it. `x-moesaic-ignored-fields` in
+    the trailer has the numbers of fields that this server does not know.
     """
 
     @staticmethod

@@ -31,7 +31,9 @@ class GenerationServiceStub:
 
     Errors are gRPC statuses with google.rpc details: ErrorInfo (domain "moesaic"), BadRequest for wrong fields, RetryInfo
     where coming back helps. A client's deadline bounds the work; cancelling a call stops its sequences within a step.
-    Metadata: `authorization: Bearer KEY` where the server has a key; `x-request-id` is taken and sent back in the trailer.
+    Metadata: `authorization: Bearer KEY` or `x-api-key: KEY` where the server has a key; `x-request-id` is taken and sent
+    back, before the first piece of a stream and in the trailer; POST /abort_requests takes it. `x-moesaic-ignored-fields` in
+    the trailer has the numbers of fields that this server does not know.
     """
 
     @_typing.overload
@@ -49,7 +51,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     Errors are gRPC statuses with google.rpc details: ErrorInfo (domain "moesaic"), BadRequest for wrong fields, RetryInfo
     where coming back helps. A client's deadline bounds the work; cancelling a call stops its sequences within a step.
-    Metadata: `authorization: Bearer KEY` where the server has a key; `x-request-id` is taken and sent back in the trailer.
+    Metadata: `authorization: Bearer KEY` or `x-api-key: KEY` where the server has a key; `x-request-id` is taken and sent
+    back, before the first piece of a stream and in the trailer; POST /abort_requests takes it. `x-moesaic-ignored-fields` in
+    the trailer has the numbers of fields that this server does not know.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -63,7 +67,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors are gRPC statuses with google.rpc details: ErrorInfo (domain "moesaic"), BadRequest for wrong fields, RetryInfo
     where coming back helps. A client's deadline bounds the work; cancelling a call stops its sequences within a step.
-    Metadata: `authorization: Bearer KEY` where the server has a key; `x-request-id` is taken and sent back in the trailer.
+    Metadata: `authorization: Bearer KEY` or `x-api-key: KEY` where the server has a key; `x-request-id` is taken and sent
+    back, before the first piece of a stream and in the trailer; POST /abort_requests takes it. `x-moesaic-ignored-fields` in
+    the trailer has the numbers of fields that this server does not know.
     """
 
     @_abc_1.abstractmethod

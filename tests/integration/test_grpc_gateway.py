@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import grpc
+import httpx
 import openai
 import psutil
 import pytest
@@ -94,3 +95,20 @@ def test_a_killed_gateway_comes_back(server: LiveServer) -> None:
         request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), sampling=pb.SamplingOptions(max_tokens=4))
         assert GenerationServiceStub(channel).Generate(request, timeout=TIMEOUT_S).usage.completion_tokens == 4
     assert server.get("/ready")["phase"] == "ready", "HTTP did not notice"
+
+
+def test_an_answer_over_grpc_is_aborted_over_http(channel: grpc.Channel, server: LiveServer) -> None:
+    sampling = pb.SamplingOptions(max_tokens=1500, n=2, ignore_eos=True)
+    request = pb.GenerateStreamRequest(prompt=pb.Prompt(text=PROMPT), sampling=sampling)
+    metadata = (("x-request-id", "grpc-to-be-aborted"),)
+    stream = GenerationServiceStub(channel).GenerateStream(request, metadata=metadata, timeout=TIMEOUT_S)
+    first = next(stream)
+
+    names = {"request_ids": ["nobody", "grpc-to-be-aborted"]}
+    answer = httpx.post(f"{server.url}/abort_requests", json=names, timeout=30)
+
+    assert answer.json() == {"aborted": ["grpc-to-be-aborted"]}
+    reasons = [piece.finish_reason for piece in (first, *stream) if piece.finish_reason]
+    assert reasons == [pb.FINISH_REASON_ABORT] * 2
+    poll(lambda: server.worker()["num_running"] == 0, deadline_s=10, what="the sequences stop")
+    assert server.worker()["kv_blocks_used"] == 0

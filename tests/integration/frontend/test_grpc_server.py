@@ -401,6 +401,62 @@ def test_a_bad_request_id_is_replaced(serve, run):
     assert all(len(request_id) == 36 and request_id.startswith("req-") for request_id in run(scenario))
 
 
+@pytest.mark.parametrize("by", ["client", "server", "answer"])
+def test_an_answer_can_be_aborted_by_its_names(serve, run, by):
+    worker = FakeAttentionWorker(pause_after=2)
+
+    async def scenario():
+        async with serve(worker) as (server, address), grpc.aio.insecure_channel(address) as channel:
+            metadata = (("x-request-id", "mine"),) if by == "client" else ()
+            request = pb.GenerateStreamRequest(prompt=prompt(), sampling=pb.SamplingOptions(max_tokens=50, n=2))
+            stream = GenerationServiceStub(channel).GenerateStream(request, metadata=metadata)
+            answers = aiter(stream)
+            pieces = [await anext(answers)]
+            name = dict(await stream.initial_metadata())["x-request-id"]
+            if by == "answer":
+                name = str(worker.requests[0].request_id).rpartition("-")[0]
+            assert server.abort_answers(["nobody"]) == frozenset()
+            assert server.abort_answers(["nobody", name]) == {name}
+            pieces += [piece async for piece in answers]
+            assert server.abort_answers([name]) == frozenset(), "it is over"
+            return name, pieces, dict(await stream.trailing_metadata())
+
+    name, pieces, trailers = run(scenario)
+    if by != "answer":
+        assert trailers["x-request-id"] == name
+    reasons = [piece.finish_reason for piece in pieces if piece.finish_reason]
+    assert reasons == [pb.FINISH_REASON_ABORT] * 2
+    assert set(worker.aborted) == {request.request_id for request in worker.requests}
+
+
+def test_unknown_fields_are_named_or_refused(serve, run):
+    wire = pb.GenerateRequest(prompt=prompt(), sampling=pb.SamplingOptions(max_tokens=1)).SerializeToString()
+    later = wire + b"\xba\x3e\x01x"  # field 999, a string
+    nested = pb.GenerateRequest(sampling=pb.SamplingOptions.FromString(b"\xc0\x3e\x05")).SerializeToString()
+
+    async def ask(address, body):
+        async with grpc.aio.insecure_channel(address) as channel:
+            method = channel.unary_unary("/moesaic.v1.GenerationService/Generate")
+            call = method(body)
+            try:
+                await call
+            except grpc.aio.AioRpcError as error:
+                return error.code(), error.details()
+            return dict(await call.trailing_metadata()).get("x-moesaic-ignored-fields"), ""
+
+    async def scenario():
+        async with serve(FakeAttentionWorker()) as (_, address):
+            lenient = [(await ask(address, body))[0] for body in (wire, later, wire + nested)]
+        async with serve(FakeAttentionWorker(), strict=True) as (_, address):
+            return lenient, [await ask(address, body) for body in (wire, later)]
+
+    lenient, (good, refused) = run(scenario)
+    assert lenient == [None, "999", "sampling.1000"]
+    assert good == (None, "")
+    assert refused[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert "999" in refused[1]
+
+
 def test_health_follows_the_worker_and_turns_before_a_drain(serve, run):
     worker = FakeAttentionWorker(pause_after=2)
     worker.phase = StartupPhase.LOADING

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 from fakes import AsgiCall, FakeAttentionWorker
 
+from cluster.config_sections import FrontendConfig
 from cluster.errors import Overloaded
+from cluster.frontend.http_app import create_app
 from cluster.frontend.sequence import SamplingOptions
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenChunk
 
@@ -180,6 +182,46 @@ def test_abort_ends_an_answer_with_what_it_has(make_app, call, tokenizer, stream
         assert json.loads(open_call.text)["usage"]["completion_tokens"] == 4
     assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["abort", "abort"]
     assert set(worker.aborted) == set(worker.closed) == {request.request_id for request in worker.requests}
+
+
+class _Joined:
+    """Front ends of one application, without Ray between them."""
+
+    def __init__(self, num_silent=0):
+        self.services = []
+        self._num_silent = num_silent
+
+    async def abort_answers(self, names):
+        ended = [service.abort_answers(names) for service in self.services]
+        return frozenset().union(*ended), self._num_silent
+
+
+@pytest.mark.parametrize("name", ["header", "body", "answer"])
+def test_any_front_end_aborts_what_another_one_gives(make_service, info, metrics, call, name):
+    worker, peers = FakeAttentionWorker(pause_after=2), _Joined(num_silent=1)
+
+    def make():
+        service = make_service(worker)
+        peers.services.append(service)
+        return create_app(service, worker, info, FrontendConfig(), metrics, peers=peers)
+
+    async def scenario():
+        first, second = make(), make()
+        body = CHAT | {"n": 2} | ({"request_id": "body"} if name == "body" else {})
+        open_call = AsgiCall(first, "/v1/chat/completions", body, headers=[(b"x-request-id", b"header")])
+        task = asyncio.create_task(open_call.run())
+        async with asyncio.timeout(5):
+            while worker.num_emitted < 4:
+                await asyncio.sleep(0)
+            given = str(worker.requests[0].request_id).rpartition("-")[0] if name == "answer" else name
+            answer = await call(second, "POST", "/abort_requests", json={"request_ids": ["nobody", given]})
+            await task
+        return given, answer.json(), json.loads(open_call.text)
+
+    given, answer, body = asyncio.run(scenario())
+    assert answer == {"aborted": [given], "silent_front_ends": 1}
+    assert [choice["finish_reason"] for choice in body["choices"]] == ["abort", "abort"]
+    assert set(worker.aborted) == {request.request_id for request in worker.requests}
 
 
 def test_service_aborts_between_chunks_too(make_service, tokenizer):

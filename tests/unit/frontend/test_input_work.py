@@ -38,7 +38,7 @@ class _WaitingTokenizer:
             return found
 
         def waiting(first, *args, **kwargs):
-            if name == "apply_chat_template" or not isinstance(first, int) and len(first) > 1000:
+            if name == "apply_chat_template" or (not isinstance(first, int) and len(first) > 1000):
                 self.turned.clear()
                 self.num_waits += 1
                 assert self.turned.wait(DEADLINE_S), f"{name} held the event loop"
