@@ -19,7 +19,9 @@ from pathlib import Path
 
 from actors.cluster_counts import ClusterCounts
 from actors.engine.build import EngineParts, HostAccess, build_engine
+from actors.engine.cache_change import change_cache
 from actors.engine.engine import StepOutput
+from actors.engine.failed_steps import FailedSteps
 from actors.engine.progress import Progress, ProgressMeter
 from actors.experts.host_links import Locate
 from actors.experts.memory.remote import Shelves
@@ -28,12 +30,11 @@ from actors.learned_state_loop import LearnedParts, LearnedStateLoop
 from actors.statistics_loop import StatisticsLoop
 from actors.worker_report import experts_report, own_memory_status, worker_status
 from cluster.config import MoesaicConfig, worker_threads
-from cluster.errors import ConfigError, MoesaicError, Overloaded, Unavailable
+from cluster.errors import MoesaicError, Overloaded, Unavailable
 from cluster.model_info import ModelInfo
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
 from cluster.semantics.knowledge import Knowledge
-from cluster.sizes import parse_cache_size
 from cluster.types import (
     ExpertHostStatus,
     ExpertsReport,
@@ -100,6 +101,7 @@ class AttentionWorker:
         self.phase = StartupPhase.STARTING
         self.error: MoesaicError | None = None
         self.parts: EngineParts | None = None
+        self.failed_steps = FailedSteps()
         self.is_draining = False  # takes no more requests; those under way go on
         self._store = store
         self.statistics = StatisticsLoop(
@@ -206,14 +208,9 @@ class AttentionWorker:
     async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
         """AttentionWorkerClient.set_expert_cache, of this worker."""
         parts = self.parts
-        if parts is None or parts.backend is None:
-            raise Unavailable("this worker has no expert memory of its own; hosts have theirs, see experts.host_cache")
-        store = parts.backend.store
-        try:
-            budget_bytes = parse_cache_size(setting, total_bytes=store.model_bytes)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        await asyncio.to_thread(store.set_budget, budget_bytes)
+        if parts is None:
+            raise self.error or Unavailable(f"the worker is {self.phase}; try again later")
+        await asyncio.to_thread(change_cache, parts, setting)
         return await self.worker_statuses()
 
     def _run(self) -> None:
@@ -280,6 +277,7 @@ class AttentionWorker:
             outputs = parts.engine.step()
         except Exception as error:  # noqa: BLE001 - top loop: the step's sequences fail, the worker goes on
             log_event(_LOG, logging.ERROR, "step failed", error=error)
+            self.failed_steps.note(0, [error])
             stopped = parts.engine.abort_all()
             reason = error if isinstance(error, MoesaicError) else MoesaicError(f"the step failed: {error}")
             streams = [self._streams[i] for i in stopped if i in self._streams]
@@ -287,6 +285,8 @@ class AttentionWorker:
                 self._call(streams[0], self._fail, streams, reason)
             return
         if outputs:
+            errors = [output.error for output in outputs if output.error is not None]
+            self.failed_steps.note(len(outputs) - len(errors), errors)
             first = next((s for o in outputs if (s := self._streams.get(o.request_id)) is not None), None)
             if first is not None:
                 self._call(first, self._deliver, outputs)

@@ -89,8 +89,8 @@ class ServeWorkerClient:
         return (*workers, *hosts)
 
     async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
-        """Change every worker's fast expert memory."""
-        return await self._ask_all("set_expert_cache", setting)
+        """Change every worker's fast expert memory; what one refuses is raised, though others may have changed."""
+        return await self._ask_all("set_expert_cache", setting, all_must=True)
 
     async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk]:
         """One worker's tokens for it."""
@@ -107,11 +107,11 @@ class ServeWorkerClient:
         finally:
             self._inbox.close(request_id, abort=not ended)
 
-    async def _ask_all(self, method: str, *args: object) -> tuple[Any, ...]:
+    async def _ask_all(self, method: str, *args: object, all_must: bool = False) -> tuple[Any, ...]:
         """The answers of all workers, joined.
 
         Raises:
-            Unavailable: none answers in time.
+            Unavailable: none answers in time. MoesaicError: as none answers, or with `all_must` one, says why.
         """
         try:
             # Not `results_async`: there one worker that is cut off makes all of them late.
@@ -122,8 +122,9 @@ class ServeWorkerClient:
         except (TimeoutError, RayError, DeploymentUnavailableError) as error:
             raise Unavailable(f"no attention worker answered {method}: {type(error).__name__}") from error
         good = [answer for answer in answers if not isinstance(answer, BaseException)]
-        if not good:
-            raise _translated(answers[0])
+        bad = [answer for answer in answers if isinstance(answer, BaseException)]
+        if bad and (all_must or not good):
+            raise _translated(bad[0])
         return tuple(part for answer in good for part in answer)
 
     async def _submit(self, request: GenerationRequest) -> object:

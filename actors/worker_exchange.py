@@ -61,8 +61,10 @@ class WorkerExchange:
         own, and a chunk of a prompt may take as long within one layer. Whoever is still then is started anew.
 
         Raises:
-            Unavailable: it has had work and moved nothing for too long.
+            Unavailable: it has had work and moved nothing for too long, or all its steps have failed for too long.
         """
+        if self._worker.failed_steps.is_given_up:
+            raise Unavailable(self._worker.failed_steps.degraded[0])
         progress = self._worker.progress()
         experts, parts = self._config.experts, self._worker.parts
         limit_s = progress.allowed_s + max(experts.load_timeout_s, experts.host_timeout_s)

@@ -35,7 +35,7 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
     parts = worker.parts
     engine = parts.engine if parts else None
     blocks = engine.batcher.blocks if engine else None
-    degraded: list[str] = []
+    degraded = [*worker.failed_steps.degraded]
     if parts and parts.backend and parts.backend.store.read_mode != "O_DIRECT":
         degraded.append(f"experts are read {parts.backend.store.read_mode}: O_DIRECT is not possible here")
     if parts and parts.links:
@@ -66,6 +66,8 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         expert_memory=own_memory_status(parts, config.experts) if parts else None,
         data_plane=_data_plane(parts.dispatcher) if parts and isinstance(parts.dispatcher, HostDispatcher) else None,
         degraded=(*degraded, *worker.statistics.degraded, *worker.learned.degraded),
+        failed_steps=worker.failed_steps.in_a_row,
+        is_failing=worker.failed_steps.is_failing,
     )
 
 

@@ -7,6 +7,7 @@ MoesaicError
  |   `- UnsupportedEncoding  the body is compressed in another way   415
  |- AuthenticationFailed  missing or wrong API key                   401
  |- ModelNotFound         the model named is not served              404
+ |- NothingToChange       what is to be changed is not there         409
  |- Overloaded            the queue is full                          429  retry
  |- Unavailable           starting, draining or lost its worker      503  retry
  |   `- WorkerLost        its worker died or makes no progress     503  retry
@@ -59,6 +60,10 @@ class AuthenticationFailed(MoesaicError):
 
 class ModelNotFound(MoesaicError):
     """The request names a model that this server does not serve."""
+
+
+class NothingToChange(MoesaicError):
+    """The server runs in a way in which what is to be changed does not exist; to try again is useless."""
 
 
 class Overloaded(MoesaicError):
@@ -128,6 +133,7 @@ _TABLE: dict[type[MoesaicError], ErrorCodes] = {
     InvalidRequest: ErrorCodes(400, "INVALID_ARGUMENT", "invalid_request_error", False),
     AuthenticationFailed: ErrorCodes(401, "UNAUTHENTICATED", "authentication_error", False),
     ModelNotFound: ErrorCodes(404, "NOT_FOUND", "invalid_request_error", False),
+    NothingToChange: ErrorCodes(409, "FAILED_PRECONDITION", "invalid_request_error", False),
     Overloaded: ErrorCodes(429, "RESOURCE_EXHAUSTED", "rate_limit_error", True),
     Unavailable: ErrorCodes(503, "UNAVAILABLE", "service_unavailable_error", True),
     DeadlineExceeded: ErrorCodes(504, "DEADLINE_EXCEEDED", "timeout_error", False),

@@ -61,8 +61,10 @@ class AttentionWorkerClient(Protocol):
         """Change every worker's fast expert memory while it serves; what each says of itself then.
 
         Raises:
-            ConfigError: `setting` is no size or percentage, or holds fewer experts than one token needs.
-            Unavailable: no worker has such a memory, or none answers.
+            InvalidRequest: `setting` is no size or percentage, holds fewer experts than one token needs, or is more
+                than fits; names the least or the largest.
+            NothingToChange: workers have no such memory.
+            Unavailable: none answers.
         """
         ...
 

@@ -24,9 +24,18 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_cache_size(text: str | int, *, total_bytes: int) -> int:
-    """Bytes from a size, or from a percentage of `total_bytes`."""
+    """Bytes from a size, or from a percentage of `total_bytes`.
+
+    Raises:
+        ValueError: not a size, or more than all.
+    """
     match = _PERCENT.match(str(text))
-    return int(total_bytes * float(match.group(1)) / 100) if match else parse_size(text)
+    if match is None:
+        return parse_size(text)
+    percent = float(match.group(1))
+    if percent > 100:
+        raise ValueError(f"{text} is more than there is: 100% is the most")
+    return int(total_bytes * percent / 100)
 
 
 def check_cache_size(text: str | int) -> None:

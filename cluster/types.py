@@ -219,7 +219,10 @@ class DataPlaneStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
-    """What one attention worker says of itself. `degraded` lists what works only in part, in words."""
+    """What one attention worker says of itself. `degraded` lists what works only in part, in words.
+
+    failed_steps: steps in a row without a token; is_failing: so many that it had better get no requests.
+    """
 
     worker_id: str
     phase: StartupPhase
@@ -238,6 +241,8 @@ class WorkerStatus:
     expert_memory: ExpertMemoryStatus | None
     data_plane: DataPlaneStatus | None = None
     degraded: tuple[str, ...] = ()
+    failed_steps: int = 0
+    is_failing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

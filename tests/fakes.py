@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.engine.failed_steps import FailedSteps
+from cluster.errors import MoesaicError
 from cluster.types import (
     CalibrationBin,
     ClusterActivations,
@@ -89,9 +91,11 @@ class FakeAttentionWorker:
         self.num_cached_tokens = num_cached_tokens
         self.phase = StartupPhase.READY
         self.status_error: Exception | None = None
+        self.failed_steps = FailedSteps()
         self.requests: list[GenerationRequest] = []
         self.aborted: list[RequestId] = []
         self.cache_settings: list[str] = []
+        self.cache_error: MoesaicError | None = None
         self.closed: list[RequestId] = []
         self.num_emitted = 0
 
@@ -148,12 +152,17 @@ class FakeAttentionWorker:
             prompt_tokens=0,
             cached_prompt_tokens=0,
             expert_memory=MEMORY,
+            failed_steps=self.failed_steps.in_a_row,
+            is_failing=self.failed_steps.is_failing,
+            degraded=self.failed_steps.degraded,
         )
 
     async def host_statuses(self) -> tuple[ExpertHostStatus, ...]:
         return ()
 
     async def set_expert_cache(self, setting: str) -> tuple[WorkerStatus, ...]:
+        if self.cache_error is not None:
+            raise self.cache_error
         self.cache_settings.append(setting)
         return (self._status(),)
 

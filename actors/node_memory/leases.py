@@ -101,6 +101,12 @@ class MemoryLease:
         with self._locked():
             return unpromised_bytes(self._levels(), (*self._others(), self._entry.facts()))
 
+    def room_for(self, purpose: str) -> int:
+        """Bytes that this process could promise itself for a purpose at most, what it has promised for it included."""
+        with self._locked():
+            free = unpromised_bytes(self._levels(), (*self._others(), self._entry.facts()))
+            return free + self._entry.promised.get(purpose, 0)
+
     def take(self, purpose: str, *, most: int, beside: int = 0) -> int:
         """Promise this process a fair share of what is promised to nobody, and say how many bytes that is.
 

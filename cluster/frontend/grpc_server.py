@@ -135,7 +135,7 @@ class GrpcServer:
         while True:
             try:
                 statuses = await self._worker.worker_statuses()
-                is_ready = any(status.phase is StartupPhase.READY for status in statuses)
+                is_ready = any(each.phase is StartupPhase.READY and not each.is_failing for each in statuses)
             except (MoesaicError, ConnectionError, TimeoutError):
                 is_ready = False
             except Exception as error:  # noqa: BLE001 - a top loop: logs with traceback and goes on

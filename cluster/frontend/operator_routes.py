@@ -22,6 +22,7 @@ from cluster.protocols import AttentionWorkerClient, SchedulerClient
 from cluster.types import ClusterActivations, ExpertsReport, StartupPhase, WorkerStatus
 
 _WORKER_TIMEOUT_S = 5.0
+_PROBE_TIMEOUT_S = 0.5  # who asks whether the process lives gives it a second
 
 Answer = TypeVar("Answer")
 
@@ -45,8 +46,18 @@ class OperatorRoutes:
         self._per_expert = per_expert_metrics
 
     async def health(self) -> Response:
-        """GET /health: the process lives."""
-        return _json({"status": "ok"})
+        """GET /health: the process lives; 503 where every worker that could answer only fails."""
+        try:
+            workers = await self._worker_answer(self._worker.worker_statuses(), timeout_s=_PROBE_TIMEOUT_S)
+        except MoesaicError:  # starting, busy or away: that is for /ready
+            workers = ()
+        ready = [worker for worker in workers if worker.phase is StartupPhase.READY]
+        failed_steps = max((worker.failed_steps for worker in workers), default=0)
+        if ready and all(worker.is_failing for worker in ready):
+            reasons = [worker.degraded[0] for worker in ready if worker.degraded]
+            body = {"status": "failing", "failed_steps": failed_steps, "reasons": reasons}
+            return _json(body, 503, {"Retry-After": "2"})
+        return _json({"status": "ok", "failed_steps": failed_steps})
 
     async def ready(self) -> Response:
         """GET /ready: requests would be answered; otherwise 503 with the start-up phase."""
@@ -116,19 +127,21 @@ class OperatorRoutes:
         except MoesaicError:
             return scheduler_metrics_text(None)
 
-    async def _worker_answer(self, call: Awaitable[Answer]) -> Answer:
+    async def _worker_answer(self, call: Awaitable[Answer], *, timeout_s: float = _WORKER_TIMEOUT_S) -> Answer:
         try:
-            async with asyncio.timeout(_WORKER_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 return await call
         except (ConnectionError, TimeoutError) as error:
             raise Unavailable(f"the attention worker does not answer ({type(error).__name__})") from error
 
 
 def readiness(workers: Sequence[WorkerStatus]) -> tuple[StartupPhase, str | None]:
-    """Phase of the cluster, and its error: ready as soon as one worker is."""
-    for worker in workers:
-        if worker.phase is StartupPhase.READY:
-            return worker.phase, None
+    """Phase of the cluster, and its error: ready as soon as one worker is, unless all that are ready only fail."""
+    ready = [worker for worker in workers if worker.phase is StartupPhase.READY]
+    if any(not worker.is_failing for worker in ready):
+        return StartupPhase.READY, None
+    if ready:
+        return StartupPhase.FAILED, "; ".join(ready[0].degraded[:1])
     first = workers[0]
     return first.phase, first.error
 

@@ -84,6 +84,7 @@ def _add_worker(families: MetricFamilies, process: str, s: WorkerStatus) -> None
     families.gauge("moesaic_num_requests_waiting", "Sequences that wait for the batch.", process, s.num_waiting)
     families.gauge("moesaic_kv_cache_usage_ratio", "Used share of KV blocks.", process, kv_usage)
     families.count("moesaic_preemptions", "Sequences preempted for want of KV blocks.", process, s.num_preemptions)
+    families.gauge("moesaic_failed_steps", "Steps in a row that gave no token.", process, s.failed_steps)
     families.count("moesaic_engine_prompt_tokens", "Prompt tokens taken in.", process, s.prompt_tokens)
     families.count("moesaic_engine_generation_tokens", "Tokens generated.", process, s.generated_tokens)
     families.count(

@@ -224,6 +224,8 @@ class WorkerStatus(_message.Message):
     EXPERT_MEMORY_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
     DATA_PLANE_FIELD_NUMBER: _builtins.int
+    FAILED_STEPS_FIELD_NUMBER: _builtins.int
+    IS_FAILING_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique in the cluster, as long as the process lives."""
     phase: Global___StartupPhase.ValueType
@@ -252,6 +254,10 @@ class WorkerStatus(_message.Message):
     """Prompt tokens taken in since start."""
     cached_prompt_tokens: _builtins.int
     """Of them, found in the KV cache."""
+    failed_steps: _builtins.int
+    """Steps in a row that gave no token."""
+    is_failing: _builtins.bool
+    """Whether those are so many that it had better get no requests."""
     @_builtins.property
     def expert_memory(self) -> Global___ExpertMemoryStatus:
         """Its own expert memory; absent while it starts."""
@@ -284,10 +290,12 @@ class WorkerStatus(_message.Message):
         expert_memory: Global___ExpertMemoryStatus | None = ...,
         degraded: _abc.Iterable[_builtins.str] | None = ...,
         data_plane: Global___DataPlaneStatus | None = ...,
+        failed_steps: _builtins.int = ...,
+        is_failing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "data_plane", b"data_plane", "error", b"error", "expert_memory", b"expert_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "cached_prompt_tokens", b"cached_prompt_tokens", "data_plane", b"data_plane", "degraded", b"degraded", "dtype", b"dtype", "error", b"error", "expert_memory", b"expert_memory", "generated_tokens", b"generated_tokens", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "max_model_len", b"max_model_len", "model", b"model", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "prompt_tokens", b"prompt_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_error", b"_error", "cached_prompt_tokens", b"cached_prompt_tokens", "data_plane", b"data_plane", "degraded", b"degraded", "dtype", b"dtype", "error", b"error", "expert_memory", b"expert_memory", "failed_steps", b"failed_steps", "generated_tokens", b"generated_tokens", "is_failing", b"is_failing", "kv_blocks_total", b"kv_blocks_total", "kv_blocks_used", b"kv_blocks_used", "max_model_len", b"max_model_len", "model", b"model", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "prompt_tokens", b"prompt_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__error: _TypeAlias = _typing.Literal["error"]  # noqa: Y015
     _WhichOneofArgType__error: _TypeAlias = _typing.Literal["_error", b"_error"]  # noqa: Y015

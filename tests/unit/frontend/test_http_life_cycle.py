@@ -8,7 +8,7 @@ import json
 import pytest
 from fakes import AsgiCall, FakeAttentionWorker
 
-from cluster.errors import Overloaded, Unavailable
+from cluster.errors import ConfigError, InvalidRequest, NothingToChange, Overloaded, Unavailable
 from cluster.types import StartupPhase
 
 CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -258,3 +258,25 @@ def test_first_error_of_several_choices_ends_all(make_app, call):
 
     assert asyncio.run(scenario()).status_code == 429
     assert sorted(worker.closed) == sorted(request.request_id for request in worker.requests)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retryable"),
+    [
+        (InvalidRequest("200% is more than there is", param="cache"), 400, False),
+        (ConfigError("holds 1 expert"), 400, False),
+        (NothingToChange("hosts have the experts"), 409, False),
+        (Unavailable("starting"), 503, True),
+    ],
+)
+def test_a_cache_that_cannot_be_changed_says_whether_to_try_again(make_app, call, error, status, retryable):
+    worker = FakeAttentionWorker()
+    worker.cache_error = error
+
+    async def scenario():
+        answer = await call(make_app(worker), "POST", "/experts/cache", json={"cache": "200%"})
+        assert answer.status_code == status
+        assert ("retry-after" in answer.headers) is retryable
+        assert answer.json()["error"]["message"] == error.message
+
+    asyncio.run(scenario())

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from scheduler_values import knowledge
 
+from actors.engine.failed_steps import FailedSteps
 from actors.engine.progress import Progress
 from actors.worker_exchange import WorkerExchange
 from cluster.config import MoesaicConfig
@@ -22,6 +23,7 @@ class _Worker(SimpleNamespace):
     def __init__(self) -> None:
         super().__init__(worker_id="w0", phase=StartupPhase.LOADING, parts=None, is_draining=False, known=[])
         self.stalled_s = 0.0
+        self.failed_steps = FailedSteps()
 
     def set_knowledge(self, value: object) -> None:
         self.known.append(value)
