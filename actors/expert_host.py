@@ -17,6 +17,7 @@ from concurrent.futures import Future
 import numpy as np
 
 from actors.data_plane.channel import Hello, HostEndpoint, Welcome
+from actors.data_plane.connect import stream_limits
 from actors.data_plane.frames import (
     Answer,
     FrameError,
@@ -87,7 +88,12 @@ class ExpertHost:
     def start(self, address: str) -> None:
         """Load in a thread of its own. Args: address: of this node, where gRPC listens."""
         self._server = ExpertServer(
-            host=address, secret=self._secret, welcome=self._welcome, submit=self._handler.submit
+            host=address,
+            secret=self._secret,
+            welcome=self._welcome,
+            submit=self._handler.submit,
+            checked=self._config.experts.checksums,
+            limits=stream_limits(self._config.experts),
         )
         self._thread.start()
 
@@ -136,7 +142,7 @@ class ExpertHost:
     def welcome_json(self, worker_id: str, fingerprint: str) -> dict[str, object]:
         """The handshake of the actor-call carrier."""
         try:
-            return self._welcome(Hello(secret=self._secret, worker_id=worker_id, fingerprint=fingerprint)).to_json()
+            return self._welcome(Hello(worker_id=worker_id, fingerprint=fingerprint)).to_json()
         except FrameError as error:
             return {"refused": error.message}
 
@@ -146,8 +152,8 @@ class ExpertHost:
         frame = decode_dispatch(memoryview(bytearray(data)))
         self._handler.submit(DispatchTask(frame, answered.set_result))
         answer = answered.result(timeout=_ANSWER_TIMEOUT_S)
-        buffer = bytearray(combine_bytes(*frame.rows.shape) + 4096)
-        return bytes(buffer[: encode_answer(answer, memoryview(buffer))])
+        buffer, checked = bytearray(combine_bytes(*frame.rows.shape) + 4096), self._config.experts.checksums
+        return bytes(buffer[: encode_answer(answer, memoryview(buffer), checked=checked)])
 
     def set_plan(self, epoch: int, owned: Mapping[int, tuple[int, ...]]) -> None:
         """Own other experts from now on, whether they are in memory or not; frames of other epochs are refused."""

@@ -6,19 +6,19 @@ Knows chunks and signs of life; what is done about a lost worker is `worker_clie
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 from dataclasses import dataclass, field
 
 from actors.engine.progress import Progress
+from actors.token_codec import Item, decode_frame
 from actors.token_stream import (
     CONNECT_TIMEOUT_S,
-    Item,
     StreamAddress,
     end_dead_connection,
+    greet_worker,
     read_frame,
-    write_frame,
+    write_name,
 )
 from cluster.errors import MoesaicError, Unavailable, WorkerLost
 from cluster.observability.logs import log_event
@@ -128,16 +128,13 @@ class TokenInbox:
         mailbox = self._mailboxes.pop(request_id, None)
         peer = None if mailbox is None or mailbox.worker_id is None else self._peers.get(mailbox.worker_id)
         if abort and peer is not None and not peer.writer.is_closing():
-            write_frame(peer.writer, request_id)
+            write_name(peer.writer, request_id)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        worker_id, reason = "", "it is no worker of ours"
+        worker_id, reason = "", "the connection ended"
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                shown = await reader.readexactly(len(self._secret))
-                if not hmac.compare_digest(shown, self._secret.encode()):
-                    return
-                worker_id = str(await read_frame(reader))
+                worker_id = await greet_worker(reader, writer, self._secret)
             end_dead_connection(writer)
             peer = _Peer(writer, _now_s())
             async with self._connected:
@@ -145,7 +142,7 @@ class TokenInbox:
                 self._gone_s.pop(worker_id, None)
                 self._connected.notify_all()
             while True:
-                peer.progress, items = await read_frame(reader)  # type: ignore[misc]
+                peer.progress, items = decode_frame(await read_frame(reader))
                 peer.heard_s = _now_s()
                 for request_id, item in items:
                     self._deliver(worker_id, request_id, item)
@@ -163,7 +160,7 @@ class TokenInbox:
         elif mailbox is not None and mailbox.worker_id == sender_id:
             mailbox.items.put_nowait(item)
         elif isinstance(item, TokenChunk) and item.finish_reason is None and sender_id in self._peers:
-            write_frame(self._peers[sender_id].writer, request_id)  # the client left, or another worker has it
+            write_name(self._peers[sender_id].writer, request_id)  # the client left, or another worker has it
 
     async def _forget(self, worker_id: str, writer: asyncio.StreamWriter) -> None:
         peer = self._peers.get(worker_id)

@@ -8,15 +8,17 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 from actors.engine.progress import Progress
+from actors.token_codec import Item, encode_frame
 from actors.token_stream import (
     CONNECT_TIMEOUT_S,
     HEARTBEAT_S,
-    Item,
     StreamAddress,
     end_dead_connection,
-    read_frame,
+    greet_front_end,
+    read_name,
     write_frame,
 )
+from actors.unsent_bytes import UnsentBytes
 from cluster.errors import MoesaicError, Unavailable
 from cluster.observability.logs import log_event
 from cluster.types import GenerationRequest, RequestId, TokenChunk
@@ -51,14 +53,16 @@ class TokenOutbox:
         return self._worker_id
 
     async def _connect(self, address: StreamAddress) -> _Link:
+        writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 reader, writer = await asyncio.open_connection(address.host, address.port)
-        except (OSError, TimeoutError) as error:
-            raise Unavailable(f"the front end at {address.host}:{address.port} cannot be reached: {error}") from error
+                await greet_front_end(reader, writer, address.secret, self._worker_id)
+        except (OSError, EOFError, TimeoutError, ValueError) as error:
+            if writer is not None:
+                writer.close()
+            raise Unavailable(f"the front end at {address.host}:{address.port} cannot be reached: {error!r}") from error
         end_dead_connection(writer)
-        writer.write(address.secret.encode())
-        write_frame(writer, self._worker_id)
         link = _Link(writer, self._progress)
         self._links[address] = link
         link.watch(reader, lambda: self._links.pop(address, None))
@@ -74,6 +78,7 @@ class _Link:
         self._running: dict[RequestId, asyncio.Task[None]] = {}
         self._outgoing: list[tuple[RequestId, Item]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._unsent = UnsentBytes()
 
     def start(self, request: GenerationRequest, generate: Generate) -> None:
         """Run it, unless it runs: a submission whose answer was lost comes again."""
@@ -91,7 +96,7 @@ class _Link:
         async def run() -> None:
             try:
                 while True:
-                    task = self._running.get(RequestId(str(await read_frame(reader))))
+                    task = self._running.get(await read_name(reader))
                     if task is not None:
                         task.cancel()
             except (OSError, EOFError, ValueError):
@@ -133,5 +138,14 @@ class _Link:
 
     def _flush(self) -> None:
         items, self._outgoing = self._outgoing, []
-        if not self.writer.is_closing():
-            write_frame(self.writer, (self._progress(), items))
+        if self.writer.is_closing():
+            return
+        body = encode_frame(self._progress(), items)
+        write_frame(self.writer, body)
+        self._unsent.note_written(len(body))
+        unread = self.writer.transport.get_write_buffer_size()
+        problem = self._unsent.problem(unread, asyncio.get_running_loop().time())
+        if problem is not None:
+            # Its sequences would only go on for nobody: they end here, and another worker may take them up.
+            log_event(_LOG, logging.WARNING, "front end does not read its tokens", reason=problem)
+            self.writer.transport.abort()

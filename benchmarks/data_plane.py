@@ -102,7 +102,7 @@ class EchoHost:
 
     def welcome_json(self, worker_id: str, fingerprint: str) -> dict[str, object]:
         """Handshake of the actor call."""
-        return self._welcome(Hello(secret="", worker_id=worker_id, fingerprint=fingerprint)).to_json()
+        return self._welcome(Hello(worker_id=worker_id, fingerprint=fingerprint)).to_json()
 
     def dispatch(self, data: bytes) -> bytes:
         """One frame of the actor call."""

@@ -117,10 +117,26 @@ class ExpertsConfig(Section):
         default="auto", description="how rows reach a host; auto: shared memory where there is any, else gRPC"
     )
     checksums: bool = Field(default=False, description="check the arrays of every frame, for suspected transports")
+    max_frame_bytes: str = Field(
+        default="256MiB", description="largest message between a worker and a host over gRPC; larger ones are refused"
+    )
+    max_streams: int = Field(
+        default=64, ge=1, le=4096, description="gRPC streams that a host serves at once: one for each worker"
+    )
+    keepalive_s: float = Field(
+        default=2.0, ge=0.1, le=600, description="a silent gRPC peer is asked after this long, lost after thrice that"
+    )
     io_threads: int = Field(default=3, ge=1, le=64, description="threads that read experts from disk")
     direct_io: Literal["auto", "never"] = Field(
         default="auto", description="never: buffered reads that drop the page cache"
     )
+
+    @field_validator("max_frame_bytes")
+    @classmethod
+    def _is_frame_size(cls, value: str) -> str:
+        if not 2**16 <= parse_size(value) <= 2**30:
+            raise ValueError("a frame has 64 KiB to 1 GiB")
+        return value
 
     @field_validator("cache", "host_cache", "host_tier", "remote_tier", mode="before")
     @classmethod
@@ -182,7 +198,9 @@ class GrpcConfig(Section):
     tls_client_ca: str | None = Field(
         default=None, description="PEM file; clients must have a certificate signed by one of these"
     )
+    max_concurrent_streams: int = Field(default=1024, ge=1, description="calls at once on one connection; more wait")
     keepalive_s: float = Field(default=60.0, ge=1, description="a silent client is asked after this long")
+    keepalive_timeout_s: float = Field(default=20.0, ge=1, description="and lost after this long without an answer")
     max_connection_age_s: float | None = Field(
         default=None, ge=1, description="clients reconnect after this long, so that a balancer can spread them"
     )

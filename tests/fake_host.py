@@ -101,7 +101,7 @@ def running_host(*, checked: bool = False, max_rows: int = MAX_ROWS) -> Iterator
         submitted.append(task)
 
     handler = HostHandler(welcome, secret=SECRET, checked=checked)
-    server = ExpertServer(host="127.0.0.1", secret=SECRET, welcome=welcome, submit=submit)
+    server = ExpertServer(host="127.0.0.1", secret=SECRET, welcome=welcome, submit=submit, checked=checked)
     endpoint = HostEndpoint(host_id="host", socket_name=handler.socket_name, grpc_address=server.address, secret=SECRET)
     host = FakeHost(endpoint, handler, pool, DeviceOwner(handler, pool, backend), server, backend, welcome, submitted)
     server.start()
@@ -161,7 +161,7 @@ class ActorHost:
 
     def welcome_json(self, worker_id: str, fingerprint: str) -> dict[str, Any]:
         try:
-            return self._host.welcome(Hello(secret="", worker_id=worker_id, fingerprint=fingerprint)).to_json()
+            return self._host.welcome(Hello(worker_id=worker_id, fingerprint=fingerprint)).to_json()
         except FrameError as error:
             return {"refused": error.message}
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.data_plane.frames import Answer, CombineFrame, DispatchFrame, FrameError
+from actors.data_plane.frames import MAX_FRAME_BYTES, Answer, CombineFrame, DispatchFrame, FrameError
 from cluster.errors import MoesaicError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -21,7 +21,7 @@ class HostLost(MoesaicError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostEndpoint:
-    """Where a host listens and what a worker must show there. Travels through Ray only."""
+    """Where a host listens and what a worker must know there. Travels through Ray only."""
 
     host_id: str
     socket_name: str  # abstract Unix socket
@@ -32,10 +32,22 @@ class HostEndpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamLimits:
+    """Of gRPC streams between workers and hosts.
+
+    max_bytes: of one message. max_streams: that a host serves at once. keepalive_s: a silent peer is asked after this
+    long, and lost after two times as long without an answer.
+    """
+
+    max_bytes: int = MAX_FRAME_BYTES
+    max_streams: int = 64
+    keepalive_s: float = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """A worker introduces itself. `slot_bytes` is for the largest frame either way, `nonce` proves shared memory."""
 
-    secret: str = field(repr=False)
     worker_id: str
     fingerprint: str
     num_slots: int = 0

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from actors.data_plane.channel import ExpertChannel, HostEndpoint
+from actors.data_plane.channel import ExpertChannel, HostEndpoint, StreamLimits
 from actors.data_plane.frames import combine_bytes, dispatch_bytes
 from actors.data_plane.shared_memory import connect_shared_memory
+from cluster.config_sections import ExpertsConfig
+from cluster.sizes import parse_size
 
 Carrier = Literal["auto", "shared_memory", "grpc", "actor_call"]
+
+
+def stream_limits(experts: ExpertsConfig) -> StreamLimits:
+    """Of gRPC streams, as configured."""
+    return StreamLimits(
+        max_bytes=parse_size(experts.max_frame_bytes), max_streams=experts.max_streams, keepalive_s=experts.keepalive_s
+    )
 
 
 class Connector:
@@ -27,8 +36,11 @@ class Connector:
         dim: int,
         top_k: int,
         checked: bool = False,
+        limits: StreamLimits | None = None,
     ) -> None:
-        """Args: carrier: `auto` or the only one to try. max_rows, dim, top_k: of the largest frame."""
+        """Args: carrier: `auto` or the only one to try. max_rows, dim, top_k: of the largest frame. limits: of gRPC
+        streams; None: as they are by default."""
+        self._limits = limits or StreamLimits()
         self._carrier = carrier
         self._worker_id = worker_id
         self._fingerprint = fingerprint
@@ -56,7 +68,13 @@ class Connector:
         if self._carrier in ("auto", "grpc"):
             from actors.data_plane.grpc_stream import GrpcChannel  # gRPC only where it is used
 
-            return GrpcChannel(endpoint, worker_id=self._worker_id, fingerprint=self._fingerprint)
+            return GrpcChannel(
+                endpoint,
+                worker_id=self._worker_id,
+                fingerprint=self._fingerprint,
+                checked=self._checked,
+                limits=self._limits,
+            )
         from actors.data_plane.actor_call import ActorCallChannel, find_actor
 
         actor = find_actor(endpoint)

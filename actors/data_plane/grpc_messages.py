@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 
 from actors.data_plane.channel import Welcome
@@ -16,11 +19,14 @@ from actors.data_plane.frames import (
 )
 from cluster.rpc import expert_pb2 as pb
 
+_DISPATCH_NUMBERS = struct.Struct("<QQIIIIIII")
+_COMBINE_NUMBERS = struct.Struct("<QII")
 
-def dispatch_message(frame: DispatchFrame) -> pb.DispatchFrame:
-    """A dispatch frame to send."""
+
+def dispatch_message(frame: DispatchFrame, *, checked: bool = False) -> pb.DispatchFrame:
+    """A dispatch frame to send. Args: checked: with a checksum."""
     is_bf16 = frame.rows.dtype == np.uint16
-    return pb.DispatchFrame(
+    message = pb.DispatchFrame(
         sequence=frame.sequence,
         step=frame.step,
         layer=frame.layer,
@@ -34,14 +40,19 @@ def dispatch_message(frame: DispatchFrame) -> pb.DispatchFrame:
         expert_ids=frame.expert_ids.tobytes(),
         weights=frame.weights.tobytes(),
     )
+    if checked:
+        message.checksum = _dispatch_checksum(message)
+    return message
 
 
 def read_dispatch(frame: pb.DispatchFrame) -> DispatchFrame:
     """The dispatch frame of a message.
 
     Raises:
-        FrameError: its parts do not fit each other.
+        FrameError: damaged, or its parts do not fit each other.
     """
+    if frame.HasField("checksum") and frame.checksum != _dispatch_checksum(frame):
+        raise FrameError("damaged frame: the checksum does not match")
     T, K = frame.num_rows, frame.top_k
     dtype = {pb.ROW_TYPE_BFLOAT16: np.dtype(np.uint16), pb.ROW_TYPE_FLOAT32: np.dtype(np.float32)}.get(frame.row_type)
     if dtype is None or not T or not K or len(frame.rows) % (T * dtype.itemsize) or not frame.rows:
@@ -61,13 +72,15 @@ def read_dispatch(frame: pb.DispatchFrame) -> DispatchFrame:
     )
 
 
-def answer_message(answer: Answer) -> pb.DispatchResponse:
-    """An answer to send."""
+def answer_message(answer: Answer, *, checked: bool = False) -> pb.DispatchResponse:
+    """An answer to send. Args: checked: with a checksum."""
     if isinstance(answer, CombineFrame):
         rows = answer.rows
         combine = pb.CombineFrame(
             sequence=answer.sequence, num_rows=len(rows), rows=rows.tobytes(), busy_us=answer.busy_us
         )
+        if checked:
+            combine.checksum = _combine_checksum(combine)
         return pb.DispatchResponse(combine=combine)
     refusal = pb.Refusal(
         sequence=answer.sequence,
@@ -87,6 +100,8 @@ def read_answer(response: pb.DispatchResponse) -> Answer:
     kind = response.WhichOneof("kind")
     if kind == "combine":
         combine = response.combine
+        if combine.HasField("checksum") and combine.checksum != _combine_checksum(combine):
+            raise FrameError("damaged answer: the checksum does not match")
         if not combine.num_rows or len(combine.rows) % (4 * combine.num_rows):
             raise FrameError(f"{len(combine.rows)} bytes for {combine.num_rows} rows")
         rows = np.frombuffer(bytearray(combine.rows), np.float32).reshape(combine.num_rows, -1)
@@ -98,16 +113,40 @@ def read_answer(response: pb.DispatchResponse) -> Answer:
     return RefusalFrame(sequence=refusal.sequence, reason=reason, epoch=refusal.epoch, message=refusal.message)
 
 
-def welcome_message(welcome: Welcome) -> pb.HostWelcome:
-    """A welcome to send."""
+def welcome_message(welcome: Welcome, proof: bytes) -> pb.DispatchResponse:
+    """A welcome to send. Args: proof: that this is the host."""
     owned = [pb.OwnedExperts(layer=layer, experts=experts) for layer, experts in welcome.owned.items()]
-    return pb.HostWelcome(host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned)
+    message = pb.HostWelcome(
+        host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned, proof=proof
+    )
+    return pb.DispatchResponse(welcome=message)
 
 
-def read_welcome(response: pb.DispatchResponse) -> Welcome:
-    """The welcome that a stream begins with. Raises FrameError if it begins with something else."""
+def read_welcome(response: pb.DispatchResponse) -> tuple[Welcome, bytes]:
+    """The welcome that follows a hello, and its proof. Raises FrameError if something else does."""
     if response.WhichOneof("kind") != "welcome":
-        raise FrameError("the host's first message is no welcome")
+        raise FrameError("the host's second message is no welcome")
     welcome = response.welcome
     owned = {entry.layer: tuple(entry.experts) for entry in welcome.owned}
-    return Welcome(host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned)
+    read = Welcome(host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned)
+    return read, welcome.proof
+
+
+def read_challenge(response: pb.DispatchResponse) -> bytes:
+    """The nonce that a stream begins with. Raises FrameError if it begins with something else."""
+    if response.WhichOneof("kind") != "challenge":
+        raise FrameError("the host's first message is no challenge")
+    return response.challenge.nonce
+
+
+def _dispatch_checksum(frame: pb.DispatchFrame) -> int:
+    numbers = (frame.sequence, frame.step, frame.layer, frame.micro_batch, frame.epoch, frame.deadline_us)
+    shapes = (frame.num_rows, frame.top_k, frame.row_type)
+    crc = zlib.crc32(_DISPATCH_NUMBERS.pack(*numbers, *shapes))
+    for array in (frame.rows, frame.expert_ids, frame.weights):
+        crc = zlib.crc32(array, crc)
+    return crc
+
+
+def _combine_checksum(frame: pb.CombineFrame) -> int:
+    return zlib.crc32(frame.rows, zlib.crc32(_COMBINE_NUMBERS.pack(frame.sequence, frame.num_rows, frame.busy_us)))

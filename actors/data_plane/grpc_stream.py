@@ -6,7 +6,6 @@ Knows gRPC; its messages are made in grpc_messages.py.
 
 from __future__ import annotations
 
-import hmac
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -15,35 +14,49 @@ from typing import Any
 
 import grpc
 
-from actors.data_plane.channel import CONNECT_TIMEOUT_S, Hello, HostEndpoint, HostLost, Welcome, remaining_s
-from actors.data_plane.frames import MAX_FRAME_BYTES, Answer, DispatchFrame, FrameError, RefusalFrame, RefusalReason
+from actors.data_plane.channel import (
+    CONNECT_TIMEOUT_S,
+    Hello,
+    HostEndpoint,
+    HostLost,
+    StreamLimits,
+    Welcome,
+    remaining_s,
+)
+from actors.data_plane.frames import Answer, DispatchFrame, FrameError, RefusalFrame, RefusalReason
 from actors.data_plane.grpc_messages import (
     answer_message,
     dispatch_message,
     read_answer,
+    read_challenge,
     read_dispatch,
     read_welcome,
     welcome_message,
 )
+from actors.handshake import Handshake, new_nonce
 from actors.host.batching_pool import DispatchTask
 from cluster.rpc import expert_pb2 as pb
 from cluster.rpc import expert_pb2_grpc
 
-_SECRET_KEY = "moesaic-secret"
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
-    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
-    ("grpc.keepalive_time_ms", 2000),  # a peer that is cut off is noticed without traffic
-    ("grpc.keepalive_timeout_ms", 4000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),
-    ("grpc.enable_http_proxy", 0),
-)
-_MAX_STREAMS = 64
+_MAX_UNREAD = 256  # answers that a worker leaves unread: far more than it ever has frames under way
 _STOP_TIMEOUT_S = 5.0
+_DEFAULT_LIMITS = StreamLimits()
+
+
+def _options(limits: StreamLimits) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.max_receive_message_length", limits.max_bytes),
+        ("grpc.max_send_message_length", limits.max_bytes),
+        ("grpc.max_concurrent_streams", limits.max_streams),  # of one connection: a worker has one stream
+        ("grpc.keepalive_time_ms", int(limits.keepalive_s * 1000)),  # a peer that is cut off is noticed without traffic
+        ("grpc.keepalive_timeout_ms", int(limits.keepalive_s * 2000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", int(limits.keepalive_s * 500)),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", 0),
+        ("grpc.enable_http_proxy", 0),
+    )
 
 
 class GrpcChannel:
@@ -51,8 +64,17 @@ class GrpcChannel:
 
     carrier = "grpc"
 
-    def __init__(self, endpoint: HostEndpoint, *, worker_id: str, fingerprint: str) -> None:
+    def __init__(
+        self,
+        endpoint: HostEndpoint,
+        *,
+        worker_id: str,
+        fingerprint: str,
+        checked: bool = False,
+        limits: StreamLimits = _DEFAULT_LIMITS,
+    ) -> None:
         """Raises OSError if the host cannot be reached, MoesaicError if it refuses us."""
+        self._checked = checked
         self._outgoing: queue.SimpleQueue[pb.DispatchRequest | None] = queue.SimpleQueue()
         self._arrived: dict[int, Answer] = {}
         self._abandoned: set[int] = set()
@@ -60,20 +82,18 @@ class GrpcChannel:
         self._ended: str | None = None
         self._sequence = 0
         self._host_id = endpoint.host_id
-        self._channel = grpc.insecure_channel(endpoint.grpc_address, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(endpoint.grpc_address, options=_options(limits))
         try:
             grpc.channel_ready_future(self._channel).result(timeout=CONNECT_TIMEOUT_S)
         except grpc.FutureTimeoutError as error:
             self._channel.close()
             raise ConnectionError(f"{endpoint.grpc_address} does not answer") from error
         stub = expert_pb2_grpc.ExpertServiceStub(self._channel)
-        self._outgoing.put(pb.DispatchRequest(hello=pb.WorkerHello(worker_id=worker_id, fingerprint=fingerprint)))
-        metadata = ((_SECRET_KEY, endpoint.secret),)
-        self._call: Any = stub.Dispatch(iter(self._outgoing.get, None), metadata=metadata)
+        self._call: Any = stub.Dispatch(iter(self._outgoing.get, None))
         patience = threading.Timer(CONNECT_TIMEOUT_S, self._call.cancel)  # a stream's own timeout would end it later
         patience.start()
         try:
-            self.welcome = read_welcome(next(self._call))
+            self.welcome = self._greet(endpoint.secret, worker_id, fingerprint)
         except (grpc.RpcError, StopIteration, FrameError) as error:
             self.close()
             code, details = (error.code(), error.details()) if isinstance(error, grpc.Call) else (None, repr(error))
@@ -84,6 +104,18 @@ class GrpcChannel:
             patience.cancel()
         threading.Thread(target=self._read, name=f"host-{endpoint.host_id}", daemon=True).start()
 
+    def _greet(self, secret: str, worker_id: str, fingerprint: str) -> Welcome:
+        """Prove who we are, and have the host prove the same. Raises FrameError if it does not."""
+        theirs, nonce = read_challenge(next(self._call)), new_nonce()
+        handshake = Handshake(purpose="grpc", listener_nonce=theirs, connector_nonce=nonce)
+        proof = handshake.proof(secret, "connector")
+        hello = pb.WorkerHello(worker_id=worker_id, fingerprint=fingerprint, nonce=nonce, proof=proof)
+        self._outgoing.put(pb.DispatchRequest(hello=hello))
+        welcome, shown = read_welcome(next(self._call))
+        if not handshake.is_proven(shown, secret, "listener"):
+            raise FrameError("who answers there does not know the host's secret")
+        return welcome
+
     def next_sequence(self) -> int:
         self._sequence += 1
         return self._sequence
@@ -91,7 +123,7 @@ class GrpcChannel:
     def send(self, frame: DispatchFrame) -> None:
         if self._ended is not None:
             raise HostLost(f"host {self._host_id}: {self._ended}")
-        self._outgoing.put(pb.DispatchRequest(frame=dispatch_message(frame)))
+        self._outgoing.put(pb.DispatchRequest(frame=dispatch_message(frame, checked=self._checked)))
 
     def receive(self, sequence: int, deadline_s: float) -> Answer:
         there = self.wait_for(sequence, deadline_s)
@@ -156,14 +188,17 @@ class ExpertServer:
         secret: str,
         welcome: Callable[[Hello], Welcome],
         submit: Callable[[DispatchTask], None],
+        checked: bool = False,
+        limits: StreamLimits = _DEFAULT_LIMITS,
     ) -> None:
-        """Args: welcome: raises FrameError to refuse a worker. submit: may be called from any thread."""
+        """Args: welcome: raises FrameError to refuse a worker. submit: may be called from any thread. checked: answers
+        carry a checksum."""
         self._server = grpc.server(
-            ThreadPoolExecutor(_MAX_STREAMS, thread_name_prefix="expert-stream"),
-            options=_OPTIONS,
-            maximum_concurrent_rpcs=_MAX_STREAMS,
+            ThreadPoolExecutor(limits.max_streams, thread_name_prefix="expert-stream"),
+            options=_options(limits),
+            maximum_concurrent_rpcs=limits.max_streams,
         )
-        self._servicer = _ExpertServicer(secret, welcome, submit)
+        self._servicer = _ExpertServicer(secret, welcome, submit, checked=checked)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
         port = self._server.add_insecure_port(f"{host}:0")
         self.address = f"{host}:{port}"
@@ -183,9 +218,15 @@ class ExpertServer:
 
 class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     def __init__(
-        self, secret: str, welcome: Callable[[Hello], Welcome], submit: Callable[[DispatchTask], None]
+        self,
+        secret: str,
+        welcome: Callable[[Hello], Welcome],
+        submit: Callable[[DispatchTask], None],
+        *,
+        checked: bool,
     ) -> None:
         self.streams: set[object] = set()  # those welcomed
+        self._checked = checked
         self._secret = secret
         self._welcome = welcome
         self._submit = submit
@@ -193,26 +234,34 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     def Dispatch(
         self, request_iterator: Iterator[pb.DispatchRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.DispatchResponse]:
-        shown = dict(context.invocation_metadata()).get(_SECRET_KEY, "")
-        if not hmac.compare_digest(str(shown).encode(), self._secret.encode()):
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the worker does not know this host's secret")
-        first = next(request_iterator, None)
+        nonce = new_nonce()
+        patience = threading.Timer(CONNECT_TIMEOUT_S, context.cancel)  # a stranger must not keep a thread
+        patience.start()
+        try:
+            yield pb.DispatchResponse(challenge=pb.HostChallenge(nonce=nonce))
+            first = next(request_iterator, None)
+        finally:
+            patience.cancel()
         if first is None or first.WhichOneof("kind") != "hello":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
             return
-        hello = Hello(secret="", worker_id=first.hello.worker_id, fingerprint=first.hello.fingerprint)
+        handshake = Handshake(purpose="grpc", listener_nonce=nonce, connector_nonce=first.hello.nonce)
+        if not handshake.is_proven(first.hello.proof, self._secret, "connector"):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "the worker does not know this host's secret")
         try:
-            welcome = self._welcome(hello)
+            welcome = self._welcome(Hello(worker_id=first.hello.worker_id, fingerprint=first.hello.fingerprint))
         except FrameError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
             return
         answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self.streams.add(answers)
         try:
-            yield pb.DispatchResponse(welcome=welcome_message(welcome))
+            yield welcome_message(welcome, handshake.proof(self._secret, "listener"))
             threading.Thread(target=self._take_frames, args=(request_iterator, answers), daemon=True).start()
             while (answer := answers.get()) is not None:
-                yield answer_message(answer)
+                if answers.qsize() > _MAX_UNREAD:
+                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MAX_UNREAD} answers wait unread")
+                yield answer_message(answer, checked=self._checked)
         finally:
             self.streams.discard(answers)
 

@@ -1,10 +1,10 @@
 """Carrier one: frames lie in memory that worker and host share; a Unix socket only wakes the other side.
 
-The worker makes an anonymous file (memfd) and passes it over the host's abstract socket with a nonce in it; the host
-maps it, and answers with the nonce that it read there. So it is proven that both see the same memory, nothing has a
-name in the file system, and the memory is gone with the last of both processes. Abstract sockets belong to a network
-namespace: a host on another machine, or in another container network, cannot be reached, and the caller takes another
-carrier.
+The host begins with a challenge. The worker answers it, makes an anonymous file (memfd) and passes it over the host's
+abstract socket with a nonce in it; the host maps it, and answers with the nonce that it read there. So it is proven
+that both know the host's secret and see the same memory, nothing has a name in the file system, and the memory is gone
+with the last of both processes. Abstract sockets belong to a network namespace: a host on another machine, or in
+another container network, cannot be reached, and the caller takes another carrier.
 
 The file is cut into slots, each a dispatch area and an answer area; a slot is taken from `send` until its answer is
 read.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hmac
 import json
 import mmap
 import os
@@ -33,6 +32,7 @@ from actors.data_plane.frames import (
     decode_answer,
     encode_dispatch,
 )
+from actors.handshake import NONCE_BYTES, Handshake, new_nonce
 
 NUM_SLOTS = 4
 WAKE = struct.Struct("<IQ")  # slot, bytes of the frame in it
@@ -195,23 +195,30 @@ def connect_shared_memory(
             slots = SharedSlots(fd, NUM_SLOTS, slot_bytes)
             nonce = secrets.token_hex(16)
             slots.dispatch[0][: len(nonce)] = nonce.encode()
-            hello = Hello(
-                secret=endpoint.secret,
-                worker_id=worker_id,
-                fingerprint=fingerprint,
-                num_slots=NUM_SLOTS,
-                slot_bytes=slot_bytes,
-            )
-            socket.send_fds(wake, [json.dumps(asdict(hello)).encode()], [fd])
+            handshake = _challenged(wake)
+            hello = Hello(worker_id=worker_id, fingerprint=fingerprint, num_slots=NUM_SLOTS, slot_bytes=slot_bytes)
+            proof = handshake.proof(endpoint.secret, "connector")
+            message = {**asdict(hello), "connector_nonce": handshake.connector_nonce.hex(), "proof": proof.hex()}
+            socket.send_fds(wake, [json.dumps(message).encode()], [fd])
         finally:
             os.close(fd)
-        return SharedMemoryChannel(wake, slots, _welcomed(wake, nonce), checked=checked)
+        welcome = _welcomed(wake, nonce, handshake, endpoint.secret)
+        return SharedMemoryChannel(wake, slots, welcome, checked=checked)
     except BaseException:
         wake.close()
         raise
 
 
-def receive_hello(connection: socket.socket, secret: str) -> tuple[Hello, SharedSlots]:
+def send_challenge(connection: socket.socket) -> bytes:
+    """The host's first words to who connects: a nonce. Raises OSError if it cannot be said."""
+    nonce = new_nonce()
+    connection.send(nonce)
+    return nonce
+
+
+def receive_hello(
+    connection: socket.socket, secret: str, listener_nonce: bytes
+) -> tuple[Hello, SharedSlots, Handshake]:
     """The host's side of the handshake: the worker's hello, with the nonce read from its memory, and that memory.
 
     Raises:
@@ -221,8 +228,9 @@ def receive_hello(connection: socket.socket, secret: str) -> tuple[Hello, Shared
     try:
         if not message:
             raise ConnectionResetError("the connection ended before a hello")
-        hello = _parse_hello(message)
-        if not hmac.compare_digest(hello.secret.encode(errors="replace"), secret.encode()):
+        hello, connector_nonce, proof = _parse_hello(message)
+        handshake = Handshake(purpose="shared memory", listener_nonce=listener_nonce, connector_nonce=connector_nonce)
+        if not handshake.is_proven(proof, secret, "connector"):
             raise FrameError("the worker does not know this host's secret")
         if not fds or fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & _SEALS != _SEALS:
             raise FrameError("the worker's hello came without its sealed memory")
@@ -232,34 +240,42 @@ def receive_hello(connection: socket.socket, secret: str) -> tuple[Hello, Shared
             raise FrameError(f"the worker's memory has {size} bytes, its hello says otherwise")
         slots = SharedSlots(fds[0], hello.num_slots, hello.slot_bytes)
         nonce = bytes(slots.dispatch[0][:32]).decode(errors="replace")
-        return replace(hello, nonce=nonce), slots
+        return replace(hello, nonce=nonce), slots, handshake
     finally:
         for fd in fds:
             os.close(fd)
 
 
-def send_welcome(connection: socket.socket, welcome: Welcome | None, refusal: str = "") -> None:
-    """Answer a hello: with a welcome, or with the reason why not."""
-    value = {"refused": refusal} if welcome is None else welcome.to_json()
+def send_welcome(connection: socket.socket, welcome: Welcome | None, refusal: str = "", *, proof: bytes = b"") -> None:
+    """Answer a hello: with a welcome and the proof that this is the host, or with the reason why not."""
+    value = {"refused": refusal} if welcome is None else {**welcome.to_json(), "proof": proof.hex()}
     with contextlib.suppress(OSError):
         connection.send(json.dumps(value).encode())
 
 
-def _parse_hello(message: bytes) -> Hello:
+def _parse_hello(message: bytes) -> tuple[Hello, bytes, bytes]:
+    """The hello, the worker's nonce and its proof."""
     try:
         value = json.loads(message)
-        return Hello(
-            secret=str(value["secret"]),
+        hello = Hello(
             worker_id=str(value["worker_id"]),
             fingerprint=str(value["fingerprint"]),
             num_slots=int(value["num_slots"]),
             slot_bytes=int(value["slot_bytes"]),
         )
+        return hello, bytes.fromhex(value["connector_nonce"]), bytes.fromhex(value["proof"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise FrameError(f"{len(message)} bytes that are no worker's hello") from error
 
 
-def _welcomed(wake: socket.socket, nonce: str) -> Welcome:
+def _challenged(wake: socket.socket) -> Handshake:
+    nonce = wake.recv(MAX_HANDSHAKE_BYTES)
+    if len(nonce) != NONCE_BYTES:
+        raise ConnectionResetError(f"{len(nonce)} bytes where a host's challenge belongs")
+    return Handshake(purpose="shared memory", listener_nonce=nonce, connector_nonce=new_nonce())
+
+
+def _welcomed(wake: socket.socket, nonce: str, handshake: Handshake, secret: str) -> Welcome:
     answer = wake.recv(MAX_HANDSHAKE_BYTES)
     if not answer:
         raise ConnectionResetError("the host closed the connection during the handshake")
@@ -267,9 +283,12 @@ def _welcomed(wake: socket.socket, nonce: str) -> Welcome:
         value = json.loads(answer)
         if "refused" in value:
             raise HostLost(f"the host refused this worker: {value['refused']}")
+        is_proven = handshake.is_proven(bytes.fromhex(value.pop("proof")), secret, "listener")
         welcome = Welcome.from_json(value)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConnectionError(f"not a host's welcome: {answer[:40]!r}") from error
+    if not is_proven:
+        raise ConnectionError("who answers there does not know the host's secret")
     if welcome.nonce != nonce:
         raise ConnectionError("the host does not see this worker's memory")
     return welcome

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.data_plane.connect import Connector
+from actors.data_plane.connect import Connector, stream_limits
 from actors.engine.attention_check import AttentionCheck
 from actors.engine.batcher import Batcher
 from actors.engine.engine import Engine
@@ -253,6 +253,7 @@ def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, 
         dim=loaded.layout.hidden,
         top_k=loaded.top_k,
         checked=config.experts.checksums,
+        limits=stream_limits(config.experts),
     )
     layout = loaded.layout
     links = HostLinks(

@@ -29,7 +29,7 @@ from actors.data_plane.frames import (
     decode_dispatch,
     encode_answer,
 )
-from actors.data_plane.shared_memory import WAKE, SharedSlots, receive_hello, send_welcome
+from actors.data_plane.shared_memory import WAKE, SharedSlots, receive_hello, send_challenge, send_welcome
 from actors.host.batching_pool import DispatchTask
 from cluster.observability.logs import log_event
 
@@ -40,10 +40,11 @@ _MAX_CONNECTIONS = 256  # each has two open files
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    """A worker's socket; `slots` come with its hello."""
+    """A worker's socket; `nonce` is what it was asked, `slots` come with its hello."""
 
     socket: socket.socket
     accepted_s: float
+    nonce: bytes
     slots: SharedSlots | None = None
 
 
@@ -139,7 +140,12 @@ class HostHandler:
                     accepted.close()
                     continue
                 accepted.setblocking(False)
-                self._connections[accepted.fileno()] = _Connection(accepted, time.monotonic())
+                try:
+                    nonce = send_challenge(accepted)
+                except OSError:  # gone already: the next may still be there
+                    accepted.close()
+                    continue
+                self._connections[accepted.fileno()] = _Connection(accepted, time.monotonic(), nonce)
                 self._poll.register(accepted, select.EPOLLIN)
                 self._num_silent += 1
 
@@ -192,13 +198,13 @@ class HostHandler:
 
     def _greet(self, connection: _Connection) -> None:
         try:
-            hello, slots = receive_hello(connection.socket, self._secret)
+            hello, slots, handshake = receive_hello(connection.socket, self._secret, connection.nonce)
             welcome = replace(self._welcome(hello), nonce=hello.nonce)
         except FrameError as error:
             send_welcome(connection.socket, None, error.message)
             raise
         connection.slots = slots
-        send_welcome(connection.socket, welcome)
+        send_welcome(connection.socket, welcome, proof=handshake.proof(self._secret, "listener"))
 
     def _reply(self, connection: _Connection, slots: SharedSlots, slot: int, answer: Answer) -> None:
         try:

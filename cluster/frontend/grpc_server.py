@@ -38,7 +38,6 @@ SERVICES = tuple(
     for module, name in ((generation_pb2, "GenerationService"), (cluster_pb2, "ClusterService"))
 )
 
-_KEEPALIVE_TIMEOUT_MS = 20_000
 _MIN_CLIENT_PING_MS = 10_000
 _MAX_AGE_GRACE_S = 30
 _POLL_STARTING_S = 0.25
@@ -162,8 +161,9 @@ def _channel_options(config: GrpcConfig) -> Sequence[tuple[str, Any]]:
         ("grpc.so_reuseport", 0),  # else a second server on the same port takes half of the calls
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_concurrent_streams),
         ("grpc.keepalive_time_ms", int(config.keepalive_s * 1000)),
-        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_timeout_ms", int(config.keepalive_timeout_s * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         # Clients that ping more often than every 5 minutes must not lose their calls to "too_many_pings".
         ("grpc.http2.max_ping_strikes", 0),

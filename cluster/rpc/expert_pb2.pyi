@@ -116,9 +116,10 @@ class DispatchResponse(_message.Message):
     WELCOME_FIELD_NUMBER: _builtins.int
     COMBINE_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    CHALLENGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___HostWelcome:
-        """The first message."""
+        """The second message."""
 
     @_builtins.property
     def combine(self) -> Global___CombineFrame:
@@ -128,22 +129,49 @@ class DispatchResponse(_message.Message):
     def refusal(self) -> Global___Refusal:
         """Why a frame was not computed."""
 
+    @_builtins.property
+    def challenge(self) -> Global___HostChallenge:
+        """The first message."""
+
     def __init__(
         self,
         *,
         welcome: Global___HostWelcome | None = ...,
         combine: Global___CombineFrame | None = ...,
         refusal: Global___Refusal | None = ...,
+        challenge: Global___HostChallenge | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "kind", b"kind", "refusal", b"refusal", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "combine", b"combine", "kind", b"kind", "refusal", b"refusal", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["combine", b"combine", "kind", b"kind", "refusal", b"refusal", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "combine", b"combine", "kind", b"kind", "refusal", b"refusal", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "combine", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "combine", "refusal", "challenge"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___DispatchResponse: _TypeAlias = DispatchResponse  # noqa: Y015
+
+@_typing.final
+class HostChallenge(_message.Message):
+    """What a host asks who connects."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    """32 bytes that were never used before."""
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostChallenge: _TypeAlias = HostChallenge  # noqa: Y015
 
 @_typing.final
 class WorkerHello(_message.Message):
@@ -153,19 +181,27 @@ class WorkerHello(_message.Message):
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Unique among workers."""
     fingerprint: _builtins.str
     """Of the model, as in shared statistics; the host refuses another."""
+    nonce: _builtins.bytes
+    """32 bytes that were never used before."""
+    proof: _builtins.bytes
+    """HMAC-SHA256 under the host's secret over both nonces; see `actors/handshake.py`."""
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
+        nonce: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "nonce", b"nonce", "proof", b"proof", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -181,12 +217,15 @@ class HostWelcome(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     NUM_EXPERTS_FIELD_NUMBER: _builtins.int
     OWNED_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
     host_id: _builtins.str
     """Unique among hosts."""
     epoch: _builtins.int
     """Plan epoch."""
     num_experts: _builtins.int
     """Experts in each layer."""
+    proof: _builtins.bytes
+    """HMAC-SHA256 of the host's side."""
     @_builtins.property
     def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___OwnedExperts]:
         """Experts that the plan gives this host."""
@@ -198,10 +237,11 @@ class HostWelcome(_message.Message):
         epoch: _builtins.int = ...,
         num_experts: _builtins.int = ...,
         owned: _abc.Iterable[Global___OwnedExperts] | None = ...,
+        proof: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "host_id", b"host_id", "num_experts", b"num_experts", "owned", b"owned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "host_id", b"host_id", "num_experts", b"num_experts", "owned", b"owned", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -253,6 +293,7 @@ class DispatchFrame(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     EXPERT_IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Of the stream; comes back in the answer."""
     step: _builtins.int
@@ -277,6 +318,8 @@ class DispatchFrame(_message.Message):
     """[T, K] int64: the gate's choices; the layer's number of experts where a choice is not this host's."""
     weights: _builtins.bytes
     """[T, K] float32: the gate's weights; 0 where a choice is not this host's."""
+    checksum: _builtins.int
+    """CRC-32 of the numbers and arrays above, where checksums are on; see `actors/data_plane/grpc_messages.py`."""
     def __init__(
         self,
         *,
@@ -292,12 +335,15 @@ class DispatchFrame(_message.Message):
         rows: _builtins.bytes = ...,
         expert_ids: _builtins.bytes = ...,
         weights: _builtins.bytes = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_us", b"deadline_us", "epoch", b"epoch", "expert_ids", b"expert_ids", "layer", b"layer", "micro_batch", b"micro_batch", "num_rows", b"num_rows", "row_type", b"row_type", "rows", b"rows", "sequence", b"sequence", "step", b"step", "top_k", b"top_k", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "deadline_us", b"deadline_us", "epoch", b"epoch", "expert_ids", b"expert_ids", "layer", b"layer", "micro_batch", b"micro_batch", "num_rows", b"num_rows", "row_type", b"row_type", "rows", b"rows", "sequence", b"sequence", "step", b"step", "top_k", b"top_k", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___DispatchFrame: _TypeAlias = DispatchFrame  # noqa: Y015
 
@@ -311,6 +357,7 @@ class CombineFrame(_message.Message):
     NUM_ROWS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     BUSY_US_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Of the dispatch frame."""
     num_rows: _builtins.int
@@ -319,6 +366,8 @@ class CombineFrame(_message.Message):
     """[T, D] float32: each row's experts on this host, weighted, summed in gate order."""
     busy_us: _builtins.int
     """Microseconds that the host computed."""
+    checksum: _builtins.int
+    """CRC-32 of the numbers and arrays above, where checksums are on."""
     def __init__(
         self,
         *,
@@ -326,12 +375,15 @@ class CombineFrame(_message.Message):
         num_rows: _builtins.int = ...,
         rows: _builtins.bytes = ...,
         busy_us: _builtins.int = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_us", b"busy_us", "num_rows", b"num_rows", "rows", b"rows", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "busy_us", b"busy_us", "checksum", b"checksum", "num_rows", b"num_rows", "rows", b"rows", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___CombineFrame: _TypeAlias = CombineFrame  # noqa: Y015
 

@@ -47,8 +47,9 @@ class ExpertServiceServicer:
     """
 
     def Dispatch(self, request_iterator, context):
-        """One stream for each (worker, host). The first request is a hello, the first response a welcome; then frames go
-        and answers come, in any order. Metadata `moesaic-secret` carries the host's secret.
+        """One stream for each (worker, host). The first response is a challenge, the first request a hello that answers it,
+        the second response a welcome; then frames go and answers come, in any order. Both sides prove that they know the
+        host's secret, which itself is never sent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

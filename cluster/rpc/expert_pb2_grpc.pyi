@@ -34,8 +34,9 @@ class ExpertServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ExpertServiceAsyncStub: ...
     Dispatch: _grpc.StreamStreamMultiCallable[_expert_pb2.DispatchRequest, _expert_pb2.DispatchResponse]
-    """One stream for each (worker, host). The first request is a hello, the first response a welcome; then frames go
-    and answers come, in any order. Metadata `moesaic-secret` carries the host's secret.
+    """One stream for each (worker, host). The first response is a challenge, the first request a hello that answers it,
+    the second response a welcome; then frames go and answers come, in any order. Both sides prove that they know the
+    host's secret, which itself is never sent.
     """
 
 @_typing.type_check_only
@@ -44,8 +45,9 @@ class ExpertServiceAsyncStub(ExpertServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Dispatch: _aio.StreamStreamMultiCallable[_expert_pb2.DispatchRequest, _expert_pb2.DispatchResponse]  # type: ignore[assignment]
-    """One stream for each (worker, host). The first request is a hello, the first response a welcome; then frames go
-    and answers come, in any order. Metadata `moesaic-secret` carries the host's secret.
+    """One stream for each (worker, host). The first response is a challenge, the first request a hello that answers it,
+    the second response a welcome; then frames go and answers come, in any order. Both sides prove that they know the
+    host's secret, which itself is never sent.
     """
 
 class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -57,8 +59,9 @@ class ExpertServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_expert_pb2.DispatchRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_expert_pb2.DispatchResponse], _abc.AsyncIterator[_expert_pb2.DispatchResponse]]:
-        """One stream for each (worker, host). The first request is a hello, the first response a welcome; then frames go
-        and answers come, in any order. Metadata `moesaic-secret` carries the host's secret.
+        """One stream for each (worker, host). The first response is a challenge, the first request a hello that answers it,
+        the second response a welcome; then frames go and answers come, in any order. Both sides prove that they know the
+        host's secret, which itself is never sent.
         """
 
 def add_ExpertServiceServicer_to_server(servicer: ExpertServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -278,26 +278,64 @@ def test_checksums_cover_the_arrays_both_ways(carrier: Carrier) -> None:
 
 @pytest.mark.parametrize("at", [0, 30, 130])
 def test_damaged_answer_is_a_lost_host(carrier: Carrier, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Of the header, or of rows with a checksum; gRPC has its own, so there a length that cannot be."""
+    """Of the header, or of rows with a checksum; over gRPC, of rows with a checksum."""
 
     def damage(answer: Answer, buffer: memoryview, *, checked: bool) -> int:
         length = frames.encode_answer(answer, buffer, checked=checked)
         buffer[at] ^= 1
         return length
 
-    def cut(answer: Answer) -> Any:
-        response = to_response(answer)
-        response.combine.rows = response.combine.rows[: -at - 1]
+    def flip(answer: Answer, *, checked: bool) -> Any:
+        response = to_response(answer, checked=checked)
+        rows = bytearray(response.combine.rows)
+        rows[at] ^= 1
+        response.combine.rows = bytes(rows)
         return response
 
     to_response = grpc_stream.answer_message
     monkeypatch.setattr(handler, "encode_answer", damage)
-    monkeypatch.setattr(grpc_stream, "answer_message", cut)
+    monkeypatch.setattr(grpc_stream, "answer_message", flip)
     with running_host(checked=True) as host:
         channel = connect(carrier, host.endpoint, checked=True)
         lost = _lost_within(5, lambda: _ask(channel, make_frame(channel)))
         assert "damaged answer" in lost.message
         _lost_within(5, lambda: _ask(channel, make_frame(channel)))
+
+
+def test_answer_over_grpc_that_is_cut_is_a_lost_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a checksum, too: its length cannot be."""
+
+    def cut(answer: Answer, *, checked: bool) -> Any:
+        response = to_response(answer, checked=checked)
+        response.combine.rows = response.combine.rows[:-1]
+        return response
+
+    to_response = grpc_stream.answer_message
+    monkeypatch.setattr(grpc_stream, "answer_message", cut)
+    with running_host() as host:
+        channel = connect("grpc", host.endpoint)
+        assert "damaged answer" in _lost_within(5, lambda: _ask(channel, make_frame(channel))).message
+
+
+@pytest.mark.parametrize("name", ["rows", "expert_ids", "weights", "layer", "num_rows"])
+def test_damaged_frame_over_grpc_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With checksums on, whichever part a bad transport has changed."""
+
+    def damaged(frame: DispatchFrame, *, checked: bool) -> Any:
+        message = to_message(frame, checked=checked)
+        value = getattr(message, name)
+        setattr(message, name, value + 1 if isinstance(value, int) else bytes([value[0] ^ 1]) + value[1:])
+        return message
+
+    to_message = grpc_stream.dispatch_message
+    monkeypatch.setattr(grpc_stream, "dispatch_message", damaged)
+    with running_host(checked=True) as host:
+        channel = connect("grpc", host.endpoint, checked=True)
+        answer = _ask(channel, make_frame(channel))
+        assert isinstance(answer, RefusalFrame)
+        assert answer.reason is RefusalReason.DAMAGED
+        assert "checksum" in answer.message
+        channel.close()
 
 
 @pytest.mark.ray

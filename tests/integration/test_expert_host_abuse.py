@@ -36,6 +36,7 @@ from fake_host import (
 from actors.data_plane.channel import ExpertChannel
 from actors.data_plane.frames import CombineFrame, DispatchFrame, encode_dispatch
 from actors.data_plane.shared_memory import WAKE
+from actors.handshake import NONCE_BYTES, Handshake, new_nonce
 
 SLOTS, SLOT_BYTES = 2, 4096
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -85,9 +86,19 @@ def _dial(host: FakeHost) -> socket.socket:
     return peer
 
 
-def _hello(**changes: Any) -> bytes:
+def _challenge(peer: socket.socket) -> bytes:
+    """The host's first words."""
+    nonce = peer.recv(2**16)
+    assert len(nonce) == NONCE_BYTES
+    return nonce
+
+
+def _hello(challenge: bytes = b"", *, secret: str = SECRET, **changes: Any) -> bytes:
+    """Args: challenge: of the host; without it the proof is one of another connection."""
+    handshake = Handshake(purpose="shared memory", listener_nonce=challenge, connector_nonce=new_nonce())
     hello = {
-        "secret": SECRET,
+        "connector_nonce": handshake.connector_nonce.hex(),
+        "proof": handshake.proof(secret, "connector").hex(),
         "worker_id": "abuser",
         "fingerprint": FINGERPRINT,
         "num_slots": SLOTS,
@@ -125,11 +136,13 @@ def _is_ended(peer: socket.socket) -> bool:
         b"7",
         b"\xff" * 60_000,
         b"[" * 60_000,
-        b'{"secret": ' * 5_000,
-        _hello(secret=5),
-        _hello(secret=None),
-        _hello(secret="\u00e4\ud800"),
-        _hello(secret=["a"] * 100),
+        b'{"proof": ' * 5_000,
+        _hello(proof=5),
+        _hello(proof=None),
+        _hello(proof="\u00e4\ud800"),
+        _hello(proof="0" * 63),
+        _hello(connector_nonce="00"),
+        _hello(connector_nonce=["a"] * 100),
         _hello(num_slots="many"),
         _hello(num_slots=float("inf")),
         _hello(num_slots=10**30),
@@ -157,7 +170,7 @@ def test_garbage_for_a_hello_ends_that_connection_only(host: FakeHost, garbage: 
         ({"num_slots": 65}, 65 * 2 * SLOT_BYTES, SEALS),
         ({"slot_bytes": 64}, SLOTS * 2 * 64, SEALS),
         ({"slot_bytes": 2**40}, SLOTS * 2 * SLOT_BYTES, SEALS),
-        ({"secret": "guess"}, SLOTS * 2 * SLOT_BYTES, SEALS),
+        ({"proof": "00" * 32}, SLOTS * 2 * SLOT_BYTES, SEALS),
         ({"fingerprint": "other"}, SLOTS * 2 * SLOT_BYTES, SEALS),
     ],
 )
@@ -165,11 +178,12 @@ def test_hello_without_the_memory_it_promises_is_refused(
     host: FakeHost, changes: dict[str, Any], size: int | None, seals: int
 ) -> None:
     with _dial(host) as peer:
+        hello = _hello(_challenge(peer), **changes)
         if size is None:
-            peer.send(_hello(**changes))
+            peer.send(hello)
         else:
             fd = _memory(size, seals)
-            socket.send_fds(peer, [_hello(**changes)], [fd])
+            socket.send_fds(peer, [hello], [fd])
             os.close(fd)
         assert _is_ended(peer)
 
@@ -184,7 +198,7 @@ def test_file_that_is_no_memory_is_refused(host: FakeHost, what: str, tmp_path: 
         "many": lambda: [os.open("/dev/null", os.O_RDWR) for _ in range(20)],
     }[what]()
     with _dial(host) as peer, pair[0], pair[1]:
-        socket.send_fds(peer, [_hello()], fds)
+        socket.send_fds(peer, [_hello(_challenge(peer))], fds)
         for fd in fds:
             os.close(fd)
         assert _is_ended(peer)
@@ -193,7 +207,7 @@ def test_file_that_is_no_memory_is_refused(host: FakeHost, what: str, tmp_path: 
 def _greeted(host: FakeHost) -> tuple[socket.socket, mmap.mmap]:
     """A worker in good standing, by hand."""
     peer, fd = _dial(host), _memory()
-    socket.send_fds(peer, [_hello()], [fd])
+    socket.send_fds(peer, [_hello(_challenge(peer))], [fd])
     assert b"host_id" in peer.recv(2**16)
     memory = mmap.mmap(fd, SLOTS * 2 * SLOT_BYTES)
     os.close(fd)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import pytest
 
@@ -11,7 +13,8 @@ import actors.token_outbox as token_outbox
 from actors.engine.progress import Progress
 from actors.token_inbox import TokenInbox
 from actors.token_outbox import TokenOutbox
-from actors.token_stream import StreamAddress
+from actors.token_stream import StreamAddress, write_frame
+from actors.unsent_bytes import UnsentBytes
 from cluster.errors import Overloaded, Unavailable, WorkerLost
 from cluster.types import FinishReason, GenerationRequest, RequestId, SamplingParams, TokenChunk
 
@@ -271,9 +274,10 @@ def test_a_stranger_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
         address = await inbox.address()
         inbox.open(RequestId("a"))
         forged = StreamAddress(address.host, address.port, "0" * len(address.secret))
-        worker = await outbox.submit(_request("a"), forged)
         with pytest.raises(Unavailable):
-            await inbox.attach(RequestId("a"), worker)
+            await outbox.submit(_request("a"), forged)
+        with pytest.raises(Unavailable):
+            await inbox.attach(RequestId("a"), "w0")
 
     _run(test)
 
@@ -285,3 +289,90 @@ def test_a_front_end_that_cannot_be_reached_is_an_error() -> None:
             await outbox.submit(_request("a"), StreamAddress(address.host, 1, address.secret))
 
     _run(test)
+
+
+def test_the_secret_does_not_cross_the_network_and_what_crosses_is_data() -> None:
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        address = await inbox.address()
+        heard = bytearray()
+
+        async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(2**16):
+                heard.extend(data)
+                writer.write(data)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            front_reader, front_writer = await asyncio.open_connection(address.host, address.port)
+            await asyncio.gather(copy(reader, front_writer), copy(front_reader, writer))
+
+        between = await asyncio.start_server(serve, "127.0.0.1", 0)
+        tapped = StreamAddress("127.0.0.1", between.sockets[0].getsockname()[1], address.secret)
+        inbox.open(RequestId("a"))
+        await inbox.attach(RequestId("a"), await outbox.submit(_request("a"), tapped))
+        await _until(lambda: len(source.ticks) == 1)
+        source.tick()
+        assert [(await inbox.take(RequestId("a"))).token_ids for _ in range(2)] == [(), (0,)]
+        assert address.secret.encode() not in heard
+        assert bytes.fromhex(address.secret) not in heard
+        assert b"cluster.types" not in heard, "no name of a class that the other side would make"
+
+    _run(test)
+
+
+def test_a_front_end_that_does_not_know_the_secret_gets_no_tokens() -> None:
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        heard = bytearray()
+
+        async def forge(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(bytes(32))
+            heard.extend(await reader.readexactly(64))
+            writer.write(heard[-32:])  # the worker's own proof, reflected
+            heard.extend(await reader.read())
+
+        forger = await asyncio.start_server(forge, "127.0.0.1", 0)
+        with pytest.raises(Unavailable, match="does not know the secret"):
+            await outbox.submit(_request("a"), StreamAddress("127.0.0.1", forger.sockets[0].getsockname()[1], "s3cret"))
+        assert not source.ticks
+        await _until(lambda: len(heard) == 64)
+
+    _run(test)
+
+
+@pytest.mark.parametrize("body", [pickle.dumps(("x", [])), b"", b"\x93\x01\x02\x03", b"\xff" * 100, b"\x91" * 5000])
+def test_a_frame_that_is_none_of_ours_ends_its_connection_and_runs_nothing(body: bytes) -> None:
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        await _start(inbox, outbox, "a")
+        link = next(iter(outbox._links.values()))
+        write_frame(link.writer, body)
+        with pytest.raises(WorkerLost, match="connection is gone"):
+            await inbox.take(RequestId("a"))
+
+    _run(test)
+
+
+def test_a_front_end_that_stands_still_loses_its_sequences_and_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not read is bounded: its connection ends, its sequences stop, and others do not notice."""
+    monkeypatch.setattr(token_outbox, "UnsentBytes", partial(UnsentBytes, max_bytes=100_000))
+    source = Source()
+
+    async def test(inbox: TokenInbox, outbox: TokenOutbox, source: Source) -> None:
+        stalled = TokenInbox("127.0.0.1")
+        stalled.open(RequestId("s"))
+        await stalled.attach(RequestId("s"), await outbox.submit(_request("s"), await stalled.address()))
+        await _start(inbox, outbox, "a")
+        await _until(lambda: len(source.ticks) == 2)
+        for peer in stalled._peers.values():  # as if that process stood still
+            peer.writer.transport.pause_reading()
+        link = outbox._links[await stalled.address()]
+        most = 0
+        while "s" not in source.ended:
+            source.ticks[RequestId("s")].put_nowait(1)
+            link._put(RequestId("s"), TokenChunk(token_ids=(7,) * 10_000))
+            await asyncio.sleep(0)
+            most = max(most, link.writer.transport.get_write_buffer_size())
+        assert most < 1_000_000
+        source.ticks[RequestId("a")].put_nowait(1)
+        assert (await inbox.take(RequestId("a"))).token_ids == (0,)
+        assert source.ended == ["s"]
+
+    _run(test, source)
