@@ -116,5 +116,4 @@ class Demands:
         return error
 
     def _files(self, index: int) -> str:
-        parts = self._form.layout.experts[self._form.expert(index)].parts
-        return ", ".join(sorted({str(part.file) for part in parts}))
+        return ", ".join(self._form.files(index))

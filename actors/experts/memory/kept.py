@@ -38,6 +38,7 @@ class KeptExperts:
         """
         with self._lock:
             for stage in self._stages:
+                stage.backoff.try_now()  # a plan comes seldom, and whoever made it waits
                 stage.residents.order.keep(kept)
             self._fast.want(priority, keeps_begun=True)
             absent = (priority > 0) & ~self._fast.residents.resident

@@ -56,6 +56,10 @@ class SlotForm:
         """The expert at a flat index."""
         return self._experts[index]
 
+    def files(self, index: int) -> tuple[str, ...]:
+        """Where the expert is read from, each once, in order."""
+        return tuple(sorted({str(part.file) for part in self.layout.experts[self._experts[index]].parts}))
+
     def plan(self, index: int) -> ReadPlan:
         """How the expert is read."""
         return self._plans[index]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from actors.experts.memory.backoff import ReadBackoff
 from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.links import Link
 from actors.experts.memory.residents import Residents
@@ -22,7 +23,8 @@ class Stage:
 
     links: in the order of preference. below: the stage that its link reads from, if that is an arena. priority: [N],
     what is wanted ahead. may_prefetch: whether loads ahead may begin now. fills_up: free slots take what is worth most,
-    wanted or not. failed: loads ahead that ended in an error; not tried again until something else is wanted.
+    wanted or not. backoff: loads ahead that ended in an error, and when they may be tried again. failed: those that
+    were not tried again since something was last wanted.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Stage:
         num_threads: int,
         counters: MemoryCounters,
         done: Callable[[Stage, Transfer], None],
+        backoff: ReadBackoff,
         below: Stage | None = None,
         fills_up: bool = False,
         bytes_per_s: float = 0.0,
@@ -46,6 +49,7 @@ class Stage:
         self.below = below
         self.fills_up = fills_up
         self.priority: np.ndarray | None = None
+        self.backoff = backoff
         self.failed: dict[int, ExpertReadError] = {}
         self.may_prefetch: Callable[[], bool] = lambda: True
         self._counters, self._done = counters, done
@@ -99,7 +103,7 @@ class Stage:
     def want(self, priority: np.ndarray | None, *, keeps_begun: bool) -> None:
         """Replace what is wanted ahead. Args: keeps_begun: what is under way may end though nobody wants it now."""
         self.priority = priority
-        self.failed.clear()
+        self.failed = self.backoff.waiting()
         if not keeps_begun:
             for transfer in list(self.queue.transfers.values()):
                 if not transfer.is_demand and (priority is None or priority[transfer.index] <= 0):
@@ -156,6 +160,9 @@ class Stage:
         absent = ~(self.residents.resident | self.residents.loading)
         if self.failed:
             absent[list(self.failed)] = False
+        held = self.backoff.held()
+        if held is not None:
+            absent &= ~held
         return absent
 
     def _transfer(self, index: int, slot: int, *, is_demand: bool, after: Link | None = None) -> Transfer | None:
@@ -181,6 +188,7 @@ class Stage:
             self.below.residents.release((index,))
         if not transfer.stops:
             self.residents.insert(index, transfer.slot)
+            self.backoff.succeeded(index)
             self._done(self, transfer)
             return
         again = None
@@ -192,4 +200,5 @@ class Stage:
         self.residents.give_back(transfer.slot)
         if transfer.error is not None and not transfer.is_demand:
             self.failed[index] = transfer.error
+            self.backoff.failed(index, transfer.error)
         self._done(self, transfer)

@@ -17,6 +17,7 @@ import numpy as np
 
 from actors.experts.formats.expert import ExpertWeights
 from actors.experts.memory.arena import RamArena
+from actors.experts.memory.backoff import ReadBackoff
 from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.demands import Demands
 from actors.experts.memory.disk import DiskLink
@@ -70,7 +71,8 @@ class ExpertStore:
         arena = RamArena(self.grid.size, form.slot_bytes)
         num_slots = self.form.num_slots(budget_bytes, self._min_experts, "experts.cache")
         device = Residents(arena, scorer, self.grid.size, num_slots, self._on_evict)
-        stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._done)
+        self._backoff = ReadBackoff([form.files(index)[0] for index in range(self.grid.size)])
+        stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._done, backoff=self._backoff)
         if host_bytes:
             host_slots = self.form.num_slots(host_bytes, self._min_experts, "experts.host_tier")
             below = RamArena(self.grid.size, form.slot_bytes)
@@ -231,7 +233,10 @@ class ExpertStore:
     def problems(self) -> tuple[str, ...]:
         """Why tiers hold less than they should, in words."""
         links = (self._host or self._device).links
-        return tuple(problem for link in links if isinstance(link, RemoteLink) for problem in link.problems)
+        remote = tuple(problem for link in links if isinstance(link, RemoteLink) for problem in link.problems)
+        with self._lock:
+            reading = self._backoff.problem()
+        return remote if reading is None else (*remote, reading)
 
     @property
     def source_tiers(self) -> tuple[Tier, ...]:
