@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -18,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from actors.expert_host_actor import ExpertHostsClient
+from actors.failover_gate import FailoverGate, Turn
 from actors.token_inbox import TokenInbox
 from cluster.errors import MoesaicError, Overloaded, Unavailable
 from cluster.observability.logs import log_event
@@ -45,28 +47,34 @@ class ServeWorkerClient:
         self._hosts = ExpertHostsClient(namespace, num_hosts)
         self._inbox = TokenInbox(ray.util.get_node_ip_address())
         self._running: dict[RequestId, Attempts] = {}
+        self._failover, self._random = FailoverGate(), random.Random()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk]:
         """Stream one sequence; closing the iterator early stops it in the worker within one step.
 
         A worker that is lost, or does not take it, is replaced by another one as `Attempts` says: who reads the tokens
-        does not notice.
+        does not notice. Many that lose theirs at once come back a few at a time, in the order in which they came.
         """
         loop = asyncio.get_running_loop()
         attempts = self._running[request.request_id] = Attempts(request, now_s=loop.time())
+        turn = Turn(self._failover, loop.time())
         try:
             while True:
                 try:
                     async with aclosing(self._attempt(attempts.request)) as chunks:
                         async for chunk in chunks:
+                            turn.give_back()
                             attempts.take(chunk)
                             yield chunk
                     return
                 except MoesaicError as error:
-                    wait_s = attempts.retry(error, now_s=loop.time(), avoid=self._inbox.lost)
+                    draw = self._random.random()
+                    wait_s = attempts.retry(error, now_s=loop.time(), avoid=self._inbox.lost, draw=draw)
                     _log_retry(attempts.request, error)
+                await turn.take()
                 await asyncio.sleep(wait_s)
         finally:
+            turn.give_back()
             self._running.pop(request.request_id, None)
 
     async def abort(self, request_id: RequestId) -> None:

@@ -44,12 +44,13 @@ class Attempts:
             self._emitted += chunk.token_ids
             self._has_said = self._is_promised = True
 
-    def retry(self, error: MoesaicError, *, now_s: float, avoid: Collection[str]) -> float:
+    def retry(self, error: MoesaicError, *, now_s: float, avoid: Collection[str], draw: float = 1.0) -> float:
         """Seconds to wait before `request`, then the next attempt, is submitted.
 
         Args:
             error: that ended this attempt.
             avoid: ids of Serve replicas that are known to be lost or to stand still.
+            draw: random, from 0 to 1: of the longest wait one half is certain and as much of the other.
 
         Raises:
             MoesaicError: `error`, which would come again; or why nothing more is tried.
@@ -77,7 +78,9 @@ class Attempts:
         )
         self._is_taken = self._has_said = False
         self._num_waits += 1
-        return 0.0 if self._num_waits == 1 else min(_FIRST_WAIT_S * 2 ** (self._num_waits - 2), _LONGEST_WAIT_S)
+        if self._num_waits == 1:
+            return 0.0
+        return min(_FIRST_WAIT_S * 2 ** (self._num_waits - 2), _LONGEST_WAIT_S) * (0.5 + 0.5 * draw)
 
     def _check_poison(self, error: MoesaicError) -> None:
         """A sequence that takes its worker down with it must not take the next one.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import actors.worker_client as worker_client
 from actors.engine.progress import Progress
+from actors.failover_gate import FailoverGate
 from actors.token_outbox import TokenOutbox
 from actors.token_stream import StreamAddress
 from actors.worker_client import ServeWorkerClient
@@ -217,3 +219,76 @@ def test_a_request_that_takes_two_workers_down_spares_the_third() -> None:
         assert not workers[2].requests
 
     _run(test)
+
+
+def test_many_that_lose_their_worker_come_back_in_order_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second worker takes each only after a while: never do more than the allowed number ask it at once."""
+    monkeypatch.setattr(worker_client, "FailoverGate", partial(FailoverGate, at_once=3))
+    asking = 0
+    most = 0
+    order: list[str] = []
+
+    class Slow(Worker):
+        async def submit(self, request: GenerationRequest, address: StreamAddress) -> str:
+            nonlocal asking, most
+            asking += 1
+            most = max(most, asking)
+            order.append(request.request_id.partition("+")[0])
+            try:
+                await asyncio.sleep(0.01)
+                return await super().submit(request, address)
+            finally:
+                asking -= 1
+
+    async def test() -> None:
+        dying, other = Worker("w0", pause_after=2), Slow("w1")
+        client = ServeWorkerClient(Handle(dying, other), namespace="test")  # type: ignore[arg-type]
+
+        async def whole(name: str) -> list[int]:
+            sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+            request = GenerationRequest(request_id=RequestId(name), prompt_ids=(1,), sampling=sampling)
+            return [token for chunk in [c async for c in client.generate(request)] for token in chunk.token_ids]
+
+        tasks = []
+        for i in range(20):
+            tasks.append(asyncio.create_task(whole(f"r{i:02}")))
+            while len(dying.running) <= i:
+                await asyncio.sleep(0.001)
+        dying.kill()
+        answers = await asyncio.gather(*tasks)
+        assert answers == [[10 + i for i in range(NUM_TOKENS)]] * 20
+
+    async def bounded() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await test()
+
+    asyncio.run(bounded())
+    assert most <= 3
+    assert order == sorted(order)
+    assert len(order) == 20
+
+
+def test_turns_go_by_order_and_none_is_lost() -> None:
+    async def test() -> None:
+        gate = FailoverGate(at_once=1, longest_wait_s=0.3)
+        await gate.enter(0)
+        came: list[int] = []
+
+        async def enter(order: int) -> None:
+            await gate.enter(order)
+            came.append(order)
+
+        tasks = {order: asyncio.create_task(enter(order)) for order in (5, 3, 9, 1)}
+        await asyncio.sleep(0)
+        tasks[3].cancel()  # its client left
+        for _ in range(2):
+            gate.leave()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert came == [1, 5]
+        with pytest.raises(Unavailable, match="wait to be given"):
+            await tasks[9]
+        gate.leave()
+        await asyncio.wait_for(gate.enter(7), 1)
+
+    asyncio.run(test())
