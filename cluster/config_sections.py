@@ -180,6 +180,17 @@ class FrontendConfig(Section):
     strict: bool = Field(
         default=False, description="refuse request fields that are not known; else they are named in a header"
     )
+    root_path: str = Field(
+        default="",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="prefix that a proxy in front leaves on paths, such as /llm; without it they are served too",
+    )
+    force_include_usage: bool = Field(
+        default=False, description="every chunk of every stream has usage, whatever the request says"
+    )
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="log probabilities name tokens as token_id:N, whatever the request says"
+    )
     request_timeout_s: float = Field(default=600.0, gt=0)
     drain_timeout_s: float = Field(default=30.0, ge=0)
     keep_alive_s: float = Field(default=15.0, gt=0, description="an SSE comment after this long without a token")

@@ -13,6 +13,7 @@ from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_routes import OpenAIRoutes
 from cluster.frontend.operator_routes import OperatorRoutes
 from cluster.frontend.root_page import root_page
+from cluster.frontend.root_path import RootPath
 from cluster.frontend.scheduler_routes import SchedulerRoutes
 from cluster.frontend.tokenize_routes import TokenizeRoutes
 from cluster.model_info import ModelInfo
@@ -62,6 +63,7 @@ def create_app(
     app.add_api_route("/plan", central.plan, methods=["GET"])
     app.add_api_route("/diagnose", central.diagnose, methods=["GET"])
     app.add_api_route("/drain", central.drain, methods=["POST"])
+    app.add_api_route("/load", operator.load, methods=["GET"])
     app.add_api_route("/version", operator.version, methods=["GET"])
     app.add_api_route("/", root_page(app, info, tells_model=config.api_key is None), methods=["GET", "HEAD"])
     install_error_responses(app)
@@ -80,4 +82,6 @@ def create_app(
         *_SCHEDULER_PATHS,
     ]
     app.add_middleware(RequestContext, metrics=metrics, routes=routes)
+    if config.root_path:
+        app.add_middleware(RootPath, prefix=config.root_path)
     return app

@@ -46,7 +46,7 @@ class OpenAIRoutes:
         """Args: peers: the other front ends, for what may be given by any of them; None: there are none."""
         self._service = service
         self._info = info
-        self._keep_alive_s = config.keep_alive_s
+        self._config = config
         self._created_s = int(time.time())
         self._peers = peers
 
@@ -120,7 +120,7 @@ class OpenAIRoutes:
     async def _respond(self, request: Request, answer: _Answer, body: SamplingFields) -> Response:
         if body.stream:
             events = self._events(answer)
-            return EventStream(events, keep_alive_s=self._keep_alive_s, request_id=request.state.request_id)
+            return EventStream(events, keep_alive_s=self._config.keep_alive_s, request_id=request.state.request_id)
         collected = await run_while_connected(self._collect(answer), request.receive)
         if collected is None:
             return Response(status_code=499)  # nobody reads it; the log does
@@ -172,10 +172,10 @@ class OpenAIRoutes:
             created_s=int(time.time()),
             prompts=[sequence.prompt_ids for sequence in sequences[::n]],
             n=n,
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
+            include_usage=body.include_usage or self._config.force_include_usage,
+            continuous_usage=body.continuous_usage or self._config.force_include_usage,
             gives_token_ids=bool(body.return_token_ids),
-            names_token_ids=bool(body.return_tokens_as_token_ids),
+            names_token_ids=bool(body.return_tokens_as_token_ids) or self._config.return_tokens_as_token_ids,
         )
 
     def _model_json(self) -> dict[str, object]:

@@ -115,6 +115,10 @@ class OperatorRoutes:
         facts = {"draining": self._requests.draining, "num_in_flight": self._requests.num_in_flight}
         return _json({"workers": workers, "hosts": hosts, **facts})
 
+    async def load(self) -> Response:
+        """GET /load: requests that this front end is answering, as balancers ask of vLLM's servers."""
+        return _json({"server_load": self._requests.num_in_flight})
+
     async def version(self) -> Response:
         """GET /version"""
         return _json({"version": program_version()})
