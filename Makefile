@@ -5,7 +5,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
-BENCHMARKS := decode serving memory data_plane activation_statistics policies offload ring placement routing migration
+BENCHMARKS := decode serving memory data_plane activation_statistics policies offload ring placement routing migration sampling
 
 .PHONY: setup serve proto fmt check test test-ray test-all nightly bench
 .DEFAULT_GOAL := setup

@@ -30,6 +30,7 @@ from actors.experts.memory.store import ExpertStore
 from actors.experts.recorder import ActivationRecorder
 from actors.experts.remote_dispatch import HostDispatcher
 from actors.kernels.native import load_native
+from actors.kernels.sampling import load_sampling_kernel
 from actors.model.checkpoint import LoadedModel, load_model
 from actors.model.expert_layout import ExpertLayout
 from actors.model.fast_modules import speed_up
@@ -171,7 +172,12 @@ def _build(
         co_batching=co_batching,
     )
     engine = Engine(
-        runner, batcher, max_model_len=info.max_model_len, eos_token_ids=info.eos_token_ids, recorder=recorder
+        runner,
+        batcher,
+        max_model_len=info.max_model_len,
+        eos_token_ids=info.eos_token_ids,
+        recorder=recorder,
+        sampling_kernel=load_sampling_kernel() if native else None,
     )
     return EngineParts(
         engine,

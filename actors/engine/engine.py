@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from actors.engine.model_runner import ModelRunner  # imports transformers: seconds that a fake runner need not wait
     from actors.experts.recorder import ActivationRecorder
+    from actors.kernels.sampling import SamplingKernel
     from cluster.semantics.knowledge import Knowledge
 
 
@@ -61,14 +62,16 @@ class Engine:
         max_model_len: int,
         eos_token_ids: Seq[int],
         recorder: ActivationRecorder | None = None,
+        sampling_kernel: SamplingKernel | None = None,
     ) -> None:
-        """Args: recorder: tells kinds of prompts apart; None: they are not."""
+        """Args: recorder: tells kinds of prompts apart; None: they are not. sampling_kernel: None: torch draws."""
         self.runner = runner
         self.batcher = batcher
         self.max_model_len = max_model_len
         self.counters = EngineCounters()
         self.times = StepTimes()
         self._recorder = recorder
+        self._sampling_kernel = sampling_kernel
         self._eos = tuple(eos_token_ids)
         self._sequences: dict[RequestId, Sequence] = {}
 
@@ -153,7 +156,7 @@ class Engine:
         params = [s.request.sampling for s in sequences]
         keys = [(s.request.choice, s.num_generated) for s in sequences]
         banned = [s.banned(self._eos) for s in sequences]
-        tokens, logprobs = sample(logits_RV, params, keys, banned, [s.counts for s in sequences])
+        tokens, logprobs = sample(logits_RV, params, keys, banned, [s.counts for s in sequences], self._sampling_kernel)
         outputs: list[StepOutput] = []
         for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
             prompt_logprobs = tuple(sequence.prompt_logprobs) if sequence.needs_prompt_logits else None

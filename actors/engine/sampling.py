@@ -16,6 +16,8 @@ from torch import Tensor
 
 from actors.engine.logits import shape_logits
 from actors.engine.token_counts import TokenCounts
+from actors.kernels.sampling import Draw, SamplingKernel
+from cluster.errors import MoesaicError
 from cluster.types import SamplingParams, TokenLogprob
 
 _MASK = (1 << 64) - 1
@@ -33,6 +35,7 @@ def sample(
     keys: Seq[tuple[int, int]],
     banned: Seq[tuple[int, ...]],
     counts: Seq[TokenCounts | None],
+    kernel: SamplingKernel | None = None,
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """One token for each row, and its log-probability, as the model alone gives it, where asked for.
 
@@ -41,18 +44,47 @@ def sample(
         keys: (choice, token index) of each row; the seed is in its params.
         banned: token ids that may not be chosen now.
         counts: tokens so far of the rows that have penalties.
+        kernel: draws without sorting a row; None: torch does, and takes longer.
     """
     raw_RV = logits_RV.float()
     logits_RV = shape_logits(raw_RV, params, banned, counts)
-    tokens: list[int] = logits_RV.argmax(dim=-1).tolist()
-    for row, (p, (choice, index)) in enumerate(zip(params, keys, strict=True)):
-        if p.temperature > 0:
-            tokens[row] = _draw(logits_RV[row], p, uniform(p.seed, choice, index))
+    tokens = _most_likely(logits_RV, [row for row, p in enumerate(params) if p.temperature <= 0])
+    drawn = [row for row, p in enumerate(params) if p.temperature > 0]
+    noise = [uniform(params[row].seed, *keys[row]) for row in drawn]
+    for row, token in zip(drawn, _draw_rows(logits_RV, drawn, params, noise, kernel), strict=True):
+        tokens[row] = token
     logprobs = [
         _logprob(raw_RV[row], token, p.num_logprobs) if p.num_logprobs is not None else None
         for row, (token, p) in enumerate(zip(tokens, params, strict=True))
     ]
     return tokens, logprobs
+
+
+def _most_likely(logits_RV: Tensor, rows: Seq[int]) -> list[int]:
+    """The likeliest token of each of `rows`; 0 stands for the others, whose turn comes."""
+    if len(rows) == len(logits_RV):
+        return logits_RV.argmax(dim=-1).tolist()
+    tokens = [0] * len(logits_RV)
+    if rows:
+        for row, token in zip(rows, logits_RV[list(rows)].argmax(dim=-1).tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def _draw_rows(
+    logits_RV: Tensor, rows: Seq[int], params: Seq[SamplingParams], noise: Seq[float], kernel: SamplingKernel | None
+) -> list[int]:
+    """A token of each of `rows`. Args: noise: in [0, 1), one number a row."""
+    if kernel is None or not rows:
+        return [_draw(logits_RV[row], params[row], u) for row, u in zip(rows, noise, strict=True)]
+    draws = [
+        Draw(temperature=p.temperature, top_p=p.top_p, min_p=p.min_p, uniform=u, top_k=p.top_k)
+        for p, u in zip((params[row] for row in rows), noise, strict=True)
+    ]
+    tokens = kernel.draw(logits_RV if len(rows) == len(logits_RV) else logits_RV[list(rows)], draws)
+    if min(tokens) < 0:
+        raise MoesaicError("no token can be drawn from logits that are not finite or leave no token to choose")
+    return tokens
 
 
 def _draw(logits_V: Tensor, p: SamplingParams, u: float) -> int:

@@ -611,6 +611,7 @@ CLONES void moesaic_latent_attention(const void *q, const void *latents, const v
 }
 
 #include "search.h"
+#include "sampling.h"
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "C kernels, called through ctypes.", -1, NULL};
 
