@@ -219,7 +219,7 @@ def _takes_rows_alone(gate: nn.Module) -> bool:
 
 
 def _is_sigmoid(gate: nn.Module) -> bool:
-    return "sigmoid" in type(gate).forward.__code__.co_names
+    return "sigmoid" in inspect.unwrap(type(gate).forward).__code__.co_names
 
 
 def gate_probability(gate: nn.Module) -> Callable[[Tensor], Tensor]:

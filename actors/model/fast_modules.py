@@ -7,8 +7,10 @@ calibration found. Everything else keeps the model's own forward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +35,7 @@ def speed_up(model: nn.Module, native: NativeKernels) -> int:
         eps = getattr(module, "variance_epsilon", None)
         if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and _norm_agrees(module, native, eps):
             module.forward = _norm_forward(module, native, eps)  # type: ignore[method-assign]
-        if (
-            _ROPE in getattr(type(module).forward, "__globals__", {})
-            and _ROPE in type(module).forward.__code__.co_names
-        ):
+        if _calls_rope(type(module).forward):
             _swap_rope(module, native)
     return max_rows
 
@@ -79,12 +78,19 @@ def _norm_agrees(module: nn.Module, native: NativeKernels, eps: float) -> bool:
     return expected.dtype == got.dtype and torch.allclose(expected.float(), got.float(), rtol=tolerance, atol=1e-6)
 
 
+def _calls_rope(forward: Callable[..., object]) -> bool:
+    """Whether the model's own code, below what decorates it, calls the rotary function by the common name."""
+    own = inspect.unwrap(forward)
+    return isinstance(own, FunctionType) and _ROPE in own.__globals__ and _ROPE in own.__code__.co_names
+
+
 def _swap_rope(module: nn.Module, native: NativeKernels) -> None:
     """Give this module its own copy of its forward in which the rotary function is ours, if it computes the same.
 
     The model's code is left alone: other models in this process keep their own.
     """
-    forward = type(module).forward
+    decorated = type(module).forward
+    forward = inspect.unwrap(decorated)
     original = forward.__globals__[_ROPE]
 
     def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -94,10 +100,38 @@ def _swap_rope(module: nn.Module, native: NativeKernels) -> None:
         return native.rope(q, cos, sin), native.rope(k, cos, sin)
 
     if _rope_agrees(original, rope):
-        names = {**forward.__globals__, _ROPE: rope}
-        copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-        copy.__kwdefaults__ = forward.__kwdefaults__
-        module.forward = MethodType(copy, module)  # type: ignore[method-assign]
+        copy = _decorated_alike(decorated, _copied(forward, {**forward.__globals__, _ROPE: rope}, forward.__closure__))
+        if copy is not None:
+            module.forward = MethodType(copy, module)  # type: ignore[method-assign]
+
+
+def _copied(function: FunctionType, names: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    """The same code with other global names and other enclosed values."""
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _decorated_alike(decorated: FunctionType, own: FunctionType) -> FunctionType | None:
+    """`own` under copies of the decorators of `decorated`; None where one does not say what it calls."""
+    inner = getattr(decorated, "__wrapped__", None)
+    if inner is None:
+        return own
+    below = _decorated_alike(inner, own)
+    cells = decorated.__closure__ or ()
+    if below is None or not any(_content(cell) is inner for cell in cells):
+        return None
+    closure = tuple(CellType(below) if _content(cell) is inner else cell for cell in cells)
+    copy = _copied(decorated, decorated.__globals__, closure)
+    copy.__wrapped__ = below  # type: ignore[attr-defined]
+    return copy
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _rope_agrees(original: Callable[..., tuple[Tensor, Tensor]], ours: Callable[..., tuple[Tensor, Tensor]]) -> bool:
