@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 6
+_CHARACTER_TOKENS = 16  # more than a character has bytes, with room for tokens without text between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +35,23 @@ class Detokenizer:
         stop: Sequence[str] = (),
         min_tokens: int = 0,
         includes_stop: bool = False,
+        continues_character: bool = False,
     ) -> None:
         """`prompt_ids` give the first token its context; stop strings are not looked for within `min_tokens`.
 
-        `includes_stop` leaves the stop string that ends the text in it.
+        `includes_stop` leaves the stop string that ends the text in it. `continues_character`: the prompt ends within
+        a character, which then is the first of the text.
         """
         self._decode = decode
-        self._window, self._sent = _context(decode, prompt_ids)
+        self._window, self._sent = _context(decode, prompt_ids, continues_character)
         self._num_sent_ids = len(self._window)
         self._stop = _StopStrings(stop, included=includes_stop)
         self._unwatched_tokens = min_tokens if stop else 0
+
+    @property
+    def follows_text(self) -> bool:
+        """Whether the tokens so far, with those of the prompt, have text that the next one continues."""
+        return self._sent > 0
 
     def push(self, ids: Sequence[int]) -> Piece:
         """Take more token ids. Tokens behind a stop string are not used."""
@@ -79,7 +87,7 @@ class Detokenizer:
         self._window.extend(ids)
         text = self._decode(self._window)
         if text.endswith(_REPLACEMENT):
-            return ""
+            return self._before_last(text) if before - self._num_sent_ids >= _CHARACTER_TOKENS else ""
         if len(text) <= self._sent:
             if self._sent:  # tokens without text (special ones) behind emitted text: forget them
                 del self._window[before:]
@@ -88,6 +96,17 @@ class Detokenizer:
         del self._window[: self._num_sent_ids]
         self._num_sent_ids = len(self._window)
         self._sent = len(self._decode(self._window))
+        return new
+
+    def _before_last(self, text: str) -> str:
+        """All but the last U+FFFD: of so many tokens, only the last ones can be bytes of a character to come.
+
+        Without this, a model that writes nothing but broken bytes would have all of them decoded again at each token.
+        """
+        new = text[self._sent : -1]
+        del self._window[:-_CHARACTER_TOKENS]
+        self._num_sent_ids = 0
+        self._sent = len(self._decode(self._window)) - 1
         return new
 
 
@@ -133,8 +152,11 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-def _context(decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int]) -> tuple[list[int], int]:
-    """The last prompt tokens as the window's emitted part, unless they end within a character."""
+def _context(
+    decode: Callable[[Sequence[int]], str], prompt_ids: Sequence[int], continues_character: bool
+) -> tuple[list[int], int]:
+    """The last prompt tokens as the window's emitted part, but for a character that is not finished."""
     window = list(prompt_ids[-_CONTEXT_TOKENS:])
     text = decode(window) if window else ""
-    return ([], 0) if text.endswith(_REPLACEMENT) else (window, len(text))
+    is_unfinished = continues_character and text.endswith(_REPLACEMENT)
+    return window, len(text) - (1 if is_unfinished else 0)

@@ -19,6 +19,7 @@ from cluster.frontend.input_pool import InputPool
 from cluster.frontend.open_answers import OpenAnswers
 from cluster.frontend.resolve_sampling import check_token_ids, resolve_sampling, truncated_prompt
 from cluster.frontend.sequence import RunningSequence, SamplingOptions, TextChunk, TokenText, token_text
+from cluster.frontend.token_offsets import offsets_in_prompt
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.model_info import ModelInfo
 from cluster.observability.logs import log_event
@@ -92,6 +93,16 @@ class GenerationService:
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
         return await self.inputs.run(decode, num_bytes=_BYTES_A_TOKEN * len(token_ids))
+
+    async def prompt_text(self, prompt_ids: Sequence[int]) -> str:
+        """Text of a prompt, without a character that it leaves unfinished: that belongs to the answer."""
+        text = await self.decode(prompt_ids)
+        return text.removesuffix("\N{REPLACEMENT CHARACTER}") if self._tokenizer.unfinished_bytes(prompt_ids) else text
+
+    async def prompt_offsets(self, prompt_ids: Sequence[int], text: str) -> list[int]:
+        """The character of `text` at which each token of a prompt begins."""
+        find = partial(offsets_in_prompt, self._tokenizer, prompt_ids, text)
+        return await self.inputs.run(find, num_bytes=_BYTES_A_TOKEN * len(prompt_ids))
 
     def token_text(self, token_id: int) -> TokenText:
         """One token of a prompt, without log-probability."""

@@ -14,13 +14,13 @@ import orjson
 
 from cluster.errors import MoesaicError, codes_of
 from cluster.frontend.openai_logprobs import (
+    Echo,
     LogprobFormat,
     entries_of,
-    num_characters,
     prompt_entries_of,
     prompt_logprobs_json,
 )
-from cluster.frontend.sequence import TextChunk, TokenText, Usage
+from cluster.frontend.sequence import TextChunk, Usage
 from cluster.types import FinishReason
 
 DONE_EVENT = b"data: [DONE]\n\n"
@@ -67,14 +67,6 @@ class AnswerFacts:
             completion_tokens=sum(usage.completion_tokens for usage in usage_by_choice.values()),
             cached_tokens=sum(usage.cached_tokens for usage in firsts),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Echo:
-    """What the choices of one prompt begin with: its text and, for log-probabilities, its first token."""
-
-    text: str
-    first_token: TokenText
 
 
 class AnswerFormat(Protocol):
@@ -168,7 +160,6 @@ class CompletionAnswer:
         self._logprobs = LogprobFormat(names_ids=facts.names_token_ids)
         self._echoes = echoes
         self._gives_prompt_logprobs = gives_prompt_logprobs
-        self._offsets = [0 for _ in facts.prompts for _ in range(facts.n)]
 
     def opening_event(self, index: int, chunk: TextChunk) -> bytes:
         echo = self._echo(index)
@@ -179,9 +170,7 @@ class CompletionAnswer:
             return self._event(index, b'""', b"null", b"null", extra) if extra else b""
         logprobs = b"null"
         if chunk.logprobs is not None and chunk.prompt_logprobs is not None:
-            start = echo.first_token
-            logprobs = orjson.dumps(self._logprobs.completion(chunk.prompt_logprobs, 0, prompt_start=start))
-            self._offsets[index] = len(start.text) + num_characters(chunk.prompt_logprobs)
+            logprobs = orjson.dumps(self._logprobs.completion((), echo=echo, prompt=chunk.prompt_logprobs))
         return self._event(index, orjson.dumps(echo.text), logprobs, b"null", extra)
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
@@ -192,8 +181,7 @@ class CompletionAnswer:
             return b""
         logprobs = b"null"
         if chunk.logprobs is not None:
-            logprobs = orjson.dumps(self._logprobs.completion(chunk.logprobs, self._offsets[index]))
-            self._offsets[index] += num_characters(chunk.logprobs)
+            logprobs = orjson.dumps(self._logprobs.completion(chunk.logprobs, echo=self._echo(index)))
         reason = b"null"
         if chunk.finish_reason is not None:
             reason = b'"%s","stop_reason":%s' % (chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
@@ -209,11 +197,7 @@ class CompletionAnswer:
 
     def _choice(self, index: int, chunks: Sequence[TextChunk]) -> dict[str, object]:
         echo, entries, scored = self._echo(index), entries_of(chunks), prompt_entries_of(chunks)
-        logprobs = None
-        if entries is not None and echo is not None and scored is not None:
-            logprobs = self._logprobs.completion([*scored, *entries], 0, prompt_start=echo.first_token)
-        elif entries is not None:
-            logprobs = self._logprobs.completion(entries, 0)
+        logprobs = None if entries is None else self._logprobs.completion(entries, echo=echo, prompt=scored)
         text = _text(chunks) if echo is None else echo.text + _text(chunks)
         choice: dict[str, object] = {"index": index, "text": text, "logprobs": logprobs, **_end(chunks)}
         if self._gives_prompt_logprobs and scored is not None:

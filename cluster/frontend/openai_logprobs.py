@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.frontend.sequence import LogprobEntry, TextChunk, TokenText
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """What the choices of one prompt begin with: its text and, for log-probabilities, its first token.
+
+    `offsets`, where log-probabilities are asked for: the character at which each token of the prompt begins.
+    """
+
+    text: str
+    first_token: TokenText
+    offsets: Sequence[int] = ()
 
 
 class LogprobFormat:
@@ -22,23 +35,24 @@ class LogprobFormat:
         return {"content": content, "refusal": None}
 
     def completion(
-        self, entries: Sequence[LogprobEntry], offset: int, *, prompt_start: TokenText | None = None
+        self, entries: Sequence[LogprobEntry], *, echo: Echo | None = None, prompt: Sequence[LogprobEntry] | None = None
     ) -> dict[str, object]:
-        """`logprobs` of a text choice whose first token begins at character `offset` of the text.
+        """`logprobs` of a text choice, behind its `echo` if it has one.
 
-        `prompt_start`, given when the entries begin with those of the prompt, is its first token: it has none.
+        `prompt`, given where the prompt's tokens are listed too, has one entry for each but the first, which has none.
         """
+        base = 0 if echo is None else len(echo.text)
+        offsets = [base + entry.offset for entry in entries]
+        if echo is not None and prompt is not None:
+            entries = [*prompt, *entries]
+            offsets = [*echo.offsets, *offsets]
         tokens = [entry.chosen for entry in entries]
         values: list[float | None] = [token.logprob for token in tokens]
         tops: list[dict[str, float] | None] = [
             {self._key(token): token.logprob for token in (entry.chosen, *entry.top)} for entry in entries
         ]
-        if prompt_start is not None:
-            tokens, values, tops = [prompt_start, *tokens], [None, *values], [None, *tops]
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
+        if echo is not None and prompt is not None:
+            tokens, values, tops = [echo.first_token, *tokens], [None, *values], [None, *tops]
         keys = [self._key(token) for token in tokens]
         return {"tokens": keys, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
@@ -70,11 +84,6 @@ def entries_of(chunks: Sequence[TextChunk]) -> list[LogprobEntry] | None:
 def prompt_entries_of(chunks: Sequence[TextChunk]) -> tuple[LogprobEntry, ...] | None:
     """Log-probabilities of the prompt; None if nobody asked."""
     return next((chunk.prompt_logprobs for chunk in chunks if chunk.prompt_logprobs is not None), None)
-
-
-def num_characters(entries: Sequence[LogprobEntry]) -> int:
-    """Length of the text of the chosen tokens."""
-    return sum(len(entry.chosen.text) for entry in entries)
 
 
 def _prompt_position(entry: LogprobEntry) -> dict[str, object]:

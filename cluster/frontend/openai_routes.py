@@ -16,7 +16,8 @@ from cluster.errors import ModelNotFound
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_body import read_body
 from cluster.frontend.http_stream import EventStream, run_while_connected
-from cluster.frontend.openai_answers import DONE_EVENT, AnswerFacts, AnswerFormat, ChatAnswer, CompletionAnswer, Echo
+from cluster.frontend.openai_answers import DONE_EVENT, AnswerFacts, AnswerFormat, ChatAnswer, CompletionAnswer
+from cluster.frontend.openai_logprobs import Echo
 from cluster.frontend.openai_sampling import SamplingFields
 from cluster.frontend.openai_schema import AbortRequest, ChatRequest, CompletionRequest
 from cluster.frontend.sequence import TextChunk, Usage
@@ -83,9 +84,10 @@ class OpenAIRoutes:
             sequences += choices
             if body.echo:
                 kept = choices[0].prompt_ids  # fewer than the prompt has when it is truncated
-                is_whole = isinstance(prompt, str) and len(kept) == len(prompt_ids)
-                text = str(prompt) if is_whole else await self._service.decode(kept)
-                echoes.append(Echo(text, self._service.token_text(kept[0])))
+                is_whole = len(kept) == len(prompt_ids)
+                text = prompt if isinstance(prompt, str) and is_whole else await self._service.prompt_text(kept)
+                offsets = [] if body.logprobs is None else await self._service.prompt_offsets(kept, text)
+                echoes.append(Echo(text, self._service.token_text(kept[0]), offsets))
         shape = CompletionAnswer(
             self._facts(answer_id, body, sequences),
             echoes=echoes,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cluster.frontend.detokenizer import Detokenizer
+from cluster.frontend.token_offsets import TokenOffsets
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.observability.metrics import FrontendMetrics
 from cluster.types import FinishReason, GenerationRequest, TokenChunk, TokenLogprob
@@ -64,11 +65,15 @@ class TokenText:
 
 @dataclass(frozen=True, slots=True)
 class LogprobEntry:
-    """The chosen token and the likeliest ones at one position; the rank is known in prompts only."""
+    """The chosen token and the likeliest ones at one position; the rank is known in prompts only.
+
+    `offset`: the character of the answer's text that the chosen token begins at; 0 in prompts.
+    """
 
     chosen: TokenText
     top: tuple[TokenText, ...]
     rank: int | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +116,18 @@ class RunningSequence:
         self._shows_stop = sampling.include_stop_str_in_output
         self._tokenizer = tokenizer
         self._metrics = metrics
+        skips = sampling.skip_special_tokens
         self._detokenizer = Detokenizer(
-            partial(tokenizer.decode, skip_special_tokens=sampling.skip_special_tokens),
+            partial(tokenizer.decode, skip_special_tokens=skips),
             prompt_ids=request.prompt_ids,
+            continues_character=bool(tokenizer.unfinished_bytes(request.prompt_ids, skip_special_tokens=skips)),
             stop=sampling.stop,
             min_tokens=sampling.min_tokens,
             includes_stop=sampling.include_stop_str_in_output,
         )
+        self._offsets: TokenOffsets | None = None
+        if sampling.num_logprobs is not None:
+            self._offsets = TokenOffsets(tokenizer, prompt_ids=request.prompt_ids, skip_special_tokens=skips)
         self._num_tokens = 0
         self._num_cached = 0
         self._started_s = time.perf_counter()
@@ -146,7 +156,7 @@ class RunningSequence:
             reason = FinishReason.STOP if matched is not None else reason
         self._num_tokens += num_used
         scored = chunk.prompt_logprobs
-        entries = None if chunk.logprobs is None else tuple(map(self._entry, chunk.logprobs[:num_used]))
+        entries = None if chunk.logprobs is None else self._entries(chunk.logprobs[:num_used], len(visible))
         return TextChunk(
             text=text,
             token_ids=chunk.token_ids[:num_used],
@@ -183,6 +193,16 @@ class RunningSequence:
         else:
             self._metrics.observe_tokens(num_tokens, now_s - self._last_token_s)
         self._last_token_s = now_s
+
+    def _entries(self, logprobs: Sequence[TokenLogprob], num_shown: int) -> tuple[LogprobEntry, ...]:
+        """Of the next tokens, the first `num_shown` of which have text."""
+        entries = map(self._entry, logprobs)
+        if self._offsets is None:
+            return tuple(entries)
+        return tuple(
+            replace(entry, offset=self._offsets.push(entry.chosen.token_id, is_shown=index < num_shown))
+            for index, entry in enumerate(entries)
+        )
 
     def _entry(self, logprob: TokenLogprob) -> LogprobEntry:
         top = tuple(token_text(self._tokenizer, token_id, value) for token_id, value in logprob.top)

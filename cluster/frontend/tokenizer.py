@@ -6,6 +6,7 @@ transformers is imported only for checkpoints that have older files.
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,10 @@ from typing import Any, cast
 import tokenizers
 
 from cluster.errors import CheckpointError, InvalidRequest
+from cluster.frontend.byte_runs import byte_of_piece, mended_byte_runs
 from cluster.frontend.chat_template import ChatTemplate
 
+_CHARACTER_TOKENS = 8  # a character has at most four bytes; tokens without text may be between them
 _OLDER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tiktoken.model", "tekken.json")
 
 
@@ -29,7 +32,9 @@ class Tokenizer:
         self._backend = backend
         self._template = template
         self._origin = origin
-        self._added = {index: str(token.content) for index, token in backend.get_added_tokens_decoder().items()}
+        added = backend.get_added_tokens_decoder()
+        self._added = {index: str(token.content) for index, token in added.items()}
+        self._special = frozenset(index for index, token in added.items() if token.special)
         decoder = _decoder_json(backend)
         self._byte_by_char = _byte_by_char() if "ByteLevel" in decoder else None
         self._has_byte_fallback = "ByteFallback" in decoder
@@ -61,6 +66,11 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     @property
+    def is_made_of_bytes(self) -> bool:
+        """Whether a text's bytes are those of its tokens, joined; other tokenizers put spaces between words."""
+        return self._byte_by_char is not None or self._has_byte_fallback
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether chat messages can be rendered at all."""
         return self._template is not None
@@ -70,8 +80,20 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; each stretch of bytes that cannot be a character becomes one U+FFFD.
+
+        What comes before a character is never changed by what follows: more ids only ever add text, or complete the
+        character that a last U+FFFD stands for.
+        """
+        text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if not self._has_byte_fallback or "\N{REPLACEMENT CHARACTER}" not in text:
+            return text
+        # The library gives up on a whole run of byte tokens, whole characters in it included, and writes one U+FFFD for
+        # each byte. So what cannot be decoded leaves the run before it sees it.
+        special = self._special if skip_special_tokens else frozenset[int]()
+        pieces = [self._backend.id_to_token(token_id) for token_id in ids if token_id not in special]
+        known = mended_byte_runs([piece for piece in pieces if piece is not None])
+        return self._backend.decoder.decode(known) if self._backend.decoder is not None else text
 
     def apply_chat_template(
         self,
@@ -105,10 +127,48 @@ class Tokenizer:
         if self._byte_by_char is not None and all(char in self._byte_by_char for char in piece):
             return bytes(self._byte_by_char[char] for char in piece)
         if self._has_byte_fallback:
-            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-                return bytes([int(piece[3:5], 16)])
+            byte = byte_of_piece(piece)
+            if byte is not None:
+                return bytes([byte])
             return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
         return self._backend.decode([token_id], skip_special_tokens=False).encode()
+
+    def text_bytes(self, token_id: int, *, opens_text: bool, skip_special_tokens: bool) -> bytes:
+        """What a token adds to a text; `opens_text`: at its very beginning, where decoders may strip a space."""
+        if skip_special_tokens and token_id in self._special:
+            return b""
+        raw = self.token_bytes(token_id)
+        if opens_text and raw.startswith(b" "):
+            stripped = self._backend.decode([token_id], skip_special_tokens=False).encode()
+            return stripped if raw.endswith(stripped) else raw
+        return raw
+
+    def special_text(self, token_id: int) -> str | None:
+        """The text of a special token; None for others."""
+        return self._added[token_id] if token_id in self._special else None
+
+    def unfinished_bytes(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> bytes:
+        """The bytes at the end of `ids` that are the beginning of a character; as a rule none."""
+        if not self.is_made_of_bytes:
+            return b""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in ids[-_CHARACTER_TOKENS:]:
+            decoder.decode(self.text_bytes(token_id, opens_text=False, skip_special_tokens=skip_special_tokens))
+        return decoder.getstate()[0]
+
+    def places(self, text: str, ids: Sequence[int]) -> list[int] | None:
+        """The character at which each of `ids` was found when `text` was encoded; None if it gives other ids."""
+        for add_special_tokens in (True, False):
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            if list(encoding.ids) == list(ids):
+                starts = [start for start, _ in encoding.offsets]
+                if add_special_tokens:  # what was added at the end is recorded as being at 0
+                    starts = [
+                        len(text) if start == 0 and max(starts[:index], default=0) > 0 else start
+                        for index, start in enumerate(starts)
+                    ]
+                return starts
+        return None
 
 
 def _converted_backend(directory: Path, file: str) -> tokenizers.Tokenizer:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+from byte_tokenizers import byte_fallback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +12,8 @@ from cluster.frontend.tokenizer import Tokenizer
 from cluster.model_info import resolve_model
 
 TOKENIZER = Tokenizer.load(resolve_model("moesaic-demo"))
+FALLBACK = byte_fallback()
+FACE = [4 + byte for byte in "\N{GRINNING FACE}".encode()]
 ANY_IDS = st.lists(st.one_of(st.integers(0, 4095), st.integers(3, 258)), max_size=40)
 TEXT_IDS = st.text(max_size=30).map(TOKENIZER.encode)
 
@@ -94,6 +98,52 @@ def test_stripped_first_space_of_sentencepiece_is_kept_within_a_text():
 
     detokenizer = Detokenizer(decode, prompt_ids=[1])
     assert [detokenizer.push([i]).text for i in (2, 3, 2)] == [" world", "!", " world"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ids=st.lists(st.one_of(st.integers(0, FALLBACK.vocab_size - 1), st.sampled_from(FACE)), max_size=24),
+    cuts=st.lists(st.integers(0, 50), max_size=8),
+    prompt=st.lists(st.integers(4 + 0x80, 4 + 0xFF), max_size=3),
+)
+def test_byte_tokens_give_the_one_shot_text_however_they_are_cut_off(ids, cuts, prompt):
+    texts, _ = run(Detokenizer(FALLBACK.decode), ids, cuts)
+    assert "".join(texts) == FALLBACK.decode(ids)
+    prompt = [*FALLBACK.encode("a"), *prompt]
+    unfinished = FALLBACK.unfinished_bytes(prompt)
+    texts, _ = run(Detokenizer(FALLBACK.decode, prompt_ids=prompt, continues_character=bool(unfinished)), ids, cuts)
+    before = FALLBACK.decode(prompt)
+    assert (before[:-1] if unfinished else before) + "".join(texts) == FALLBACK.decode([*prompt, *ids])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("before", ["", "a", "\N{GRINNING FACE}"])
+def test_a_character_cut_off_is_one_replacement(length, before):
+    before_ids = FALLBACK.encode(before)[2:] if before != "a" else FALLBACK.encode(before)
+    ids = [*before_ids, *FACE[:length]]
+    texts, _ = run(Detokenizer(FALLBACK.decode), ids, range(len(ids)))
+    assert "".join(texts) == FALLBACK.decode(ids) == f"{before}\N{REPLACEMENT CHARACTER}"
+
+
+def test_whole_characters_of_a_broken_run_of_bytes_stay():
+    broken = [*FACE, 4 + 0xE6, *FACE, 4 + 0x80, 4 + 0xE6, 4 + 0x97]
+    face, broken_char = "\N{GRINNING FACE}", "\N{REPLACEMENT CHARACTER}"
+    assert FALLBACK.decode(broken) == f"{face}{broken_char}{face}{broken_char}{broken_char}"
+
+
+def test_endless_broken_bytes_come_out_and_stay_cheap():
+    decoded = 0
+
+    def decode(ids):
+        nonlocal decoded
+        decoded += len(ids)
+        return FALLBACK.decode(ids)
+
+    detokenizer = Detokenizer(decode)
+    shown = "".join(detokenizer.push([4 + 0x80]).text for _ in range(2000))
+    assert len(shown) > 1900
+    assert shown + detokenizer.finish().text == "\N{REPLACEMENT CHARACTER}" * 2000
+    assert decoded < 2000 * 80
 
 
 def test_long_runs_of_special_tokens_stay_cheap():
