@@ -26,7 +26,7 @@ from actors.scheduler_link import SchedulerLink
 from actors.token_outbox import TokenOutbox
 from actors.token_stream import StreamAddress
 from cluster.config import MoesaicConfig, from_tree, to_tree
-from cluster.model_info import load_model_info
+from cluster.model_info import read_model_info
 from cluster.observability.logs import configure_logging
 from cluster.sizes import is_zero
 from cluster.stats.open_store import open_store
@@ -51,8 +51,7 @@ class AttentionWorkerReplica:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         config = from_tree(config_tree)
-        model = config.model
-        info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+        info = read_model_info(config.model)
         locate = partial(locate_host, config.ray.namespace) if config.experts.hosts else None
         shelves = None if is_zero(config.experts.remote_tier) else RayShelves(config.ray.namespace)
         self._worker = AttentionWorker(config, info, open_store(redis_url), locate, shelves, num_nodes=num_nodes())

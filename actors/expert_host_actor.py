@@ -23,7 +23,7 @@ from actors.report_loop import ReportLoop
 from actors.scheduler_link import SchedulerLink
 from cluster.config import MoesaicConfig, from_tree
 from cluster.errors import MoesaicError, Unavailable
-from cluster.model_info import load_model_info
+from cluster.model_info import read_model_info
 from cluster.observability.logs import configure_logging
 from cluster.scheduler.migration import HostCommand, HostEpochs
 from cluster.scheduler.reports import HostReport
@@ -45,8 +45,7 @@ class ExpertHostActor:
         configure_logging()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         config = from_tree(config_tree)
-        model = config.model
-        info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+        info = read_model_info(config.model)
         self._fingerprint = info.fingerprint
         namespace, node_id = config.ray.namespace, ray.get_runtime_context().get_node_id()
         self._host = ExpertHost(config, info, index, node_id=node_id, peers=RayPeers(namespace), num_nodes=num_nodes())

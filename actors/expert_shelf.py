@@ -23,7 +23,7 @@ from actors.experts.memory.remote import RemoteReadError, ShelfFacts, form_diges
 from actors.node_memory.leases import MemoryLease
 from cluster.config import MoesaicConfig, from_tree
 from cluster.errors import MoesaicError
-from cluster.model_info import load_model_info
+from cluster.model_info import read_model_info
 from cluster.observability.logs import configure_logging, log_event
 from cluster.scheduler.shelf_plan import choose_shelf_nodes, shelf_room, shelf_share
 from cluster.sizes import parse_cache_size
@@ -49,8 +49,7 @@ class ExpertShelfActor:
         self._config = from_tree(config_tree)
         self._place = (shelf, num_shelves)
         self._redis_url = redis_url
-        model = self._config.model
-        self._info = load_model_info(model.path, served_name=model.served_name, max_model_len=model.max_model_len)
+        self._info = read_model_info(self._config.model)
         self._shelf_id = secrets.token_hex(6)
         self._node_id: str = ray.get_runtime_context().get_node_id()
         self._held: list[tuple[int, ray.ObjectRef]] = []  # grows only

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
 from cluster.config_check import check_possible
 from cluster.errors import ConfigError, MoesaicError, Unavailable
-from cluster.model_info import load_model_info
+from cluster.model_info import read_model_info
 from cluster.sizes import is_zero
 from cluster.stats.redis_connection import check_redis
 from cluster.types import StartupPhase
@@ -56,7 +56,7 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
         check_redis(config.redis.url, connect=False)
     tree = to_tree(config)
     max_open = config.attention.max_running + config.attention.max_queue
-    fingerprint = load_model_info(config.model.path).fingerprint
+    fingerprint = read_model_info(config.model).fingerprint
     if config.experts.hosts:
         start_expert_hosts(config, tree, fingerprint)
     gateways = Gateways(config.ray.namespace)
@@ -80,13 +80,7 @@ def local_service(config: MoesaicConfig) -> GenerationService:
     from cluster.frontend.http_ingress import build_front_end
     from cluster.stats.memory_store import MemoryStore
 
-    model = config.model
-    info = load_model_info(
-        model.path,
-        served_name=model.served_name,
-        max_model_len=model.max_model_len,
-        generation_config=model.generation_config,
-    )
+    info = read_model_info(config.model)
     worker = AttentionWorker(config, info, MemoryStore())
     worker.start()
     atexit.register(worker.stop)  # saves what was learned; threads in native code must not outlive the interpreter
@@ -187,13 +181,8 @@ def _wait_until_ready(
 
 
 def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progress: Callable[[str], None]) -> None:
-    frontend, model = config.frontend, config.model
-    info = load_model_info(
-        model.path,
-        served_name=model.served_name,
-        max_model_len=model.max_model_len,
-        generation_config=model.generation_config,
-    )
+    frontend = config.frontend
+    info = read_model_info(config.model)
     host = "127.0.0.1" if frontend.host in ("0.0.0.0", "::") else frontend.host
     url = f"http://{host}:{frontend.port}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_key else ""

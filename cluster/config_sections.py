@@ -36,6 +36,9 @@ class ModelConfig(Section):
     generation_config: Literal["auto", "none"] = Field(
         default="auto", description="auto: requests that say nothing of sampling get what the model's author chose"
     )
+    fingerprint: Literal["sampled", "full"] = Field(
+        default="sampled", description="how weights are told apart: by samples of every file, or by all bytes (minutes)"
+    )
 
 
 class AttentionConfig(Section):

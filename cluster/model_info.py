@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from cluster.config_sections import ModelConfig
 from cluster.errors import CheckpointError, ConfigError
+from cluster.fingerprint import Mode, model_fingerprint
 from cluster.generation_config import SamplingDefaults, read_eos_ids, read_object, read_sampling_defaults
 
 _NO_DEFAULTS = SamplingDefaults()
@@ -20,7 +20,8 @@ _NO_DEFAULTS = SamplingDefaults()
 class ModelInfo:
     """Facts that the front end and the workers share about one model directory.
 
-    `fingerprint` identifies the routing structure in shared statistics: same config, same experts.
+    `fingerprint` tells these weights, as they are held, from all others (cluster/fingerprint.py): processes with
+    another one are of another model, whatever its name.
     """
 
     path: Path
@@ -61,17 +62,32 @@ def resolve_model(path: str) -> Path:
         raise ConfigError(f"model {path!r}: not a local directory, and the hub did not give it: {error}") from error
 
 
+def read_model_info(model: ModelConfig) -> ModelInfo:
+    """What `load_model_info` says of a configured model."""
+    return load_model_info(
+        model.path,
+        served_name=model.served_name,
+        max_model_len=model.max_model_len,
+        generation_config=model.generation_config,
+        dtype=model.dtype,
+        fingerprint=model.fingerprint,
+    )
+
+
 def load_model_info(
     path: str,
     *,
     served_name: str | None = None,
     max_model_len: int | None = None,
     generation_config: Literal["auto", "none"] = "none",
+    dtype: str = "auto",
+    fingerprint: Mode = "sampled",
 ) -> ModelInfo:
     """Read the small files of MODEL and check what can be checked cheaply.
 
     Args:
         generation_config: whether requests that say nothing of sampling get the author's; for front ends alone.
+        dtype, fingerprint: as configured; they decide the fingerprint alone.
     """
     directory = resolve_model(path)
     config = _read_config(directory / "config.json")
@@ -86,7 +102,7 @@ def load_model_info(
         path=directory,
         name=served_name or directory.name,
         model_type=str(text_config.get("model_type", "")),
-        fingerprint=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        fingerprint=model_fingerprint(directory, config, dtype=dtype, mode=fingerprint),
         max_model_len=max_model_len or context,
         vocab_size=vocab_size,
         eos_token_ids=read_eos_ids(directory, config, vocab_size=vocab_size),

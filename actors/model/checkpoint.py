@@ -27,6 +27,7 @@ from actors.model.safetensors_index import TensorRef, read_index
 from actors.model.seams import experts_modules, layer_of
 from actors.model.skeleton import build_skeleton, read_config
 from cluster.errors import CheckpointError
+from cluster.fingerprint import held_dtype
 from cluster.model_info import ModelInfo
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -114,14 +115,11 @@ def _module_form(info: ModelInfo, experts: nn.Module, fp8_block: tuple[int, int]
 
 
 def _compute_dtype(name: str, index: dict[str, TensorRef]) -> torch.dtype:
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-    counts: dict[str, int] = {"F32": 0}
-    for ref in index.values():  # quantised weights are computed with in the dtype of the others
-        if ref.dtype not in _STORED or ref.name.endswith("_scale_inv"):
-            continue
-        counts[ref.dtype] = counts.get(ref.dtype, 0) + ref.num_bytes
-    return torch.bfloat16 if max(counts, key=lambda kind: counts[kind]) == "BF16" else torch.float32
+    counts: dict[str, int] = {}
+    for ref in index.values():
+        if not ref.name.endswith("_scale_inv"):
+            counts[ref.dtype] = counts.get(ref.dtype, 0) + ref.num_bytes
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[held_dtype(name, counts)]
 
 
 def _top_k(text_config: Any) -> int:

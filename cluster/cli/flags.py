@@ -108,12 +108,11 @@ def read_config(path: Path | None, overrides: Overrides, *, with_model: bool = T
         ConfigError: names the field, file or model.
     """
     from cluster.config import load_config
-    from cluster.model_info import load_model_info
+    from cluster.model_info import read_model_info
 
     config = load_config(path, overrides)
     if with_model:
-        model = config.model
-        load_model_info(model.path, max_model_len=model.max_model_len, generation_config=model.generation_config)
+        read_model_info(config.model)
     return config
 
 

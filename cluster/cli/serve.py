@@ -29,6 +29,9 @@ def serve(
     max_model_len: flags.MaxModelLen = None,
     dtype: flags.Dtype = None,
     generation_config: flags.GenerationConfig = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(metavar="sampled|full", help="How weights are told apart; full reads all bytes.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(help="Clients must send it as a bearer token.")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait; more are answered 429.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="redis://host:port/db; default: one of our own.")] = None,
@@ -59,7 +62,7 @@ def serve(
         link_gb_per_s=link_gb_per_s,
         learned_state=learned_state,
     )
-    overrides.setdefault("model", {})["served_name"] = served_name
+    overrides.setdefault("model", {}).update(served_name=served_name, fingerprint=fingerprint)
     overrides.setdefault("attention", {}).update(max_queue=max_queue, workers=attention_workers)
     overrides.setdefault("experts", {}).update(hosts=expert_hosts, host_cache=host_cache)
     overrides["frontend"] = {"host": host, "port": port, "api_key": api_key}

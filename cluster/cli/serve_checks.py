@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.config import MoesaicConfig
+    from cluster.config_sections import ModelConfig
 
 
 class _UnknownHost(ConfigError):
@@ -30,7 +31,7 @@ def check_settings(config: MoesaicConfig) -> None:
     _gather(problems, lambda: check_possible(config))
     _check_ports(config, problems)
     _gather(problems, lambda: _check_length(config))
-    _gather(problems, lambda: check_files(config.model.path, config.experts.learned_state if here else None))
+    _gather(problems, lambda: check_files(config.model, config.experts.learned_state if here else None))
     if here:
         _gather(problems, lambda: _check_tls(config))
     _gather(problems, lambda: _check_redis(config.redis.url, connect=here))
@@ -38,7 +39,7 @@ def check_settings(config: MoesaicConfig) -> None:
         raise ConfigError.of(problems)
 
 
-def check_files(model: str, learned_state: str | None) -> None:
+def check_files(model: ModelConfig, learned_state: str | None) -> None:
     """Find damaged or missing files before anything is started; reads headers, no weights.
 
     Raises:
@@ -48,13 +49,13 @@ def check_files(model: str, learned_state: str | None) -> None:
     from actors.experts.learned_state import check_learned
     from actors.model.safetensors_index import read_index
     from cluster.frontend.tokenizer import Tokenizer
-    from cluster.model_info import load_model_info, resolve_model
+    from cluster.model_info import read_model_info, resolve_model
 
-    directory = resolve_model(model)
+    directory = resolve_model(model.path)
     read_index(directory)
     Tokenizer.load(directory)
     if learned_state is not None:
-        check_learned(Path(learned_state), load_model_info(model).fingerprint)
+        check_learned(Path(learned_state), read_model_info(model).fingerprint)
 
 
 def check_port_is_free(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> None:
@@ -103,10 +104,10 @@ def _check_ports(config: MoesaicConfig, problems: list[str]) -> None:
 
 
 def _check_length(config: MoesaicConfig) -> None:
-    from cluster.model_info import load_model_info
+    from cluster.model_info import read_model_info
 
     model = config.model
-    load_model_info(model.path, max_model_len=model.max_model_len, generation_config=model.generation_config)
+    read_model_info(model)
 
 
 def _check_tls(config: MoesaicConfig) -> None:

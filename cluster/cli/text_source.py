@@ -108,9 +108,9 @@ class LocalSource:
 
     def __init__(self, config: MoesaicConfig) -> None:
         from cluster.app import local_service  # brings in torch
-        from cluster.model_info import load_model_info
+        from cluster.model_info import read_model_info
 
-        self._model = load_model_info(config.model.path, served_name=config.model.served_name).name
+        self._model = read_model_info(config.model).name
         self._service: GenerationService = local_service(config)
 
     @property

@@ -44,14 +44,14 @@ def record(
     from actors.engine.build import build_engine
     from actors.engine.trace_recorder import record_trace
     from cluster.frontend.tokenizer import Tokenizer
-    from cluster.model_info import load_model_info
+    from cluster.model_info import read_model_info
     from cluster.types import SamplingParams
 
     overrides = flags.engine_overrides(
         model=model, expert_cache=expert_cache, kv_cache=None, max_model_len=None, dtype=None, threads=threads
     )
     config = flags.read_config(None, overrides)
-    info = load_model_info(config.model.path, max_model_len=config.model.max_model_len)
+    info = read_model_info(config.model)
     requests = _read_prompts(prompts, Tokenizer.load(info.path).encode, max_prompt_tokens, limit)
     parts = build_engine(config, info, threads=config.attention.threads or 1)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from cluster.config import from_tree
 from cluster.errors import MoesaicError
 from cluster.frontend.late_workers import LateWorkers
-from cluster.model_info import ModelInfo, load_model_info
+from cluster.model_info import ModelInfo, read_model_info
 from cluster.observability.logs import configure_logging, log_event
 from cluster.observability.metrics import FrontendMetrics
 
@@ -114,13 +114,7 @@ class GrpcGateway:
         from cluster.frontend.prompt_embedder import PromptEmbedder
         from cluster.frontend.tokenizer import Tokenizer
 
-        model = self._config.model
-        info = load_model_info(
-            model.path,
-            served_name=model.served_name,
-            max_model_len=model.max_model_len,
-            generation_config=model.generation_config,
-        )
+        info = read_model_info(self._config.model)
         if self._embedder is None:
             self._embedder = PromptEmbedder(info.path, info.vocab_size)
         return info, Tokenizer.load(info.path), self._embedder

@@ -13,7 +13,7 @@ from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_app import create_app
 from cluster.frontend.prompt_embedder import PromptEmbedder
 from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import ModelInfo, load_model_info
+from cluster.model_info import ModelInfo, read_model_info
 from cluster.observability.logs import configure_logging
 from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient, FrontEnds, SchedulerClient
@@ -56,13 +56,7 @@ class HttpIngress:
 
         configure_logging()
         config = from_tree(config_tree)
-        model = config.model
-        info = load_model_info(
-            model.path,
-            served_name=model.served_name,
-            max_model_len=model.max_model_len,
-            generation_config=model.generation_config,
-        )
+        info = read_model_info(config.model)
         self._worker = ServeWorkerClient(workers, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
         scheduler, embedder = SchedulerLink(config.ray.namespace), PromptEmbedder(info.path, info.vocab_size)
         peers = ServeFrontEnds(config.ray.namespace)
