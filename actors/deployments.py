@@ -22,17 +22,17 @@ from actors.expert_host_actor import locate_host, num_nodes
 from actors.expert_shelf import RayShelves
 from actors.report_loop import ReportLoop
 from actors.request_router import ExpertRequestRouter
-from actors.scheduler_link import SchedulerLink
+from actors.scheduler_link import Claim, SchedulerLink, agreed_digest
 from actors.token_outbox import TokenOutbox
 from actors.token_stream import StreamAddress
-from cluster.config import MoesaicConfig, from_tree, to_tree
-from cluster.model_info import read_model_info
+from cluster.config import MoesaicConfig
+from cluster.deployed_spec import DeployedSpec
 from cluster.observability.logs import configure_logging
+from cluster.scheduler.presence import WORKER_DEPLOYMENT
 from cluster.sizes import is_zero
 from cluster.stats.open_store import open_store
 from cluster.types import ExpertsReport, GenerationRequest, StartupPhase, WorkerStatus
 
-WORKER_DEPLOYMENT = "AttentionWorker"
 INGRESS_DEPLOYMENT = "HttpIngress"
 
 SWITCH_INTERVAL_S = 0.0005  # the engine's thread and the event loop share the interpreter lock
@@ -43,21 +43,23 @@ _MAX_FRONT_ENDS = 8  # each takes some hundred MB
 class AttentionWorkerReplica:
     """Serve replica around one AttentionWorker."""
 
-    def __init__(self, config_tree: dict[str, Any], redis_url: str | None) -> None:
+    def __init__(self, spec: DeployedSpec) -> None:
         from actors.attention_worker import AttentionWorker
         from actors.worker_exchange import WorkerExchange
 
         configure_logging()
         logging.getLogger("transformers").setLevel(logging.ERROR)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        config = from_tree(config_tree)
-        info = read_model_info(config.model)
-        locate = partial(locate_host, config.ray.namespace) if config.experts.hosts else None
-        shelves = None if is_zero(config.experts.remote_tier) else RayShelves(config.ray.namespace)
-        self._worker = AttentionWorker(config, info, open_store(redis_url), locate, shelves, num_nodes=num_nodes())
-        here = ray.get_runtime_context()
-        self._replica_id = serve.get_replica_context().replica_id.unique_id
-        link = SchedulerLink(config.ray.namespace)
+        config, application = spec.config, spec.application
+        here, replica = ray.get_runtime_context(), serve.get_replica_context()
+        link = SchedulerLink(application, claim=Claim(replica.app_name, agreed_digest(spec)))
+        link.claim()  # first: else it would load a model only to be refused
+        info = spec.read_model()
+        locate = partial(locate_host, application) if config.experts.hosts else None
+        shelves = None if is_zero(config.experts.remote_tier) else RayShelves(application)
+        store = open_store(spec.redis_url, application)
+        self._worker = AttentionWorker(config, info, store, locate, shelves, num_nodes=num_nodes())
+        self._replica_id = replica.replica_id.unique_id
         self._exchange = WorkerExchange(
             self._worker,
             config,
@@ -103,8 +105,9 @@ class AttentionWorkerReplica:
         await asyncio.to_thread(self._worker.stop)
 
 
-def worker_application(config: MoesaicConfig, redis_url: str | None, *, max_open: int) -> Application:
+def worker_application(spec: DeployedSpec, *, max_open: int) -> Application:
     """One replica per worker; Serve must never queue what our own bounded queue is for."""
+    config = spec.config
     options: dict[str, Any] = {"num_cpus": 0}
     if config.ray.worker_resources:
         options["resources"] = config.ray.worker_resources
@@ -124,7 +127,7 @@ def worker_application(config: MoesaicConfig, redis_url: str | None, *, max_open
         ray_actor_options=options,
         request_router_config=_router_config(config),
     )
-    return deployment(AttentionWorkerReplica).bind(to_tree(config), redis_url)
+    return deployment(AttentionWorkerReplica).bind(spec)
 
 
 def _router_config(config: MoesaicConfig) -> RequestRouterConfig:
@@ -133,7 +136,7 @@ def _router_config(config: MoesaicConfig) -> RequestRouterConfig:
         "request_router_class": ExpertRequestRouter,
         "request_router_kwargs": {
             "routing": config.scheduler.routing,
-            "namespace": config.ray.namespace,
+            "application": tuple(config.ray.application_id),
             "block_size": config.attention.block_size,
             "poll_s": min(_POLL_S, config.scheduler.report_interval_s),
         },
@@ -141,9 +144,7 @@ def _router_config(config: MoesaicConfig) -> RequestRouterConfig:
     return RequestRouterConfig(**options)
 
 
-def ingress_application(
-    ingress: type, config_tree: dict[str, Any], worker: Application, *, max_open: int
-) -> Application:
+def ingress_application(ingress: type, spec: DeployedSpec, worker: Application, *, max_open: int) -> Application:
     """The HTTP front ends; our own bounded queue refuses, Serve's must not queue before it."""
     deployment = serve.deployment(
         name=INGRESS_DEPLOYMENT,
@@ -155,7 +156,7 @@ def ingress_application(
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options={"num_cpus": 0},
     )
-    return deployment(serve.ingress()(ingress)).bind(config_tree, worker)
+    return deployment(serve.ingress()(ingress)).bind(spec, worker)
 
 
 def _num_front_ends() -> int:

@@ -7,7 +7,6 @@ others serve. Every `.remote` to a host but the actor-call carrier's is here or 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -15,13 +14,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.data_plane.channel import HostEndpoint
-from actors.expert_host_calls import RayPeers, actor_name, host_indices
+from actors.expert_host_calls import RayPeers, expert_hosts, find_host, host_indices
 from actors.report_loop import ReportLoop
 from actors.scheduler_link import SchedulerLink
-from cluster.config import MoesaicConfig, from_tree
+from cluster.application import ApplicationId
+from cluster.deployed_spec import DeployedSpec
 from cluster.errors import MoesaicError, Unavailable
 from cluster.model_info import read_model_info
 from cluster.observability.logs import configure_logging
@@ -39,26 +39,21 @@ _THREADS = 16  # calls at a time; an actor-call dispatch blocks one
 class ExpertHostActor:
     """Ray actor around one ExpertHost."""
 
-    def __init__(self, config_tree: dict[str, Any], index: int) -> None:
+    def __init__(self, spec: DeployedSpec, index: int) -> None:
         from actors.expert_host import ExpertHost
 
         configure_logging()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        config = from_tree(config_tree)
-        info = read_model_info(config.model)
-        self._fingerprint = info.fingerprint
-        namespace, node_id = config.ray.namespace, ray.get_runtime_context().get_node_id()
-        self._host = ExpertHost(config, info, index, node_id=node_id, peers=RayPeers(namespace), num_nodes=num_nodes())
+        config = spec.config
+        info = read_model_info(config.model)  # workers refuse another one in the handshake
+        node_id, peers = ray.get_runtime_context().get_node_id(), RayPeers(spec.application)
+        self._host = ExpertHost(config, info, index, node_id=node_id, peers=peers, num_nodes=num_nodes())
         self._host.start(ray.util.get_node_ip_address())
-        link = SchedulerLink(namespace)
+        link = SchedulerLink(spec.application)
         self._reports = ReportLoop(
             lambda: link.report_host(self._host.report()), interval_s=config.scheduler.report_interval_s
         )
         self._reports.start()
-
-    def serves(self, fingerprint: str, num_hosts: int) -> bool:
-        """Whether this host was started for this model and number of hosts."""
-        return self._fingerprint == fingerprint and self._host.num_hosts == num_hosts
 
     def endpoint(self) -> HostEndpoint:
         """Where workers connect; raises while it starts."""
@@ -112,57 +107,43 @@ class ExpertHostActor:
         self._host.stop()
 
 
-def start_expert_hosts(config: MoesaicConfig, config_tree: dict[str, Any], fingerprint: str) -> None:
-    """Start the configured hosts, each if there is none of its number for this model; returns at once."""
-    for index in range(config.experts.hosts):
-        with contextlib.suppress(ValueError):
-            existing = ray.get_actor(actor_name(index), namespace=config.ray.namespace)
-            if not _serves(existing, fingerprint, config.experts.hosts):
-                ray.kill(existing)
-        start_expert_host(config, config_tree, index)
+def start_expert_hosts(spec: DeployedSpec) -> None:
+    """Start the configured hosts, each in the place of one of another deployment, and end all others of one;
+    returns at once."""
+    indices = range(spec.config.experts.hosts)
+    for index in indices:
+        start_expert_host(spec, index)
+    hosts = expert_hosts(spec.application)  # load may have started more of them
+    hosts.keep_only(dict.fromkeys(hosts.list_keys(), _digest(spec)) if indices else {})
 
 
-def start_expert_host(config: MoesaicConfig, config_tree: dict[str, Any], index: int) -> None:
-    """Start host `index` if there is none; returns at once. One beyond those configured owns nothing until a placement
-    gives it experts."""
-    actor_class: Any = ray.remote(ExpertHostActor)
-    actor_class.options(
-        name=actor_name(index),
-        namespace=config.ray.namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        resources=config.ray.host_resources or None,
+def start_expert_host(spec: DeployedSpec, index: int) -> None:
+    """Start host `index` if there is none of this deployment; returns at once. One beyond those configured owns nothing
+    until a placement gives it experts."""
+    expert_hosts(spec.application).start(
+        ExpertHostActor,
+        str(index),
+        _digest(spec),
+        spec,
+        index,
+        resources=spec.config.ray.host_resources or None,
         scheduling_strategy="SPREAD",
-        max_restarts=-1,
         max_concurrency=_THREADS,
-    ).remote(config_tree, index)
+    )
 
 
-def stop_expert_hosts(namespace: str) -> None:
-    """End all hosts of this cluster."""
-    with contextlib.suppress(RayError):
-        for index in host_indices(namespace):
-            stop_expert_host(namespace, index)
+def _digest(spec: DeployedSpec) -> str:
+    return spec.digest("attention", "experts", "scheduler")  # attention: threads are shared out
 
 
-def stop_expert_host(namespace: str, index: int) -> None:
-    """End one host, if it is there; first give its experts to others by a placement without it."""
-    with contextlib.suppress(ValueError, RayError):
-        host = ray.get_actor(actor_name(index), namespace=namespace)
-        with contextlib.suppress(GetTimeoutError):
-            ray.get(host.stop.remote(), timeout=_CALL_TIMEOUT_S)
-        ray.kill(host)
-
-
-def locate_host(namespace: str, index: int) -> HostEndpoint:
+def locate_host(application: ApplicationId, index: int) -> HostEndpoint:
     """Where host `index` listens now.
 
     Raises:
         Unavailable: it is starting or away. MoesaicError: it could not start, and why.
     """
     try:
-        host = ray.get_actor(actor_name(index), namespace=namespace)
+        host: Any = find_host(application, index)
         endpoint: Any = ray.get(host.endpoint.remote(), timeout=_CALL_TIMEOUT_S)
         return endpoint
     except RayTaskError as error:
@@ -179,9 +160,9 @@ def num_nodes() -> int:
 class ExpertHostsClient:
     """Asks the hosts for what pages show."""
 
-    def __init__(self, namespace: str, num_hosts: int) -> None:
+    def __init__(self, application: ApplicationId, num_hosts: int) -> None:
         """Args: num_hosts: configured ones; 0: there are none to ask."""
-        self._namespace = namespace
+        self._application = application
         self._num_hosts = num_hosts
 
     async def statuses(self) -> tuple[ExpertHostStatus, ...]:
@@ -198,21 +179,14 @@ class ExpertHostsClient:
     async def _ask(self, method: str) -> Sequence[tuple[int, Any]]:
         if not self._num_hosts:
             return ()
-        indices = await asyncio.to_thread(host_indices, self._namespace)
+        indices = await asyncio.to_thread(host_indices, self._application)
         answers = await asyncio.gather(*(self._call(index, method) for index in indices), return_exceptions=True)
         return list(zip(indices, answers, strict=True))
 
     async def _call(self, index: int, method: str) -> Any:
-        host = await asyncio.to_thread(ray.get_actor, actor_name(index), self._namespace)
+        host = await asyncio.to_thread(find_host, self._application, index)
         async with asyncio.timeout(_CALL_TIMEOUT_S - 1):
             return await getattr(host, method).remote()
-
-
-def _serves(host: Any, fingerprint: str, num_hosts: int) -> bool:
-    try:
-        return ray.get(host.serves.remote(fingerprint, num_hosts), timeout=_CALL_TIMEOUT_S)
-    except RayError:
-        return True  # busy starting, or being restarted: workers find out by the handshake
 
 
 def _away(index: int, error: BaseException) -> ExpertHostStatus:

@@ -12,37 +12,45 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.detached import DetachedActors, Kind
 from actors.experts.memory.remote import RemoteReadError
+from cluster.application import ApplicationId
 from cluster.scheduler.migration import HostCommand, HostEpochs
 from cluster.types import ExpertId
 
 if TYPE_CHECKING:
     import numpy as np
 
-_PREFIX = "moesaic-expert-host-"
 _CALL_TIMEOUT_S = 3.0
 
 
-def actor_name(index: int) -> str:
-    """The Ray name of host `index`, in the configured namespace."""
-    return f"{_PREFIX}{index}"
+def expert_hosts(application: ApplicationId) -> DetachedActors:
+    """The hosts of an application; their keys are their numbers."""
+    return DetachedActors(application, Kind.HOST)
 
 
-def host_indices(namespace: str) -> tuple[int, ...]:
+def find_host(application: ApplicationId, index: int) -> ActorHandle:
+    """Host `index`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return expert_hosts(application).find(str(index))
+
+
+def host_indices(application: ApplicationId) -> tuple[int, ...]:
     """Hosts that there are, also those that are starting or being restarted."""
-    entries: Any = ray.util.list_named_actors(all_namespaces=True)
-    names = [entry["name"] for entry in entries if entry["namespace"] == namespace]
-    return tuple(sorted(int(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX)))
+    return tuple(sorted(int(key) for key in expert_hosts(application).list_keys()))
 
 
 class RayHosts:
     """The hosts of a cluster, as migrations call them (HostsControl); from plain threads."""
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+    def __init__(self, application: ApplicationId) -> None:
+        self._application = application
 
     def indices(self) -> Sequence[int]:
-        return host_indices(self._namespace)
+        return host_indices(self._application)
 
     def epochs(self, indices: Sequence[int]) -> Mapping[int, HostEpochs | None]:
         return self._answers([(index, "epochs", ()) for index in indices])
@@ -55,7 +63,7 @@ class RayHosts:
         pending: dict[ray.ObjectRef, int] = {}
         for index, method, args in calls:
             try:
-                host = ray.get_actor(actor_name(index), namespace=self._namespace)
+                host = find_host(self._application, index)
             except ValueError:  # there is none
                 continue
             pending[getattr(host, method).remote(*args)] = index
@@ -71,8 +79,8 @@ class RayHosts:
 class RayPeers:
     """The other hosts of a cluster, as a host takes experts from them (Peers); bytes go through the object store."""
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+    def __init__(self, application: ApplicationId) -> None:
+        self._application = application
 
     def fetch(self, host: int, form: str, expert: ExpertId, timeout_s: float) -> tuple[np.ndarray, int]:
         try:
@@ -91,4 +99,4 @@ class RayPeers:
         return answer
 
     def _actor(self, host: int) -> ActorHandle:
-        return ray.get_actor(actor_name(host), namespace=self._namespace)
+        return find_host(self._application, host)

@@ -10,18 +10,20 @@ import contextlib
 import logging
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.detached import DetachedActors, Kind
 from actors.experts.memory.remote import RemoteReadError, ShelfFacts, form_digest
 from actors.node_memory.leases import MemoryLease
-from cluster.config import MoesaicConfig, from_tree
+from cluster.application import ApplicationId
+from cluster.config import MoesaicConfig
+from cluster.deployed_spec import DeployedSpec
 from cluster.errors import MoesaicError
 from cluster.model_info import read_model_info
 from cluster.observability.logs import configure_logging, log_event
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from actors.experts.memory.slots import SlotForm
 
 _LOG = logging.getLogger(__name__)
-_NAME_PREFIX = "moesaic-expert-shelf-"
 _CALL_TIMEOUT_S = 5.0
 _LISTING_TIMEOUT_S = 30.0  # tens of thousands of references
 _THREADS = 4
@@ -43,13 +44,12 @@ _THREADS = 4
 class ExpertShelfActor:
     """Ray actor that reads its share of the experts from its copy of the checkpoint, in the form arenas hold them."""
 
-    def __init__(self, config_tree: dict[str, Any], shelf: int, num_shelves: int, redis_url: str | None) -> None:
+    def __init__(self, spec: DeployedSpec, shelf: int, num_shelves: int) -> None:
         configure_logging()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        self._config = from_tree(config_tree)
+        self._spec, self._config = spec, spec.config
         self._place = (shelf, num_shelves)
-        self._redis_url = redis_url
-        self._info = read_model_info(self._config.model)
+        self._info = read_model_info(self._config.model)  # who takes from it compares
         self._shelf_id = secrets.token_hex(6)
         self._node_id: str = ray.get_runtime_context().get_node_id()
         self._held: list[tuple[int, ray.ObjectRef]] = []  # grows only
@@ -59,12 +59,6 @@ class ExpertShelfActor:
         self._lease.settle()
         self._thread = threading.Thread(target=self._fill, name="fill", daemon=True)
         self._thread.start()
-
-    def serves(self, config_tree: dict[str, Any], fingerprint: str, shelf: int, num_shelves: int) -> bool:
-        """Whether this shelf keeps what one of these settings would."""
-        other = from_tree(config_tree)
-        asks = [(each.experts.remote_tier, each.model.path, each.model.dtype) for each in (self._config, other)]
-        return asks[0] == asks[1] and (self._info.fingerprint, self._place) == (fingerprint, (shelf, num_shelves))
 
     def facts(self) -> ShelfFacts:
         """What this shelf says of itself."""
@@ -82,6 +76,9 @@ class ExpertShelfActor:
     def listing(self, shelf_id: str, since: int) -> list[tuple[int, ray.ObjectRef]] | None:
         """What was taken in after the first `since` experts; None if the caller means a shelf that is gone."""
         return self._held[since:] if shelf_id == self._shelf_id else None
+
+    def stop(self) -> None:
+        """There is nothing to put in order: what it holds goes with it."""
 
     def _fill(self) -> None:
         try:
@@ -142,49 +139,42 @@ class ExpertShelfActor:
     def _counts(self) -> Counts:
         """Activations since ever; nothing when the store is away: any order will do."""
         with contextlib.suppress(ConnectionError):
-            return open_store(self._redis_url).activations(self._info.fingerprint)
+            return open_store(self._spec.redis_url, self._spec.application).activations(self._info.fingerprint)
         return {}
 
 
-def start_shelves(
-    config: MoesaicConfig, config_tree: dict[str, Any], fingerprint: str, redis_url: str | None
-) -> tuple[str, ...]:
-    """Start the configured shelves, each if its node has none that serves, and end all others; returns at once.
+def start_shelves(spec: DeployedSpec) -> tuple[str, ...]:
+    """Start the configured shelves, each in the place of one of another deployment; end all others; at once.
 
     Returns:
         Ids of the nodes that have one.
     """
+    config = spec.config
     wanted = parse_cache_size(config.experts.remote_tier, total_bytes=2**40) > 0
     nodes = _shelf_nodes(config) if wanted else ()
-    numbers = {actor_name(node): number for number, node in enumerate(nodes)}
-    for name, actor in _actors(config.ray.namespace):
-        if name not in numbers or not _serves(actor, config_tree, fingerprint, numbers[name], len(nodes)):
-            ray.kill(actor)
-    actor_class: Any = ray.remote(ExpertShelfActor)
+    shelves = expert_shelves(spec.application)
+    digests = {
+        node: spec.digest("experts", store=True, place=f"shelf {number} of {len(nodes)}")
+        for number, node in enumerate(nodes)
+    }
+    shelves.keep_only(digests)
     for number, node in enumerate(nodes):
-        actor_class.options(
-            name=actor_name(node),
-            namespace=config.ray.namespace,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
+        shelves.start(
+            ExpertShelfActor,
+            node,
+            digests[node],
+            spec,
+            number,
+            len(nodes),
             max_concurrency=_THREADS,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        ).remote(config_tree, number, len(nodes), redis_url)
+        )
     return nodes
 
 
-def stop_shelves(namespace: str) -> None:
-    """End all shelves of this cluster; their experts leave the object store."""
-    with contextlib.suppress(RayError):
-        for _, actor in _actors(namespace):
-            ray.kill(actor)
-
-
-def actor_name(node_id: str) -> str:
-    """The Ray name of a node's shelf, in the configured namespace."""
-    return f"{_NAME_PREFIX}{node_id}"
+def expert_shelves(application: ApplicationId) -> DetachedActors:
+    """The shelves of an application; their keys are the ids of their nodes."""
+    return DetachedActors(application, Kind.SHELF)
 
 
 class RayShelves:
@@ -193,14 +183,14 @@ class RayShelves:
     Nothing is asked of Ray once this process has left it: Ray would start a cluster of its own to answer.
     """
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+    def __init__(self, application: ApplicationId) -> None:
+        self._shelves = expert_shelves(application)
 
     def facts(self) -> Sequence[ShelfFacts]:
         if not ray.is_initialized():
             return ()
         try:
-            calls: list[ray.ObjectRef] = [actor.facts.remote() for _, actor in _actors(self._namespace)]
+            calls: list[ray.ObjectRef] = [actor.facts.remote() for _, actor in self._shelves.find_all()]
             ready = ray.wait(calls, num_returns=len(calls), timeout=_CALL_TIMEOUT_S)[0] if calls else []
         except RayError:
             return ()
@@ -212,7 +202,7 @@ class RayShelves:
 
     def listing(self, shelf: ShelfFacts, since: int) -> Sequence[tuple[int, object]]:
         try:
-            actor = ray.get_actor(actor_name(shelf.node_id), namespace=self._namespace)
+            actor: Any = self._shelves.find(shelf.node_id)
             answer: Any = ray.get(actor.listing.remote(shelf.shelf_id, since), timeout=_LISTING_TIMEOUT_S)
         except (ValueError, RayError) as error:
             raise RemoteReadError(f"expert shelf on node {shelf.node_id}: {type(error).__name__}") from error
@@ -235,19 +225,3 @@ def _shelf_nodes(config: MoesaicConfig) -> tuple[str, ...]:
     if config.experts.hosts:
         computing.append(config.ray.host_resources)
     return choose_shelf_nodes({node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}, computing)
-
-
-def _actors(namespace: str) -> Iterator[tuple[str, ActorHandle]]:
-    entries: Any = ray.util.list_named_actors(all_namespaces=True)
-    for entry in entries:
-        if entry["namespace"] == namespace and entry["name"].startswith(_NAME_PREFIX):
-            with contextlib.suppress(ValueError):  # ended meanwhile
-                yield entry["name"], ray.get_actor(entry["name"], namespace=namespace)
-
-
-def _serves(actor: ActorHandle, config_tree: dict[str, Any], fingerprint: str, number: int, num_shelves: int) -> bool:
-    call = actor.serves.remote(config_tree, fingerprint, number, num_shelves)
-    try:
-        return bool(ray.get(call, timeout=_CALL_TIMEOUT_S))
-    except RayError:
-        return True  # being restarted; the link checks model and form itself

@@ -12,6 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from actors.deployments import INGRESS_DEPLOYMENT
 from actors.gateway import Gateways
+from cluster.application import ApplicationId
 from cluster.observability.logs import log_event
 
 _LOG = logging.getLogger(__name__)
@@ -23,8 +24,8 @@ Answers = Sequence[frozenset[str] | BaseException]
 class ServeFrontEnds:
     """`FrontEnds` from within a Serve replica, which is one of them itself."""
 
-    def __init__(self, namespace: str) -> None:
-        self._gateways = Gateways(namespace)
+    def __init__(self, application: ApplicationId) -> None:
+        self._gateways = Gateways(application)
 
     async def abort_answers(self, names: tuple[str, ...]) -> tuple[frozenset[str], int]:
         """End the answers of those names; the names that were running, and how many front ends are silent."""

@@ -1,62 +1,63 @@
 """Ray's side of the gRPC gateways: one actor on each node that has a Serve proxy, started, found, asked and ended here.
 
-They are named, detached and restarted by Ray. A gateway ends itself when the application is gone, so that one that was
-started from a bare Serve file does not outlive it.
+They end with the application: its scheduler sees to that, and each for itself when there is no scheduler either.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import os
 from typing import Any
 
 import ray
 from ray import serve
-from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.deployments import WORKER_DEPLOYMENT
-from cluster.errors import MoesaicError, Unavailable
+from actors.detached import DetachedActors, Kind, named_actors
+from actors.serve_state import controller_id
+from cluster.application import ApplicationId
+from cluster.config_sections import GrpcConfig
+from cluster.deployed_spec import DeployedSpec
+from cluster.errors import ConfigError, MoesaicError, Unavailable
+from cluster.scheduler.presence import WORKER_DEPLOYMENT
 
-_NAME_PREFIX = "moesaic-grpc-"
 _HEAD_RESOURCE = "node:__internal_head__"
 _CALL_TIMEOUT_S = 5.0
 _START_TIMEOUT_S = 60.0
 
 
 class Gateways:
-    """The gRPC gateways of one cluster."""
+    """The gRPC gateways of one application; their keys are the ids of their nodes."""
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+    def __init__(self, application: ApplicationId) -> None:
+        self._actors = DetachedActors(application, Kind.GATEWAY)
 
-    def start(self, gateway: type, config_tree: dict[str, Any]) -> None:
-        """Start the gateways of a configuration, and end those of another one; returns at once.
+    def start(self, gateway: type, spec: DeployedSpec) -> None:
+        """Start the gateways of a deployment, and end those of another one; returns at once.
 
         Args:
-            gateway: class of the actor; made with `config_tree`.
+            gateway: class of the actor; made with `spec`.
+        Raises:
+            ConfigError: another application's gateways listen on the same port; says what to set.
         """
-        for actor in self._actors():
-            if not _is_configured_by(actor, config_tree):
-                ray.kill(actor)
-        self.start_missing(gateway, config_tree)
-
-    def start_missing(self, gateway: type, config_tree: dict[str, Any]) -> None:
-        """Start a gateway on each node that should have one and has none."""
-        actor_class: Any = ray.remote(gateway)
+        self._check_port(spec.config.grpc)
+        self._actors.keep_only(dict.fromkeys(self._actors.list_keys(), _digest(spec)))
         for node_id in proxy_nodes():
-            actor_class.options(
-                name=f"{_NAME_PREFIX}{node_id}",
-                namespace=self._namespace,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=0,
-                max_restarts=-1,
-                # Not soft: on another node it would be in the way of that node's own.
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-            ).remote(config_tree)
+            self._start_on(node_id, gateway, spec)
+
+    def start_missing(self, gateway: type, spec: DeployedSpec) -> None:
+        """Start a gateway on each node that should have one and has none. One of another deployment is let be."""
+        there = self._actors.list_keys()
+        for node_id in proxy_nodes():
+            if node_id not in there:
+                self._start_on(node_id, gateway, spec)
+
+    def _start_on(self, node_id: str, gateway: type, spec: DeployedSpec) -> None:
+        # Not soft: on another node it would be in the way of that node's own.
+        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        self._actors.start(gateway, node_id, _digest(spec), spec, scheduling_strategy=here)
 
     def addresses(self) -> list[str]:
         """Where they listen, once all do.
@@ -86,20 +87,28 @@ class Gateways:
 
     def stop(self) -> None:
         """End them; call when the application is gone, or they start each other again."""
-        self._ask("stop")
-        for actor in self._actors():
-            ray.kill(actor)
+        self._actors.end()
 
-    def _actors(self) -> Iterable[ActorHandle]:
-        entries: Any = ray.util.list_named_actors(all_namespaces=True)
-        for entry in entries:
-            if entry["namespace"] == self._namespace and entry["name"].startswith(_NAME_PREFIX):
-                with contextlib.suppress(ValueError):  # ended meanwhile
-                    yield ray.get_actor(entry["name"], namespace=self._namespace)
+    def _check_port(self, grpc: GrpcConfig) -> None:
+        calls: dict[ray.ObjectRef, ApplicationId] = {}
+        for application, name in named_actors():
+            if name.kind == Kind.GATEWAY and application != self._actors.application:
+                with contextlib.suppress(ValueError):
+                    actor: Any = DetachedActors(application, Kind.GATEWAY).find(name.key)
+                    calls[actor.port.remote()] = application
+        # One that does not answer in time starts, or is on its way out; the port itself says no to the second.
+        ready = ray.wait(list(calls), num_returns=len(calls), timeout=_CALL_TIMEOUT_S)[0] if calls else []
+        for call in ready:
+            if _result(call, _CALL_TIMEOUT_S) == grpc.port:
+                raise ConfigError(
+                    f"grpc.port {grpc.port} is that of application {calls[call]} on this Ray; "
+                    "give this deployment a grpc.port of its own, or set grpc.enabled: false"
+                )
 
     def _ask(self, method: str, *args: object, timeout_s: float = _CALL_TIMEOUT_S) -> list[Any]:
         """What each answered, or the RayError of one that did not in time."""
-        return [_result(call, timeout_s) for call in [getattr(actor, method).remote(*args) for actor in self._actors()]]
+        actors = [actor for _, actor in self._actors.find_all()]
+        return [_result(call, timeout_s) for call in [getattr(actor, method).remote(*args) for actor in actors]]
 
 
 def proxy_nodes() -> list[str]:
@@ -108,12 +117,9 @@ def proxy_nodes() -> list[str]:
     return list(dict.fromkeys([*heads, *serve.status().proxies]))
 
 
-def find_workers() -> DeploymentHandle[Any] | None:
-    """The attention workers of the application that runs on this cluster, or None if there is none (yet)."""
-    for name, application in serve.status().applications.items():
-        if WORKER_DEPLOYMENT in application.deployments:
-            return serve.get_deployment_handle(WORKER_DEPLOYMENT, name)
-    return None
+def workers_of(served_as: str) -> DeploymentHandle[Any]:
+    """The attention workers of one of Serve's applications."""
+    return serve.get_deployment_handle(WORKER_DEPLOYMENT, served_as)
 
 
 def reachable_host(host: str) -> str:
@@ -126,13 +132,14 @@ def end_this_actor() -> None:
     ray.kill(ray.get_runtime_context().current_actor)
 
 
-def _is_configured_by(actor: ActorHandle, config_tree: dict[str, Any]) -> bool:
-    try:
-        return bool(ray.get(actor.is_configured_by.remote(config_tree), timeout=_CALL_TIMEOUT_S))
-    except GetTimeoutError:
-        return True  # busy starting
-    except RayError:
-        return False
+def restart_this_actor() -> None:
+    """End this process; Ray makes the actor again."""
+    os._exit(1)
+
+
+def _digest(spec: DeployedSpec) -> str:
+    """Of all that a gateway reads, and of the Serve it was made for: its handles are worth nothing in another one."""
+    return spec.digest("attention", "experts", "frontend", "grpc", texts=True, place=controller_id())
 
 
 def _result(call: ray.ObjectRef, timeout_s: float) -> Any:

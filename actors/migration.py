@@ -161,7 +161,7 @@ class MigrationRunner:
         """Stop watching; what hosts have prepared stays until somebody settles it."""
         self._stopped = True
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_TIMEOUT_S)
 
     def _look(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from cluster.config_sections import SchedulerConfig
-from cluster.errors import Unavailable
+from cluster.errors import Superseded, Unavailable
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
 from cluster.scheduler.live_inputs import placement_inputs
@@ -238,6 +238,10 @@ class HostPlacer:
             self._unsaved = placement
         try:
             self._save()
+        except Superseded:  # before hosts are told: the one that took over will see what they have
+            if self._runner is not None:
+                self._runner.close()
+            raise
         except ConnectionError as error:
             log_event(
                 _LOG, logging.WARNING, "a placement is not remembered yet", epoch=placement.epoch, reason=str(error)

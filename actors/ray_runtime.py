@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +19,10 @@ from ray.serve import Application
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from actors.expert_host_actor import stop_expert_hosts
-from actors.expert_shelf import stop_shelves
+from actors.detached import end_application
 from actors.gateway import Gateways
-from actors.scheduler_actor import stop_scheduler
-from actors.valkey_actor import start_valkey_actor, stop_valkey_actor
+from actors.valkey_actor import start_valkey_actor
+from cluster.application import ApplicationId
 from cluster.types import ExpertHostStatus, WorkerStatus
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
@@ -33,32 +33,31 @@ _SPARE_TIMEOUT_S = 30.0  # our own deadline must come before Serve's
 class RayRuntime:
     """A Ray cluster, joined or started; ends only what it started."""
 
-    def __init__(self, *, address: str | None, namespace: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, *, address: str | None, application: ApplicationId, environment: Mapping[str, str]) -> None:
         """Args: environment: of every process of a Ray that is started here; a joined one has its own."""
-        self._namespace = namespace
+        self._application = application
         self._started_ray = address is None
-        self._started_valkey = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets every other program preempt the engine
         os.environ.update(environment)
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's 30 are short where the disk is slow
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if address is None:
+            _make_token()
             ray.init(
                 address="local",  # without it, Ray joins a cluster that it finds on this machine
-                namespace=namespace,
+                namespace=application.namespace,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=_OBJECT_STORE_BYTES,
             )
         else:
-            ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, namespace=application.namespace, log_to_driver=False, logging_level=logging.ERROR)
 
     def start_valkey(self) -> None:
         """Begin to start the cluster's embedded Valkey; does not wait for it."""
-        start_valkey_actor(self._namespace)
-        self._started_valkey = True
+        start_valkey_actor(self._application)
 
     def start_serve(self, *, host: str, port: int, request_timeout_s: float) -> None:
         """Start Serve's controller, and an HTTP proxy on each node that has a replica."""
@@ -70,23 +69,29 @@ class RayRuntime:
     def run(self, application: Application, *, name: str) -> RunningApplication:
         """Deploy and return when every replica exists (its model may still be loading)."""
         handle = serve.run(application, name=name, route_prefix="/")
-        return RunningApplication(name, handle, Gateways(self._namespace))
+        return RunningApplication(name, handle, Gateways(self._application))
 
     def stop(self, application: str, *, num_hosts: int = 0) -> None:
         """Take the application down, then what was started here; tolerates what is gone already."""
         with contextlib.suppress(RayServeException, RayError):
             serve.delete(application)
-        Gateways(self._namespace).stop()
-        stop_scheduler(self._namespace)
-        stop_expert_hosts(self._namespace)
-        stop_shelves(self._namespace)
-        if self._started_valkey:
-            with contextlib.suppress(RayError):
-                stop_valkey_actor(self._namespace)
+        with contextlib.suppress(RayError):
+            end_application(self._application)
         if self._started_ray:
             with contextlib.suppress(RayServeException, RayError):
                 serve.shutdown()
             ray.shutdown()
+
+
+def _make_token() -> None:
+    """A token for a Ray of our own, which only its processes know.
+
+    Ray would leave one in the user's home for good, and by it the next `ray start` there would ask everybody for it.
+    """
+    settings = os.environ
+    has_one = settings.get("RAY_AUTH_TOKEN") or settings.get("RAY_AUTH_TOKEN_PATH")
+    if not has_one and settings.get("RAY_AUTH_MODE", "token").lower() == "token":
+        settings["RAY_AUTH_MODE"], settings["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
 
 
 class RunningApplication:

@@ -16,6 +16,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from actors.routing_poll import RoutingPoll
 from actors.scheduler_link import SchedulerLink
 from actors.worker_choice import WorkerChoice
+from cluster.application import ApplicationId
 from cluster.types import GenerationRequest
 
 
@@ -23,9 +24,10 @@ class ExpertRequestRouter(RequestRouter):
     """Runs in the process and event loop of every caller. Decides on its last view; nothing here waits for a call."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Args: those of RequestRouterConfig: routing, namespace, block_size and poll_s, seconds between two views."""
+        """Args: those of RequestRouterConfig: routing, application, block_size; poll_s: seconds between two views."""
         self._choice = WorkerChoice(kwargs["routing"], block_size=kwargs["block_size"])
-        self._poll = RoutingPoll(SchedulerLink(kwargs["namespace"]), self._choice, interval_s=kwargs["poll_s"])
+        link = SchedulerLink(ApplicationId(*kwargs["application"]))
+        self._poll = RoutingPoll(link, self._choice, interval_s=kwargs["poll_s"])
         self._requests: weakref.WeakKeyDictionary[asyncio.Task[Any], PendingRequest] = weakref.WeakKeyDictionary()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -20,7 +20,7 @@ from actors.host_memories import HostMemories
 from actors.host_scaler import HostScaler
 from actors.scheduler_parts import Learner, Placer
 from cluster.config_sections import SchedulerConfig
-from cluster.errors import Unavailable
+from cluster.errors import Superseded, Unavailable
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
 from cluster.scheduler.diagnose import Diagnosis, diagnose
@@ -78,6 +78,8 @@ class Scheduler:
         self._drain_version: int | None = None  # None until it was read
         self._drains_changed = False  # since they were remembered
         self._store_problem: str | None = None
+        self._has_fence = False
+        self._superseded: str | None = None
 
     def report_worker(self, report: WorkerReport) -> WorkerDirectives:
         """Take a worker's report; what is news to it."""
@@ -114,7 +116,12 @@ class Scheduler:
             silent = self._roster.forget_silent(now_s)
         for process in silent:
             log_event(_LOG, logging.WARNING, "a process no longer reports", process=process)
+        if self._superseded is not None:  # what it would decide is another's to decide
+            return
         try:
+            if not self._has_fence:
+                self._store.take_fence(self._fingerprint)
+                self._has_fence = True
             self._remember_drains()
             if now_s >= self._share_s:
                 self._share_s = now_s + _SHARE_EVERY_S
@@ -127,6 +134,9 @@ class Scheduler:
             self._store_problem = None
         except ConnectionError as error:
             self._store_problem = str(error)
+        except Superseded as error:
+            self._superseded = error.message
+            log_event(_LOG, logging.ERROR, "this scheduler decides nothing more", reason=error.message)
 
     def status(self) -> SchedulerStatus:
         """What the scheduler knows, for pages."""
@@ -266,7 +276,10 @@ class Scheduler:
 
     def _degraded(self) -> tuple[str, ...]:
         problem = self._store_problem or (None if self._store.is_shared else self._store.description)
-        return () if problem is None else (f"statistics store: {problem}",)
+        found = () if problem is None else (f"statistics store: {problem}",)
+        return (
+            found if self._superseded is None else (*found, f"placement and learning stand still: {self._superseded}")
+        )
 
 
 def _if(value: Value | None, condition: Callable[[Value], bool]) -> Value | None:

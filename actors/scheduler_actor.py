@@ -6,7 +6,6 @@ in threads, so that none waits for another; what talks to the store has a thread
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -15,17 +14,20 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from actors.expert_host_calls import RayHosts
+from actors.application_watch import ApplicationWatch
+from actors.detached import DetachedActors, Kind
+from actors.expert_host_calls import RayHosts, expert_hosts
 from actors.host_scaler import HostScaler
 from actors.knowledge_learner import KnowledgeLearner
 from actors.migration import MigrationRunner
 from actors.placer import HostPlacer
 from actors.scheduler import Scheduler
-from actors.scheduler_link import SCHEDULER_ACTOR
-from cluster.config import MoesaicConfig, from_tree
+from actors.scheduler_link import Claim, agreed_digest
+from cluster.config import MoesaicConfig
+from cluster.deployed_spec import DeployedSpec
+from cluster.errors import MoesaicError
 from cluster.observability.logs import configure_logging, log_event
 from cluster.scheduler.diagnose import Diagnosis
 from cluster.scheduler.nodes import find_node
@@ -39,17 +41,17 @@ from cluster.stats.open_store import open_store
 _LOG = logging.getLogger(__name__)
 _TURN_S = 1.0
 _THREADS = 32  # calls at a time
-_CALL_TIMEOUT_S = 5.0
+_ADOPT_TIMEOUT_S = 15.0
+_STOP_TIMEOUT_S = 3.0
 
 
 class SchedulerActor:
     """Ray actor around one Scheduler."""
 
-    def __init__(self, config_tree: dict[str, Any], fingerprint: str, redis_url: str | None) -> None:
+    def __init__(self, spec: DeployedSpec) -> None:
         configure_logging()
-        self._made_of = (config_tree, fingerprint, redis_url)
-        config = from_tree(config_tree)
-        store = open_store(redis_url)
+        config, application, fingerprint = spec.config, spec.application, spec.fingerprint
+        store = open_store(spec.redis_url, application)
         learner = KnowledgeLearner(store, fingerprint, config.scheduler, time.monotonic)
         placer: HostPlacer | None = None
         scaler: HostScaler | None = None
@@ -66,20 +68,29 @@ class SchedulerActor:
             if rules is not None:
                 scaler = HostScaler(
                     rules,
-                    start=partial(_start_host, config, config_tree),
-                    stop=partial(_stop_host, config.ray.namespace),
+                    start=partial(_start_host, spec),
+                    stop=lambda index: expert_hosts(application).end(str(index)),
                 )
         self._scheduler = Scheduler(
             config.scheduler, fingerprint=fingerprint, store=store, learner=learner, placer=placer, scaler=scaler
         )
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
+        self._watch = ApplicationWatch(application, agreed_digest(spec), on_gone=self.stop)
+        self._watch.start()
 
-    def is_made_of(self, config_tree: dict[str, Any], fingerprint: str, redis_url: str | None) -> bool:
-        """Whether this scheduler was started for this configuration, model and store."""
-        return self._made_of == (config_tree, fingerprint, redis_url)
+    def adopt(self, served_as: str | None, digest: str) -> bool:
+        return self._watch.adopt(served_as, digest)
 
-    def report_worker(self, report: WorkerReport) -> WorkerDirectives:
+    def claim(self, claim: Claim) -> None:
+        self._watch.claim(*claim)
+
+    def owner(self) -> str | None:
+        return self._watch.owner
+
+    def report_worker(self, report: WorkerReport, claim: Claim) -> WorkerDirectives:
+        self._watch.claim(*claim)
         return self._scheduler.report_worker(report)
 
     def report_host(self, report: HostReport) -> None:
@@ -105,13 +116,19 @@ class SchedulerActor:
         """Args: as of drain; the node may be gone."""
         return self._scheduler.undrain(find_node(node, ray.nodes(), known=self._scheduler.draining))
 
+    def stop(self) -> None:
+        """Do nothing more in the background; waits for what is under way."""
+        self._stopped.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_STOP_TIMEOUT_S)
+
     def _run(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             try:
                 self._scheduler.turn()
             except Exception as error:  # noqa: BLE001 - top loop: reports and routing go on, whatever it is
                 log_event(_LOG, logging.ERROR, "a turn of the scheduler failed", error=error)
-            time.sleep(_TURN_S)
+            self._stopped.wait(_TURN_S)
 
 
 def _make_runner(
@@ -121,7 +138,7 @@ def _make_runner(
     worker_epochs: Callable[[], Mapping[str, int]],
 ) -> MigrationRunner:
     return MigrationRunner(
-        RayHosts(config.ray.namespace),
+        RayHosts(config.ray.application_id),
         placement,
         on_publish=on_publish,
         worker_epochs=worker_epochs,
@@ -129,49 +146,40 @@ def _make_runner(
     )
 
 
-def _start_host(config: MoesaicConfig, config_tree: dict[str, Any], index: int) -> None:
+def _start_host(spec: DeployedSpec, index: int) -> None:
     from actors.expert_host_actor import start_expert_host
 
-    start_expert_host(config, config_tree, index)
+    start_expert_host(spec, index)
 
 
-def _stop_host(namespace: str, index: int) -> None:
-    from actors.expert_host_actor import stop_expert_host
+def begin_deployment(spec: DeployedSpec, served_as: str | None) -> None:
+    """Call before anything of a deployment is started: from now on, what there is already isn't ended for want of an
+    application.
 
-    stop_expert_host(namespace, index)
-
-
-def start_scheduler(
-    config: MoesaicConfig, config_tree: dict[str, Any], fingerprint: str, redis_url: str | None
-) -> None:
-    """Start the scheduler of a configuration, in the place of one of another configuration; returns at once."""
-    actor_class: Any = ray.remote(SchedulerActor)
-    namespace = config.ray.namespace
-    with contextlib.suppress(ValueError):
-        existing = ray.get_actor(SCHEDULER_ACTOR, namespace=namespace)
-        if not _is_made_of(existing, config_tree, fingerprint, redis_url):
-            ray.kill(existing)
-    actor_class.options(
-        name=SCHEDULER_ACTOR,
-        namespace=namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
-        max_restarts=-1,
-        max_concurrency=_THREADS,
-    ).remote(config_tree, fingerprint, redis_url)
-
-
-def stop_scheduler(namespace: str) -> None:
-    """End the scheduler of this cluster, if there is one."""
-    with contextlib.suppress(ValueError, RayError):
-        ray.kill(ray.get_actor(SCHEDULER_ACTOR, namespace=namespace))
-
-
-def _is_made_of(actor: ActorHandle, *made_of: object) -> bool:
+    Args:
+        spec: its store need not be known yet.
+        served_as: Serve's name of it; None: not known.
+    Raises:
+        ConfigError: the application is another deployment's; says what to set.
+    """
+    schedulers = DetachedActors(spec.application, Kind.SCHEDULER)
     try:
-        return bool(ray.get(actor.is_made_of.remote(*made_of), timeout=_CALL_TIMEOUT_S))
+        existing: Any = schedulers.find()
+        goes_on = ray.get(existing.adopt.remote(served_as, agreed_digest(spec)), timeout=_ADOPT_TIMEOUT_S)
+    except ValueError:
+        return
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, MoesaicError) else error from error
     except GetTimeoutError:
-        return True  # busy starting, or being restarted
+        return  # it starts: then it is in no hurry to end anything
     except RayError:
-        return False
+        goes_on = False
+    if not goes_on:
+        schedulers.end()
+
+
+def start_scheduler(spec: DeployedSpec) -> None:
+    """Start the scheduler of a deployment, in the place of one of another; returns at once."""
+    DetachedActors(spec.application, Kind.SCHEDULER).start(
+        SchedulerActor, "", agreed_digest(spec) + spec.digest(store=True), spec, max_concurrency=_THREADS
+    )

@@ -1,4 +1,4 @@
-"""Calls to the scheduler of a cluster, from any process: found by name, bounded in time, its errors ours.
+"""Calls to the scheduler of an application, from any process: found by name, bounded in time, its errors ours.
 
 Light to import: every front end and worker has one. A scheduler that Ray has restarted keeps its handle; one that was
 replaced is found again by its name.
@@ -7,22 +7,38 @@ replaced is found again by its name.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from actors.detached import DetachedActors, Kind
+from cluster.application import ApplicationId
+from cluster.deployed_spec import DeployedSpec
 from cluster.errors import MoesaicError, Unavailable
 from cluster.scheduler.diagnose import Diagnosis
 from cluster.scheduler.plan import PlacementPlan
 from cluster.scheduler.reports import HostReport, RoutingView, WorkerDirectives, WorkerReport
 from cluster.scheduler.status import DrainLine, SchedulerStatus
 
-SCHEDULER_ACTOR = "moesaic-scheduler"
-
+_CLAIM_TIMEOUT_S = 60.0  # it may be starting, on a slow machine
+_CLAIM_EVERY_S = 0.5
 _EXCHANGE_TIMEOUT_S = 2.0
 _PAGE_TIMEOUT_S = 4.0  # below the front ends' own bound
+
+
+class Claim(NamedTuple):
+    """What a worker says of itself: Serve's name of its application, and the hash of what was deployed."""
+
+    served_as: str
+    digest: str
+
+
+def agreed_digest(spec: DeployedSpec) -> str:
+    """Hash of all that an application's scheduler and workers must agree in; known before the store is."""
+    return spec.digest("attention", "experts", "scheduler", "redis")
 
 
 class SchedulerLink:
@@ -32,13 +48,34 @@ class SchedulerLink:
     Coroutines are those of `SchedulerClient`, and `routing_view`; reports block and are for threads.
     """
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+    def __init__(self, application: ApplicationId, *, claim: Claim | None = None) -> None:
+        """Args: claim: None: this process is no worker's."""
+        self._schedulers = DetachedActors(application, Kind.SCHEDULER)
+        self._claim = claim
         self._actor: ActorHandle | None = None
 
+    def claim(self) -> None:
+        """Say whose worker this is, once the scheduler answers; it is said again with every report.
+
+        Raises:
+            ConfigError: another application has this one's name; says what to set.
+        """
+        deadline_s = time.monotonic() + _CLAIM_TIMEOUT_S
+        while True:
+            try:
+                return self._ask("claim", self._claim)
+            except Unavailable:
+                if time.monotonic() > deadline_s:
+                    return  # the reports go on saying it, and that nobody hears them
+            time.sleep(_CLAIM_EVERY_S)
+
     def report_worker(self, report: WorkerReport) -> WorkerDirectives:
-        """Tell what a worker is doing; what it is to do."""
-        return self._ask("report_worker", report)
+        """Tell what a worker is doing; what it is to do.
+
+        Raises:
+            ConfigError: as `claim`.
+        """
+        return self._ask("report_worker", report, self._claim)
 
     def report_host(self, report: HostReport) -> None:
         """Tell what a host is doing."""
@@ -47,6 +84,10 @@ class SchedulerLink:
     async def routing_view(self, known_version: int) -> RoutingView:
         """Workers now; knowledge if it is newer than `known_version`."""
         return await self._call("routing_view", known_version, timeout_s=_EXCHANGE_TIMEOUT_S)
+
+    async def owner(self) -> str | None:
+        """Serve's name of the application; None until one of its workers has said it."""
+        return await self._call("owner", timeout_s=_EXCHANGE_TIMEOUT_S)
 
     async def status(self) -> SchedulerStatus:
         """What the scheduler says of itself."""
@@ -84,7 +125,7 @@ class SchedulerLink:
 
     def _found(self) -> ActorHandle:
         if self._actor is None:
-            self._actor = ray.get_actor(SCHEDULER_ACTOR, namespace=self._namespace)
+            self._actor = self._schedulers.find()
         return self._actor
 
     def _translated(self, error: Exception) -> MoesaicError:

@@ -1,4 +1,4 @@
-"""The cluster's embedded Valkey: a detached Ray actor with the server program. Imports no Serve: it starts sooner.
+"""An application's embedded Valkey: a detached Ray actor with the server program. Imports no Serve: it starts sooner.
 
 It runs on the head node, which a cluster cannot lose anyway, and comes back under the same URL: neither its program's
 end nor its process's is more than a short absence for those who know that URL. What it held is gone then.
@@ -6,7 +6,6 @@ end nor its process's is more than a short absence for those who know that URL. 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 import tempfile
@@ -17,14 +16,15 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from actors.detached import DetachedActors, Kind
+from cluster.application import ApplicationId
 from cluster.observability.logs import configure_logging, log_event
 from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
-
-VALKEY_ACTOR = "moesaic-valkey"
 
 _LOG = logging.getLogger(__name__)
 _HEAD_NODE = {"node:__internal_head__": 0.001}
 _RETRY_S = 1.0
+_DIGEST = "1"  # it depends on no configuration: a redeployment keeps it, and what it holds
 
 
 class ValkeyHolder:
@@ -83,41 +83,31 @@ class ValkeyHolder:
                 log_event(_LOG, logging.ERROR, "the embedded Valkey ended; it is started again", code=code)
 
 
-def start_valkey_actor(namespace: str) -> ray.ObjectRef:
-    """URL-to-be of the cluster's embedded Valkey, started if there is none yet; returns at once."""
-    actor_class: Any = ray.remote(ValkeyHolder)
-    actor = actor_class.options(
-        name=VALKEY_ACTOR,
-        namespace=namespace,
-        lifetime="detached",
-        get_if_exists=True,
-        num_cpus=0,
+def start_valkey_actor(application: ApplicationId) -> ray.ObjectRef:
+    """URL-to-be of the application's embedded Valkey, started if there is none yet; returns at once."""
+    actor: Any = DetachedActors(application, Kind.VALKEY).start(
+        ValkeyHolder,
+        "",
+        _DIGEST,
         resources=_HEAD_NODE,
-        max_restarts=-1,
         max_task_retries=-1,
         max_concurrency=2,  # `stop` while `url` waits
     )
-    return actor.remote().url.remote()
+    return actor.url.remote()
 
 
-def valkey_url(namespace: str) -> str:
-    """URL of the cluster's embedded Valkey, started if there is none yet.
+def valkey_url(application: ApplicationId) -> str:
+    """URL of the application's embedded Valkey, started if there is none yet.
 
     Raises:
         ConnectionError: there is no server program, or it does not start.
     """
     try:
-        return ray.get(start_valkey_actor(namespace), timeout=60)
+        return ray.get(start_valkey_actor(application), timeout=60)
     except (RayActorError, RayTaskError, GetTimeoutError) as error:
         raise ConnectionError(f"the embedded Valkey did not start: {error}") from error
 
 
-def stop_valkey_actor(namespace: str) -> None:
-    """End the embedded Valkey of this cluster, if there is one."""
-    try:
-        holder = ray.get_actor(VALKEY_ACTOR, namespace=namespace)
-    except ValueError:
-        return
-    with contextlib.suppress(GetTimeoutError):
-        ray.get(holder.stop.remote(), timeout=10)
-    ray.kill(holder)
+def stop_valkey_actor(application: ApplicationId) -> None:
+    """End the embedded Valkey of an application, if there is one."""
+    DetachedActors(application, Kind.VALKEY).end()

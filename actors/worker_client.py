@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from actors.expert_host_actor import ExpertHostsClient
 from actors.failover_gate import FailoverGate, Turn
 from actors.token_inbox import TokenInbox
+from cluster.application import ApplicationId
 from cluster.errors import MoesaicError, Overloaded, Unavailable
 from cluster.observability.logs import log_event
 from cluster.scheduler.attempts import Attempts
@@ -42,9 +43,9 @@ _NOT_THERE = (RayError, RayServeException, DeploymentUnavailableError, TimeoutEr
 class ServeWorkerClient:
     """An `AttentionWorkerClient` over the Serve deployment of attention workers."""
 
-    def __init__(self, handle: DeploymentHandle, *, namespace: str, num_hosts: int = 0) -> None:
+    def __init__(self, handle: DeploymentHandle, *, application: ApplicationId, num_hosts: int = 0) -> None:
         self._handle = handle
-        self._hosts = ExpertHostsClient(namespace, num_hosts)
+        self._hosts = ExpertHostsClient(application, num_hosts)
         self._inbox = TokenInbox(ray.util.get_node_ip_address())
         self._running: dict[RequestId, Attempts] = {}
         self._failover, self._random = FailoverGate(), random.Random()

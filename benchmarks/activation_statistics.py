@@ -28,6 +28,7 @@ from actors.experts.dispatch import ExpertWork
 from actors.experts.recorder import ActivationRecorder
 from actors.kernels.native import load_native
 from actors.statistics_loop import StatisticsLoop
+from cluster.application import DEFAULT_APPLICATION
 from cluster.config import load_config
 from cluster.model_info import load_model_info
 from cluster.protocols import StateStore
@@ -96,10 +97,12 @@ def main() -> int:
             progress("loading")
             parts = _engine(path)
             for concurrency in CONCURRENCY:
-                store = open_store(server.url)
+                store = open_store(server.url, DEFAULT_APPLICATION)
                 _compare(report, parts, store, prompts[:concurrency], block_s=block_s, pairs=pairs)
-            _compare_down(report, parts, open_store(server.url), prompts, block_s=block_s, pairs=pairs)
-            _large_flush(report, open_store(server.url))
+            _compare_down(
+                report, parts, open_store(server.url, DEFAULT_APPLICATION), prompts, block_s=block_s, pairs=pairs
+            )
+            _large_flush(report, open_store(server.url, DEFAULT_APPLICATION))
             parts.dispatcher.close()
         finally:
             server.stop()
@@ -161,7 +164,7 @@ def _compare_down(
     """A store that was lost while the server ran, against one that is there."""
     with tempfile.TemporaryDirectory() as folder:
         server = start_embedded_valkey(Path(folder))
-        lost = open_store(server.url)
+        lost = open_store(server.url, DEFAULT_APPLICATION)
         _run_on(parts, lost, prompts, 16)
         server.stop()
     num_tokens = min(MAX_TOKENS, int(block_s * 500 / len(prompts)) + 1)

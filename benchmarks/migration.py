@@ -25,12 +25,14 @@ from harness import Report, arguments, progress, prompts_of_domains, wide_model
 from transformers import AutoTokenizer
 
 from actors.engine.build import EngineParts, HostAccess, build_engine
-from actors.expert_host_actor import locate_host, start_expert_hosts, stop_expert_hosts
-from actors.expert_host_calls import RayHosts, actor_name
+from actors.expert_host_actor import locate_host, start_expert_hosts
+from actors.expert_host_calls import RayHosts, expert_hosts, find_host
 from actors.experts.remote_dispatch import HostDispatcher
 from actors.migration import MigrationRunner, MigrationStatus
-from cluster.config import MoesaicConfig, load_config, to_tree
-from cluster.model_info import load_model_info
+from cluster.application import ApplicationId
+from cluster.config import MoesaicConfig, load_config
+from cluster.deployed_spec import specify
+from cluster.model_info import read_model_info
 from cluster.scheduler.migration import MigrationPhase
 from cluster.scheduler.placement import even_placement
 from cluster.scheduler.plan import Placement
@@ -64,7 +66,7 @@ def main() -> int:
     try:
         _run(report, config, path, rounds, seconds)
     finally:
-        stop_expert_hosts(config.ray.namespace)
+        expert_hosts(config.ray.application_id).end()
         ray.shutdown()
     return report.finish(as_json=options.json)
 
@@ -72,10 +74,10 @@ def main() -> int:
 class Mover:
     """The scheduler's part: a Ray actor around a MigrationRunner, asked by the worker as reports ask a scheduler."""
 
-    def __init__(self, namespace: str, placement: Placement, bytes_per_s: float) -> None:
+    def __init__(self, application: ApplicationId, placement: Placement, bytes_per_s: float) -> None:
         self._epoch = 0
         self._runner = MigrationRunner(
-            RayHosts(namespace),
+            RayHosts(application),
             placement,
             on_publish=lambda _: None,
             worker_epochs=lambda: {"worker": self._epoch},
@@ -129,24 +131,24 @@ class Load:
 
 
 def _run(report: Report, config: MoesaicConfig, path: Path, rounds: int, seconds: float) -> None:
-    info = load_model_info(str(path), max_model_len=config.model.max_model_len)
-    namespace, num_hosts = config.ray.namespace, config.experts.hosts
-    start_expert_hosts(config, to_tree(config), info.fingerprint)
+    info = read_model_info(config.model)
+    application, num_hosts = config.ray.application_id, config.experts.hosts
+    start_expert_hosts(specify(config, None))
     progress(f"starting {num_hosts} hosts")
-    access = HostAccess(worker_id="bench", locate=partial(locate_host, namespace))
+    access = HostAccess(worker_id="bench", locate=partial(locate_host, application))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parts = build_engine(config, info, threads=1, hosts=access)
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = [tuple(tokenizer(text).input_ids[:32]) for text in prompts_of_domains(SEQUENCES * 2)]
-    hosts = [ray.get_actor(actor_name(index), namespace=namespace) for index in range(num_hosts)]
+    hosts = [find_host(application, index) for index in range(num_hosts)]
     reports: list[HostReport] = ray.get([host.report.remote() for host in hosts])
     layout = parts.layout
     first = dict(enumerate(even_placement(layout.layers, layout.num_experts, num_hosts)))
     expert_bytes = reports[0].expert_bytes
     moved = sum(len(first[i][layer]) for i in first for layer in layout.layers[::3])
     mover: Any = ray.remote(Mover).options(num_cpus=0, max_concurrency=4)
-    mover = mover.remote(namespace, Placement(epoch=1, hosts=first), moved * expert_bytes / seconds)
+    mover = mover.remote(application, Placement(epoch=1, hosts=first), moved * expert_bytes / seconds)
     reference = _reference(parts, prompts)
     ended = threading.Event()
     threading.Thread(target=_exchange, args=(mover, parts, ended), daemon=True).start()

@@ -11,14 +11,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
 from cluster.config_check import check_possible
+from cluster.deployed_spec import specify
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.model_info import read_model_info
-from cluster.sizes import is_zero
 from cluster.stats.redis_connection import check_redis
 from cluster.types import StartupPhase
 
@@ -28,50 +29,49 @@ if TYPE_CHECKING:
     from actors.ray_runtime import RunningApplication
     from cluster.frontend.generation import GenerationService
 
-APPLICATION = "moesaic"
-
 _START_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
 
 
 def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
-    """The Serve application of a configuration; starts shared actors idempotently.
+    """The Serve application of a configuration; starts shared actors idempotently. For whom Serve tells no more.
 
     Args:
         args: a configuration, its plain tree (Serve's `args:`), or nothing for defaults and environment.
     Raises:
-        ConfigError: unknown keys, values out of range, or what cannot work together; names the fields.
+        ConfigError: unknown keys, values out of range, or what cannot work together; names the fields. Another
+            deployment has the name of this application or its gRPC port; says what to set.
     """
+    return build_as(args if isinstance(args, MoesaicConfig) else _merged(args or {}), served_as=None)
+
+
+def build_as(config: MoesaicConfig, *, served_as: str | None) -> Application:
+    """As `build`. Args: served_as: the name that Serve will know it by, None: not known here."""
     from actors.deployments import ingress_application, worker_application
     from actors.expert_host_actor import start_expert_hosts
-    from actors.expert_shelf import start_shelves, stop_shelves
+    from actors.expert_shelf import start_shelves
     from actors.gateway import Gateways
-    from actors.scheduler_actor import start_scheduler
+    from actors.scheduler_actor import begin_deployment, start_scheduler
     from cluster.frontend.grpc_gateway import GrpcGateway
     from cluster.frontend.http_ingress import HttpIngress
 
-    config = args if isinstance(args, MoesaicConfig) else _merged(args or {})
     check_possible(config)
     if config.redis.url is not None:
         check_redis(config.redis.url, connect=False)
-    tree = to_tree(config)
     max_open = config.attention.max_running + config.attention.max_queue
-    fingerprint = read_model_info(config.model).fingerprint
-    if config.experts.hosts:
-        start_expert_hosts(config, tree, fingerprint)
-    gateways = Gateways(config.ray.namespace)
+    spec = specify(config, None)
+    begin_deployment(spec, served_as)
+    start_expert_hosts(spec)  # they take longest
+    spec = replace(spec, redis_url=_store_url(config))
+    start_scheduler(spec)
+    gateways = Gateways(spec.application)
     if config.grpc.enabled:
-        gateways.start(GrpcGateway, tree)
+        gateways.start(GrpcGateway, spec)
     else:
         gateways.stop()
-    redis_url = _store_url(config)
-    start_scheduler(config, tree, fingerprint, redis_url)
-    if is_zero(config.experts.remote_tier):
-        stop_shelves(config.ray.namespace)
-    else:
-        start_shelves(config, tree, fingerprint, redis_url)
-    worker = worker_application(config, redis_url, max_open=max_open)
-    return ingress_application(HttpIngress, tree, worker, max_open=max_open)
+    start_shelves(spec)
+    worker = worker_application(spec, max_open=max_open)
+    return ingress_application(HttpIngress, spec, worker, max_open=max_open)
 
 
 def local_service(config: MoesaicConfig) -> GenerationService:
@@ -104,7 +104,8 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
     address, frontend = config.ray.address, config.frontend
     on_progress(f"joining Ray at {address}" if address else "starting a local Ray")
-    runtime = RayRuntime(address=address, namespace=config.ray.namespace, environment=PROXY_ENVIRONMENT)
+    application = config.ray.application_id
+    runtime = RayRuntime(address=address, application=application, environment=PROXY_ENVIRONMENT)
     signal.signal(signal.SIGTERM, _setter(stop))  # `ray.init` has put a handler there that exits at once
     try:
         if _embeds_valkey(config):
@@ -112,14 +113,14 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
         on_progress("starting Ray Serve")
         runtime.start_serve(host=frontend.host, port=frontend.port, request_timeout_s=frontend.request_timeout_s)
         on_progress("deploying the application")
-        running = runtime.run(build(config), name=APPLICATION)
+        running = runtime.run(build_as(config, served_as=application.name), name=application.name)
         if _wait_until_ready(running, config.attention.workers, on_progress, stop):
             _print_ready(config, running.grpc_addresses(), on_progress)
             stop.wait()
             _drain(running, frontend.drain_timeout_s, on_progress)
         return 0
     finally:
-        runtime.stop(APPLICATION, num_hosts=config.experts.hosts)
+        runtime.stop(application.name, num_hosts=config.experts.hosts)
         for number, handler in previous.items():
             signal.signal(number, handler)
         on_progress("stopped")
@@ -137,7 +138,7 @@ def _store_url(config: MoesaicConfig) -> str | None:
     if not _embeds_valkey(config):
         return config.redis.url
     try:
-        return valkey_url(config.ray.namespace)
+        return valkey_url(config.ray.application_id)
     except ConnectionError:
         return None
 

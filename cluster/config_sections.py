@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 
+from cluster.application import DEFAULT_APPLICATION, ApplicationId
 from cluster.sizes import AUTO, check_cache_size, parse_size
 
 DEFAULT_MODEL = "moesaic-demo"
@@ -270,10 +271,20 @@ class RayConfig(Section):
     """Which Ray cluster to join."""
 
     address: str | None = Field(default=None, description="of a running cluster; default: a local Ray of our own")
-    namespace: str = "moesaic"
+    namespace: str = DEFAULT_APPLICATION.namespace
+    application: str = Field(
+        default=DEFAULT_APPLICATION.name,
+        pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$",
+        description="names all that belongs to this deployment; a second one on the same Ray needs another",
+    )
     worker_resources: dict[str, float] = Field(
         default_factory=dict, description="Ray resources that an attention worker needs, to choose its nodes"
     )
     host_resources: dict[str, float] = Field(
         default_factory=dict, description="Ray resources that an expert host needs, to choose its nodes"
     )
+
+    @property
+    def application_id(self) -> ApplicationId:
+        """Whose processes and keys these are."""
+        return ApplicationId(self.namespace, self.application)

@@ -12,6 +12,7 @@ MoesaicError
  |- Unavailable           starting, draining or lost its worker      503  retry
  |   `- WorkerLost        its worker died or makes no progress     503  retry
  |- DeadlineExceeded      no answer within the request's time        504
+ |- Superseded            another scheduler has taken over           500
  |- ExpertReadError       an expert could not be read from disk      500
  `- ConfigError           operator must act, at start                -
      `- CheckpointError   names the file and the tensor              -
@@ -84,6 +85,10 @@ class WorkerLost(Unavailable):
 
 class DeadlineExceeded(MoesaicError):
     """The request's time ran out; its work was stopped."""
+
+
+class Superseded(MoesaicError):
+    """What this process wanted to write is another's to decide now."""
 
 
 class ExpertReadError(MoesaicError):

@@ -157,10 +157,18 @@ class StateStore(Protocol):
         """The last reports of those who reported within the minute, by owner."""
         ...
 
+    def take_fence(self, fingerprint: str) -> None:
+        """Be the one writer of states from now on: what is put through another store that did so earlier, or never, is
+        refused. A scheduler does it once."""
+        ...
+
     def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
         """Keep a state unless one of this or a later version is kept; whether it was taken.
 
         To put the same version again is harmless, and makes good what a restarted server lost.
+
+        Raises:
+            Superseded: another writer has taken the fence since.
         """
         ...
 

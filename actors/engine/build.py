@@ -271,7 +271,7 @@ def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, 
 
 def open_lease(config: MoesaicConfig, info: ModelInfo, num_nodes: int) -> MemoryLease:
     """This process's lease of the node's memory. Args: num_nodes: that the model's processes spread over."""
-    family = f"{config.ray.namespace} {info.fingerprint}"
+    family = f"{config.ray.application_id.key_prefix} {info.fingerprint}"
     return MemoryLease(family, expected=-(-(config.attention.workers + config.experts.hosts) // num_nodes))
 
 

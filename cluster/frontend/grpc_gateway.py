@@ -6,19 +6,21 @@ Light to import: gRPC comes in only where the server is made. Ray's options are 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from cluster.config import from_tree
-from cluster.errors import MoesaicError
+from cluster.deployed_spec import DeployedSpec
+from cluster.errors import MoesaicError, Unavailable
 from cluster.frontend.late_workers import LateWorkers
-from cluster.model_info import ModelInfo, read_model_info
+from cluster.model_info import ModelInfo
 from cluster.observability.logs import configure_logging, log_event
 from cluster.observability.metrics import FrontendMetrics
+from cluster.scheduler.presence import Presence
 
 if TYPE_CHECKING:
     from cluster.frontend.grpc_server import GrpcServer
@@ -29,17 +31,15 @@ if TYPE_CHECKING:
 _FIND_EVERY_S = 0.5
 _RETRY_S = 2.0
 _LOOK_EVERY_S = 5.0
-_ORPHAN_S = 30.0  # also the time that an application may take to appear after its gateway
 _STOP_TIMEOUT_S = 0.5
 
 
 class GrpcGateway:
     """Async Ray actor around one GrpcServer: starts it beside everything else, and ends with the application."""
 
-    def __init__(self, config_tree: dict[str, Any]) -> None:
+    def __init__(self, spec: DeployedSpec) -> None:
         configure_logging()
-        self._tree = config_tree
-        self._config = from_tree(config_tree)
+        self._spec, self._config = spec, spec.config
         self._server: GrpcServer | None = None
         self._error: MoesaicError | None = None
         self._embedder: PromptEmbedder | None = None
@@ -47,9 +47,9 @@ class GrpcGateway:
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._start()), loop.create_task(self._follow_application())]
 
-    async def is_configured_by(self, config_tree: dict[str, Any]) -> bool:
-        """Whether this gateway was made with this configuration."""
-        return self._tree == config_tree
+    async def port(self) -> int:
+        """Where it listens, or means to."""
+        return self._config.grpc.port
 
     async def address(self) -> str:
         """Where it listens; waits until it does.
@@ -114,20 +114,23 @@ class GrpcGateway:
         from cluster.frontend.prompt_embedder import PromptEmbedder
         from cluster.frontend.tokenizer import Tokenizer
 
-        info = read_model_info(self._config.model)
+        info = self._spec.read_model()
         if self._embedder is None:
             self._embedder = PromptEmbedder(info.path, info.vocab_size)
         return info, Tokenizer.load(info.path), self._embedder
 
     async def _find_workers(self) -> AttentionWorkerClient:
-        from actors.gateway import find_workers
+        from actors.gateway import workers_of
+        from actors.scheduler_link import SchedulerLink
         from actors.worker_client import ServeWorkerClient
 
-        config = self._config
+        config, link = self._config, SchedulerLink(self._spec.application)
         while True:
-            handle = await asyncio.to_thread(find_workers)
-            if handle is not None:
-                return ServeWorkerClient(handle, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
+            with contextlib.suppress(Unavailable):
+                served_as = await link.owner()
+                if served_as is not None:
+                    handle = await asyncio.to_thread(workers_of, served_as)
+                    return ServeWorkerClient(handle, application=self._spec.application, num_hosts=config.experts.hosts)
             await asyncio.sleep(_FIND_EVERY_S)
 
     def _make_server(
@@ -143,22 +146,31 @@ class GrpcGateway:
         return GrpcServer(service, workers, info, config.frontend, config.grpc, metrics, max_open=max_open)
 
     async def _follow_application(self) -> None:
-        """End when the application is gone; while it is there, see that every node that needs a gateway has one."""
-        from actors.gateway import Gateways, end_this_actor, find_workers
+        """See that every node that needs a gateway has one. End when there is no scheduler, which ends all that is left
+        of an application that is gone; begin anew when Serve is another one, in which handles of the last say nothing.
+        """
+        from actors.detached import has_scheduler
+        from actors.gateway import Gateways, end_this_actor, restart_this_actor
+        from actors.serve_state import controller_id
 
-        gateways = Gateways(self._config.ray.namespace)
-        missed_s: float | None = None  # since when Serve has said that there is no application
-        while missed_s is None or time.monotonic() - missed_s < _ORPHAN_S:
+        gateways, application = Gateways(self._spec.application), self._spec.application
+        presence, serve_id = Presence(time.monotonic()), ""
+        while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
-                if await asyncio.to_thread(find_workers) is None:
-                    missed_s = missed_s or time.monotonic()
-                    continue
-                missed_s = None
-                await asyncio.to_thread(gateways.start_missing, type(self), self._tree)
-            except (RayError, RayServeException) as error:  # Serve's controller is away: nothing is known
-                missed_s = None
-                log_event(_logger(), logging.WARNING, "Serve does not answer", reason=repr(error))
+                there = await asyncio.to_thread(has_scheduler, application)
+                if presence.note(there, time.monotonic()):
+                    break
+                now_id = await asyncio.to_thread(controller_id)
+                serve_id = serve_id or now_id
+                if now_id and now_id != serve_id:
+                    log_event(_logger(), logging.INFO, "Serve was started anew; so is the gRPC gateway")
+                    restart_this_actor()
+                if there and now_id:
+                    await asyncio.to_thread(gateways.start_missing, type(self), self._spec)
+            except (RayError, RayServeException) as error:  # nothing is known
+                presence.note(None, time.monotonic())
+                log_event(_logger(), logging.WARNING, "Ray does not answer", reason=repr(error))
         log_event(_logger(), logging.INFO, "the application is gone; the gRPC gateway ends")
         end_this_actor()
 

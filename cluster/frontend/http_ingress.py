@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from cluster.config import MoesaicConfig, from_tree
+from cluster.config import MoesaicConfig
+from cluster.deployed_spec import DeployedSpec
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_app import create_app
 from cluster.frontend.prompt_embedder import PromptEmbedder
 from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import ModelInfo, read_model_info
+from cluster.model_info import ModelInfo
 from cluster.observability.logs import configure_logging
 from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient, FrontEnds, SchedulerClient
@@ -49,17 +50,16 @@ def build_front_end(
 class HttpIngress:
     """Serve ingress replica: owns one HTTP application. Its options are in `actors/deployments.py`."""
 
-    def __init__(self, config_tree: dict[str, Any], workers: DeploymentHandle[Any]) -> None:
+    def __init__(self, spec: DeployedSpec, workers: DeploymentHandle[Any]) -> None:
         from actors.front_ends import ServeFrontEnds
         from actors.scheduler_link import SchedulerLink
         from actors.worker_client import ServeWorkerClient
 
         configure_logging()
-        config = from_tree(config_tree)
-        info = read_model_info(config.model)
-        self._worker = ServeWorkerClient(workers, namespace=config.ray.namespace, num_hosts=config.experts.hosts)
-        scheduler, embedder = SchedulerLink(config.ray.namespace), PromptEmbedder(info.path, info.vocab_size)
-        peers = ServeFrontEnds(config.ray.namespace)
+        config, application, info = spec.config, spec.application, spec.read_model()
+        self._worker = ServeWorkerClient(workers, application=application, num_hosts=config.experts.hosts)
+        scheduler, embedder = SchedulerLink(application), PromptEmbedder(info.path, info.vocab_size)
+        peers = ServeFrontEnds(application)
         self._service, self._app = build_front_end(config, info, self._worker, scheduler, peers, embedder.embed)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

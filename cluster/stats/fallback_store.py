@@ -126,6 +126,10 @@ class FallbackStore:
         """The primary's."""
         return self._through(lambda: self._primary.owners(fingerprint))
 
+    def take_fence(self, fingerprint: str) -> None:
+        """Through to the primary."""
+        self._through(lambda: self._primary.take_fence(fingerprint))
+
     def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
         """Through to the primary."""
         return self._through(lambda: self._primary.put_state(fingerprint, name, blob, version))

@@ -102,6 +102,9 @@ class MemoryStore:
         with self._lock:
             return {owner: status for owner, (_, status) in self._fresh_owners(fingerprint).items()}
 
+    def take_fence(self, fingerprint: str) -> None:
+        """Nothing to do: no other process writes here."""
+
     def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
         """Keep a state unless it is older than what is kept."""
         with self._lock:

@@ -26,12 +26,20 @@ Argument: TypeAlias = str | bytes | int | float
 class RedisConnection:
     """Connects on first use and again by itself after a failure."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        """Raises: ConfigError: `url` is not a Redis URL."""
+    def __init__(self, url: str, timeout_s: float, key_prefix: str) -> None:
+        """Args: key_prefix: of the application, so that several can share a server.
+
+        Raises: ConfigError: `url` is not a Redis URL.
+        """
+        self._key_prefix = key_prefix
         self._client = _connect_lazily(url, timeout_s)
         kwargs = self._client.connection_pool.connection_kwargs
         host = kwargs.get("host")
         self.address = f"redis://{host}:{kwargs.get('port', 6379)}" if host else f"unix://{kwargs.get('path')}"
+
+    def key(self, fingerprint: str, kind: str) -> str:
+        """The key of one kind of data of the application's model `fingerprint`."""
+        return f"moesaic:v3:{self._key_prefix}:{fingerprint}:{kind}"
 
     def ping(self) -> None:
         """Return if the server answers, raise `ConnectionError` if not."""
@@ -63,7 +71,7 @@ def check_redis(url: str, *, connect: bool, timeout_s: float = 2.0) -> None:
     Raises:
         ConfigError: no Redis URL; or, if it may `connect`, an unknown host, a wrong password, or no Redis there.
     """
-    connection = RedisConnection(url, timeout_s)
+    connection = RedisConnection(url, timeout_s, "")  # reads and writes nothing
     parts = urlsplit(url)
     if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):  # redis-py takes it for database 0
         raise ConfigError(f"config field redis.url: {parts.path[1:]!r} is no number of a database; give /0 or nothing")
@@ -106,11 +114,6 @@ class RedisScript:
     def __call__(self, keys: Sequence[str], args: Sequence[Argument] = ()) -> Any:
         """Run it. Raises: ConnectionError."""
         return self._connection.run(self._script, keys, args)
-
-
-def key_of(fingerprint: str, kind: str) -> str:
-    """The key of one kind of data of the model `fingerprint`."""
-    return f"moesaic:v2:{fingerprint}:{kind}"
 
 
 def _connect_lazily(url: str, timeout_s: float) -> redis.Redis:

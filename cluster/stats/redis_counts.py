@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts, subtract_counts
-from cluster.stats.redis_connection import RedisConnection, key_of
+from cluster.stats.redis_connection import RedisConnection
 from cluster.types import Phase
 
 _ENTRY = struct.Struct("<HHQ")  # layer, expert, count; the scripts have the same as Lua's "<I2I2I8"
@@ -52,6 +52,7 @@ class RedisCounts:
     """
 
     def __init__(self, connection: RedisConnection) -> None:
+        self._key = connection.key
         self._add = connection.script(_ADD)
         self._read = connection.script(_READ)
         self._lock = threading.Lock()
@@ -70,7 +71,7 @@ class RedisCounts:
         with self._lock:
             self._send(fingerprint, {})  # looks at the epoch
             self._settle(fingerprint)
-        packed = cast("list[bytes]", self._read([_activations_key(fingerprint, phase) for phase in Phase]))
+        packed = cast("list[bytes]", self._read([self._activations_key(fingerprint, phase) for phase in Phase]))
         return {phase: rows for phase, entries in zip(Phase, packed, strict=True) if (rows := _unpacked(entries))}
 
     def _settle(self, fingerprint: str) -> None:
@@ -85,7 +86,7 @@ class RedisCounts:
         total = copy_counts(deltas)
         add_counts(total, owed)
         answer = self._add(
-            [key_of(fingerprint, "epoch"), *(_activations_key(fingerprint, phase) for phase in total)],
+            [self._key(fingerprint, "epoch"), *(self._activations_key(fingerprint, phase) for phase in total)],
             [uuid.uuid4().hex, *(_packed(rows.items()) for rows in total.values())],
         )
         epoch = cast("bytes", answer).decode()
@@ -94,6 +95,9 @@ class RedisCounts:
         self._epochs[fingerprint] = epoch
         self._owed[fingerprint] = {} if is_same_data else subtract_counts(sent, owed)
         add_counts(sent, deltas)
+
+    def _activations_key(self, fingerprint: str, phase: Phase) -> str:
+        return self._key(fingerprint, f"activations:{phase}")
 
 
 def _packed(rows: Iterable[tuple[int, dict[int, int]]]) -> bytes:
@@ -105,7 +109,3 @@ def _unpacked(entries: bytes) -> dict[int, dict[int, int]]:
     for layer, expert, count in _ENTRY.iter_unpack(entries):
         rows.setdefault(layer, {})[expert] = count
     return rows
-
-
-def _activations_key(fingerprint: str, phase: Phase) -> str:
-    return key_of(fingerprint, f"activations:{phase}")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import struct
 from typing import cast
 
+from cluster.errors import Superseded
 from cluster.protocols import LearnedShare, VersionedState
 from cluster.stats.learned_shares import MAX_SHARES, SHARE_TTL_S, check_size
 from cluster.stats.owner_reports import MAX_OWNERS, OWNER_TTL_S, pack_owner, unpack_owner
-from cluster.stats.redis_connection import RedisConnection, key_of
+from cluster.stats.redis_connection import RedisConnection
 from cluster.types import ExpertMemoryStatus
 
 _WEIGHT = struct.Struct("<Q")
@@ -49,8 +50,21 @@ end
 return found
 """
 
-# KEYS: state. ARGV: version, state.
+# KEYS: fence. A clock's milliseconds where they are more: a server that has lost its data hands out no number twice.
+_TAKE = """
+local clock = redis.call('TIME')
+local fence = math.max(tonumber(redis.call('GET', KEYS[1]) or 0) + 1, clock[1] * 1000 + math.floor(clock[2] / 1000))
+redis.call('SET', KEYS[1], string.format('%.0f', fence))
+return string.format('%.0f', fence)
+"""
+
+_SUPERSEDED = -1
+
+# KEYS: state, fence. ARGV: version, state, the writer's fence.
 _PUT = """
+local fence = tonumber(redis.call('GET', KEYS[2]) or 0)
+if fence > tonumber(ARGV[3]) then return -1 end
+if fence < tonumber(ARGV[3]) then redis.call('SET', KEYS[2], ARGV[3]) end
 local kept = redis.call('HGET', KEYS[1], 'version')
 if kept and tonumber(kept) >= tonumber(ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[1], 'version', ARGV[1], 'state', ARGV[2])
@@ -64,6 +78,9 @@ class RedisStates:
     """The part of RedisStore for `publish_learned`, `read_learned`, `report_owner`, `owners` and the states."""
 
     def __init__(self, connection: RedisConnection) -> None:
+        self._key = connection.key
+        self._fences: dict[str, int] = {}
+        self._take = connection.script(_TAKE)
         self._publish = connection.script(_PUBLISH)
         self._published = connection.script(_PUBLISHED)
         self._put = connection.script(_PUT)
@@ -73,7 +90,7 @@ class RedisStates:
         """StateStore.publish_learned."""
         check_size(name, blob)
         value = _WEIGHT.pack(weight) + blob
-        self._publish(_entry_keys(fingerprint, f"learned:{name}"), [owner, value, MAX_SHARES, int(SHARE_TTL_S)])
+        self._publish(self._entry_keys(fingerprint, f"learned:{name}"), [owner, value, MAX_SHARES, int(SHARE_TTL_S)])
 
     def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
         """StateStore.read_learned."""
@@ -84,26 +101,38 @@ class RedisStates:
 
     def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
         """StateStore.report_owner."""
-        self._publish(_entry_keys(fingerprint, "owners"), [owner, pack_owner(status), MAX_OWNERS, int(OWNER_TTL_S)])
+        self._publish(
+            self._entry_keys(fingerprint, "owners"), [owner, pack_owner(status), MAX_OWNERS, int(OWNER_TTL_S)]
+        )
 
     def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
         """StateStore.owners."""
         entries = self._entries(fingerprint, "owners", OWNER_TTL_S)
         return {owner: status for owner, value in entries if (status := unpack_owner(value)) is not None}
 
+    def take_fence(self, fingerprint: str) -> None:
+        """StateStore.take_fence."""
+        self._fences[fingerprint] = int(self._take([self._key(fingerprint, "fence")]))
+
     def put(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
         """StateStore.put_state."""
-        return bool(self._put([key_of(fingerprint, f"state:{name}")], [version, blob]))
+        keys, fence = [self._key(fingerprint, f"state:{name}"), self._key(fingerprint, "fence")], self._fences
+        taken = int(self._put(keys, [version, blob, fence.get(fingerprint, 0)]))
+        if taken == _SUPERSEDED:
+            raise Superseded(
+                "another scheduler of this application writes to the store now; if it is another cluster's, "
+                "give one of them a ray.application of its own"
+            )
+        return bool(taken)
 
     def get(self, fingerprint: str, name: str) -> VersionedState | None:
         """StateStore.get_state."""
-        version, blob = cast("list[bytes | None]", self._get([key_of(fingerprint, f"state:{name}")]))
+        version, blob = cast("list[bytes | None]", self._get([self._key(fingerprint, f"state:{name}")]))
         return None if version is None or blob is None else VersionedState(int(version), blob)
 
     def _entries(self, fingerprint: str, kind: str, ttl_s: float) -> list[tuple[str, bytes]]:
-        found = cast("list[bytes]", self._published(_entry_keys(fingerprint, kind), [int(ttl_s)]))
+        found = cast("list[bytes]", self._published(self._entry_keys(fingerprint, kind), [int(ttl_s)]))
         return [(owner.decode(), value) for owner, value in zip(found[::2], found[1::2], strict=True)]
 
-
-def _entry_keys(fingerprint: str, kind: str) -> list[str]:
-    return [key_of(fingerprint, kind), key_of(fingerprint, f"{kind}:times")]
+    def _entry_keys(self, fingerprint: str, kind: str) -> list[str]:
+        return [self._key(fingerprint, kind), self._key(fingerprint, f"{kind}:times")]

@@ -19,7 +19,7 @@ import numpy as np
 from cluster.semantics.statistics import ExpertStatistics, no_statistics
 from cluster.stats.decayed_totals import NUM_VERSIONS, DecayedTotals
 from cluster.stats.recent_prompts import MAX_PROMPTS, PROMPTS_TTL_S, checked_prompts
-from cluster.stats.redis_connection import RedisConnection, key_of
+from cluster.stats.redis_connection import RedisConnection
 
 _MIN_TTL_S = 86_400.0
 _TTL_HALF_LIVES = 16.0
@@ -85,6 +85,7 @@ class RedisStatistics:
 
     def __init__(self, connection: RedisConnection, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._key = connection.key
         self._add = connection.script(_ADD)
         self._read = connection.script(_READ)
         self._recent = connection.script(_RECENT)
@@ -105,7 +106,7 @@ class RedisStatistics:
 
     def read(self, fingerprint: str, clusters_version: int, half_life_s: float) -> ExpertStatistics | None:
         """StateStore.statistics."""
-        keys = [_rows_key(fingerprint, clusters_version), key_of(fingerprint, "epoch")]
+        keys = [self._rows_key(fingerprint, clusters_version), self._key(fingerprint, "epoch")]
         with self._lock:
             epoch, now_s, values = self._read_rows(keys)
             if self._is_news(fingerprint, epoch) and (mine := self._mine.get(fingerprint)) is not None:
@@ -118,7 +119,7 @@ class RedisStatistics:
 
     def recent_prompts(self, fingerprint: str) -> list[bytes]:
         """StateStore.recent_prompts."""
-        return cast("list[bytes]", self._recent([key_of(fingerprint, "prompts")]))
+        return cast("list[bytes]", self._recent([self._key(fingerprint, "prompts")]))
 
     def _read_rows(self, keys: Sequence[str]) -> tuple[bytes, float, dict[bytes, bytes]]:
         """Epoch, the server's time, and the fields of the hash."""
@@ -145,7 +146,10 @@ class RedisStatistics:
         names = " ".join([f"{cluster}:{phase}:{layer}" for cluster, phase, layer in chosen.tolist()])
         rows = delta.values[tuple(chosen.T)].astype("<f4").tobytes()
         ttl_s = max(_MIN_TTL_S, _TTL_HALF_LIVES * half_life_s)
-        keys = [_rows_key(fingerprint, delta.clusters_version), *(key_of(fingerprint, k) for k in ("epoch", "prompts"))]
+        keys = [
+            self._rows_key(fingerprint, delta.clusters_version),
+            *(self._key(fingerprint, k) for k in ("epoch", "prompts")),
+        ]
         epoch, kept = cast(
             "list[bytes]",
             self._add(
@@ -167,6 +171,9 @@ class RedisStatistics:
         self._epochs[fingerprint] = epoch
         return known != epoch
 
+    def _rows_key(self, fingerprint: str, clusters_version: int) -> str:
+        return self._key(fingerprint, f"statistics:{clusters_version % NUM_VERSIONS}")
+
 
 def _unpacked(clusters_version: int, values: dict[bytes, bytes], now_s: float, half_life_s: float) -> ExpertStatistics:
     num_clusters, num_experts, layers = values.pop(b"shape").decode().split(" ")
@@ -178,7 +185,3 @@ def _unpacked(clusters_version: int, values: dict[bytes, bytes], now_s: float, h
         fading = 0.5 ** (max(now_s - float(sums[0]), 0.0) / half_life_s)
         statistics.values[cluster, phase, layer] = sums[1:].reshape(-1, 2) * fading
     return statistics
-
-
-def _rows_key(fingerprint: str, clusters_version: int) -> str:
-    return key_of(fingerprint, f"statistics:{clusters_version % NUM_VERSIONS}")

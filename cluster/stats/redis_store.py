@@ -1,6 +1,7 @@
 """Statistics in Redis (or Valkey), shared by all processes of a cluster. Works with Redis 7.0's commands.
 
-Keys, for each model fingerprint F, all beginning with moesaic:v2:F: (v1 had no phases; its keys are left alone)
+Keys, for each application and model fingerprint F, all beginning with moesaic:v3:NAMESPACE:APPLICATION:F: (v2 had no application, v1 no phases;
+their keys are left alone)
 
 | key | type | holds | bound |
 |---|---|---|---|
@@ -10,6 +11,7 @@ Keys, for each model fingerprint F, all beginning with moesaic:v2:F: (v1 had no 
 | owners, owners:times | hash, sorted set | worker or host -> its expert memory as JSON (hits, misses by tier, bytes, stalls), and when | 4096; a minute |
 | learned:K, learned:K:times | hash, sorted set | worker -> weight (8 bytes) and share of a kind of learned state K, and when | learned_shares.py; a day |
 | state:N | hash | "version" and "state" of what the scheduler remembers by the name N (clusters, placement) | one a name |
+| fence | string | a number that grows with every scheduler; states are taken from the last one only | |
 | epoch | string | a random id, set once; it is gone when the server lost its data | |
 
 Every addition is one script, so atomic. A server without persistence that restarts has lost the epoch; then every
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cluster.application import DEFAULT_APPLICATION, ApplicationId
 from cluster.protocols import LearnedShare, VersionedState
 from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas
@@ -38,8 +41,8 @@ class RedisStore:
         ConfigError: `url` is not a Redis URL.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 2.0) -> None:
-        self._connection = RedisConnection(url, timeout_s)
+    def __init__(self, url: str, application: ApplicationId = DEFAULT_APPLICATION, *, timeout_s: float = 2.0) -> None:
+        self._connection = RedisConnection(url, timeout_s, application.key_prefix)
         self._counts = RedisCounts(self._connection)
         self._statistics = RedisStatistics(self._connection)
         self._states = RedisStates(self._connection)
@@ -95,6 +98,10 @@ class RedisStore:
     def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
         """Reports of the last minute, the latest first."""
         return self._states.owners(fingerprint)
+
+    def take_fence(self, fingerprint: str) -> None:
+        """Be the one writer of states from now on."""
+        self._states.take_fence(fingerprint)
 
     def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
         """Keep a state unless it is older than what is kept."""

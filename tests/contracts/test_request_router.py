@@ -27,7 +27,7 @@ from cluster.types import Tier
 
 DEADLINE_S = 10.0
 DEPLOYMENT = DeploymentID(name="AttentionWorker", app_name="moesaic")
-OPTIONS = {"routing": "semantic", "namespace": "moesaic", "block_size": 16, "poll_s": 0.01}
+OPTIONS = {"routing": "semantic", "application": ("moesaic", "moesaic"), "block_size": 16, "poll_s": 0.01}
 FIRST, SECOND = (np.array(vector, dtype=np.int8).tobytes() for vector in ((127, 0), (0, 127)))
 
 

@@ -62,7 +62,7 @@ def test_keys_of_the_first_version_are_neither_read_nor_changed(valkey: Embedded
         store.add_activations(fingerprint, {DECODE: {0: {0: 1}}})
         assert store.activations(fingerprint) == {DECODE: {0: {0: 1}}}
         assert client.hgetall(old) == {b"0:0": b"5"}
-        assert client.hgetall(f"moesaic:v2:{fingerprint}:activations:decode") == {b"0:0": b"1"}
+        assert client.hgetall(f"moesaic:v3:moesaic:moesaic:{fingerprint}:activations:decode") == {b"0:0": b"1"}
 
 
 def test_concurrent_additions_all_count(store: StateStore, fingerprint: str) -> None:
@@ -110,7 +110,10 @@ def test_shares_are_bounded_in_number_and_size(store: StateStore, fingerprint: s
 
 
 def test_shares_in_redis_are_forgotten_after_their_time(valkey: EmbeddedValkey, fingerprint: str) -> None:
-    store, keys = RedisStore(valkey.url), [f"moesaic:v2:{fingerprint}:learned:maps{end}" for end in ("", ":times")]
+    store, keys = (
+        RedisStore(valkey.url),
+        [f"moesaic:v3:moesaic:moesaic:{fingerprint}:learned:maps{end}" for end in ("", ":times")],
+    )
     with redis.Redis.from_url(valkey.url) as client:
         store.publish_learned(fingerprint, "maps", "gone", b"x", 1)
         assert [0 < client.pttl(key) <= SHARE_TTL_S * 1000 for key in keys] == [True, True]

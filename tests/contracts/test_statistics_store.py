@@ -196,7 +196,8 @@ def test_memory_is_bounded_and_given_back(valkey: EmbeddedValkey, fingerprint: s
         store.report_owner(fingerprint, "w1", MEMORY)
     with redis.Redis.from_url(valkey.url) as client:
         keys = {
-            key.decode().removeprefix(f"moesaic:v2:{fingerprint}:"): key for key in client.scan_iter(f"*{fingerprint}*")
+            key.decode().removeprefix(f"moesaic:v3:moesaic:moesaic:{fingerprint}:"): key
+            for key in client.scan_iter(f"*{fingerprint}*")
         }
         assert set(keys) == {"epoch", "statistics:0", "statistics:1", "prompts", "owners", "owners:times"}
         assert client.hlen(keys["statistics:1"]) == 2 + 3 * 2 * len(LAYERS)

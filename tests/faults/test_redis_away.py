@@ -23,7 +23,7 @@ def _generate(server: LiveServer) -> None:
 
 def _counted_in_redis(url: str) -> int:
     with redis.Redis.from_url(url) as store:
-        keys = list(store.scan_iter("moesaic:v2:*:activations:*"))
+        keys = list(store.scan_iter("moesaic:v3:moesaic:moesaic:*:activations:*"))
         return sum(int(count) for key in keys for count in store.hvals(key))
 
 

@@ -19,6 +19,7 @@ from actors.failover_gate import FailoverGate
 from actors.token_outbox import TokenOutbox
 from actors.token_stream import StreamAddress
 from actors.worker_client import ServeWorkerClient
+from cluster.application import ApplicationId
 from cluster.errors import InvalidRequest, MoesaicError, Overloaded, Unavailable
 from cluster.types import FinishReason, GenerationRequest, RequestId, SamplingParams, TokenChunk
 
@@ -96,7 +97,7 @@ def _run(test: Callable[[], Awaitable[None]]) -> None:
 
 def _client(*workers: Worker) -> ServeWorkerClient:
     handle: Any = Handle(*workers)
-    return ServeWorkerClient(handle, namespace="test")
+    return ServeWorkerClient(handle, application=ApplicationId("test", "moesaic"))
 
 
 async def _tokens(client: ServeWorkerClient, request: GenerationRequest) -> list[int]:

@@ -18,7 +18,7 @@ from live_server import poll
 from model_builders import DEMO
 from ray.cluster_utils import Cluster
 
-from actors.expert_shelf import RayShelves, actor_name, start_shelves, stop_shelves
+from actors.expert_shelf import RayShelves, expert_shelves, start_shelves
 from actors.experts.formats.expert import ExpertWeights
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
@@ -28,14 +28,17 @@ from actors.experts.memory.store import ExpertStore, LinkFactory
 from actors.experts.policies.lru import LruScorer
 from actors.experts.reader import ExpertReader
 from actors.model.checkpoint import LoadedModel, load_model
-from cluster.config import MoesaicConfig, load_config, to_tree
+from cluster.application import ApplicationId
+from cluster.config import MoesaicConfig, load_config
+from cluster.deployed_spec import specify
 from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import ModelInfo, load_model_info
+from cluster.model_info import ModelInfo, read_model_info
 from cluster.types import Tier
 
 pytestmark = pytest.mark.ray
 
 _NAMESPACE = "remote-tier"
+_APPLICATION = ApplicationId(_NAMESPACE, "moesaic")
 _HEALTH = {"period_ms": "1000", "timeout_ms": "2000", "failure_threshold": "5", "initial_delay_ms": "1000"}
 _FILL_DEADLINE_S = 90.0  # a process that imports transformers
 
@@ -64,7 +67,7 @@ class _Nodes:
 
     def start(self, remote_tier: str) -> tuple[str, ...]:
         config = _config(remote_tier)
-        return start_shelves(config, to_tree(config), self.info.fingerprint, None)
+        return start_shelves(specify(config, None))
 
     def filled(self) -> ShelfFacts:
         """The one shelf, when it has taken in all it will."""
@@ -97,9 +100,9 @@ def nodes() -> Iterator[_Nodes]:
         try:
             second = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
             ray.init(address=cluster.address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
-            info = load_model_info(str(DEMO))
+            info = read_model_info(_config("0").model)
             model = load_model(info, "float32", dense=False)
-            yield _Nodes(cluster, second, info, model, _form(model), RayShelves(_NAMESPACE))
+            yield _Nodes(cluster, second, info, model, _form(model), RayShelves(_APPLICATION))
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -163,9 +166,11 @@ def test_without_another_node_there_is_no_shelf_and_stopping_none_is_no_error(no
     poll(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, deadline_s=60, what="the death of the second node")
 
     assert nodes.start("100%") == ()
-    stop_shelves(_NAMESPACE)
-    with pytest.raises(ValueError, match="actor"):
-        ray.get_actor(actor_name(nodes.second.node_id), namespace=_NAMESPACE)
+    shelves = expert_shelves(_APPLICATION)
+    shelves.end()
+    assert shelves.list_keys() == ()
+    with pytest.raises(ValueError, match="no actor"):
+        shelves.find(nodes.second.node_id)
 
 
 def _form(model: LoadedModel) -> SlotForm:

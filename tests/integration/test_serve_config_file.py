@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,70 +10,33 @@ import httpx
 import pytest
 import yaml
 from answer_watch import AnswerWatch
-from live_server import LiveServer, clean_environment, end_all, free_port, make_root, poll
+from live_server import LiveServer, free_port
+from ray_head import running_ray_head
 
-from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT
 from cluster.rpc import generation_pb2 as pb
 from cluster.rpc.generation_pb2_grpc import GenerationServiceStub
 
 pytestmark = pytest.mark.ray
 
 FILE = Path(__file__).parents[2] / "deploy" / "serve-config.yaml"
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture
-def deployed(tmp_path: Path) -> Iterator[LiveServer]:
+def deployed() -> Iterator[LiveServer]:
     """The system of the file on a port of its own, in float32 to compare its texts."""
     tree = yaml.safe_load(FILE.read_text())
-    port, grpc_port, dashboard = free_port(), free_port(), free_port()
+    port, grpc_port = free_port(), free_port()
     tree["http_options"]["port"] = port
     tree["applications"][0]["args"]["grpc"] = {"port": grpc_port}
     tree["applications"][0]["args"]["model"]["dtype"] = "float32"
-    config = tmp_path / "serve-config.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    root = make_root()
-    environment = clean_environment(
-        RAY_TMPDIR=str(root),
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=secrets.token_hex(32),
-        RAY_USAGE_STATS_ENABLED="0",
-        **PROXY_ENVIRONMENT,
-    )
-    # Every port that has a default, so that this Ray can live beside another.
-    options = {
-        "port": free_port(),
-        "ray-client-server-port": free_port(),
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard,
-        "dashboard-agent-listen-port": free_port(),
-        "object-store-memory": 2**28,
-    }
-    head = [str(BIN / "ray"), "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
-    with (root / "log").open("wb") as log:
-        process = subprocess.Popen(
-            head, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    live = LiveServer(process, port, root, grpc_port)
-    try:
-        deploy = [str(BIN / "serve"), "deploy", "--address", f"http://127.0.0.1:{dashboard}", str(config)]
-
-        def is_deployed() -> bool:
-            assert process.poll() is None, live.log
-            run = subprocess.run(deploy, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
-            (root / "log").open("a").write(run.stdout + run.stderr)
-            return run.returncode == 0
-
-        poll(is_deployed, deadline_s=120, what=lambda: f"serve deploy; its log:\n{live.log}", every_s=1)
+    with running_ray_head() as head:
+        head.deploy(tree)
+        live = LiveServer(head.process, port, head.root, grpc_port)
         answers = AnswerWatch(live.port)
         with answers:
             live.wait_ready()
         answers.assert_all_ours()
         yield live
-    finally:
-        end_all(root)
-        process.wait(10)
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def _text(server: LiveServer) -> str:
