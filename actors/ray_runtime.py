@@ -21,12 +21,14 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.detached import end_application
 from actors.gateway import Gateways
+from actors.serve_state import check_route_is_free
 from actors.valkey_actor import start_valkey_actor
 from cluster.application import ApplicationId
 from cluster.types import ExpertHostStatus, WorkerStatus
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
 _CALL_TIMEOUT_S = 30.0
+_ROUTE = "/"
 _SPARE_TIMEOUT_S = 30.0  # our own deadline must come before Serve's
 
 
@@ -66,9 +68,13 @@ class RayRuntime:
             proxy_location="EveryNode", http_options={"host": host, "port": port, "request_timeout_s": timeout_s}
         )
 
+    def check_route(self, *, name: str) -> None:
+        """Raises: ConfigError: another application answers where the application `name` would."""
+        check_route_is_free(_ROUTE, served_as=name)
+
     def run(self, application: Application, *, name: str) -> RunningApplication:
         """Deploy and return when every replica exists (its model may still be loading)."""
-        handle = serve.run(application, name=name, route_prefix="/")
+        handle = serve.run(application, name=name, route_prefix=_ROUTE)
         return RunningApplication(name, handle, Gateways(self._application))
 
     def stop(self, application: str, *, num_hosts: int = 0) -> None:
@@ -88,10 +94,9 @@ def _make_token() -> None:
 
     Ray would leave one in the user's home for good, and by it the next `ray start` there would ask everybody for it.
     """
-    settings = os.environ
-    has_one = settings.get("RAY_AUTH_TOKEN") or settings.get("RAY_AUTH_TOKEN_PATH")
-    if not has_one and settings.get("RAY_AUTH_MODE", "token").lower() == "token":
-        settings["RAY_AUTH_MODE"], settings["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+    has_one = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not has_one and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token":
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # the mode is left to Ray, which has read it already
 
 
 class RunningApplication:

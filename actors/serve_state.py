@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from cluster.errors import Unavailable
+from cluster.errors import ConfigError, Unavailable
 from cluster.scheduler.presence import ServedApplication
 
 CONTROLLER, CONTROLLER_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
@@ -33,10 +33,22 @@ def served_applications() -> Mapping[str, ServedApplication]:
         details: Any = ray.get(controller.get_serve_instance_details.remote(), timeout=_CALL_TIMEOUT_S)
     except RayError as error:
         raise Unavailable(f"Serve does not answer: {type(error).__name__}") from error
-    return {
-        name: ServedApplication(str(getattr(app["status"], "value", app["status"])), frozenset(app["deployments"]))
-        for name, app in details["applications"].items()
-    }
+    return {name: _served(application) for name, application in details["applications"].items()}
+
+
+def check_route_is_free(route_prefix: str, *, served_as: str) -> None:
+    """Serve would refuse it late, and in its own words.
+
+    Raises:
+        ConfigError: another of Serve's applications answers there; says what to do.
+        Unavailable: Serve does not answer.
+    """
+    for name, each in served_applications().items():
+        if each.route_prefix == route_prefix and name != served_as and not each.is_going:
+            raise ConfigError(
+                f"Serve's application {name!r} answers at {route_prefix} on this Ray; deploy a second one from a Serve "
+                f"config file with a route_prefix of its own, or delete {name!r} first"
+            )
 
 
 def controller_id() -> str:
@@ -50,3 +62,10 @@ def _controller() -> ActorHandle | None:
         return ray.get_actor(CONTROLLER, namespace=CONTROLLER_NAMESPACE)
     except ValueError:
         return None
+
+
+def _served(details: Mapping[str, Any]) -> ServedApplication:
+    status = details["status"]  # a string's enumeration, or its value
+    return ServedApplication(
+        str(getattr(status, "value", status)), frozenset(details["deployments"]), details["route_prefix"] or ""
+    )

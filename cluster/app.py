@@ -112,6 +112,7 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
             runtime.start_valkey()  # beside Serve's own start; `build` waits for it
         on_progress("starting Ray Serve")
         runtime.start_serve(host=frontend.host, port=frontend.port, request_timeout_s=frontend.request_timeout_s)
+        runtime.check_route(name=application.name)
         on_progress("deploying the application")
         running = runtime.run(build_as(config, served_as=application.name), name=application.name)
         if _wait_until_ready(running, config.attention.workers, on_progress, stop):

@@ -15,6 +15,7 @@ from cluster.frontend.api_keys import has_key, presented_keys, refusal
 from cluster.frontend.http_errors import error_response
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.request_id import choose_request_id
+from cluster.frontend.route_path import route_path
 from cluster.observability.logs import log_event
 from cluster.observability.metrics import FrontendMetrics
 
@@ -63,8 +64,8 @@ class RequestContext:
             self._record(scope, status, time.perf_counter() - started_s, request_id)
 
     def _record(self, scope: Scope, status: int, duration_s: float, request_id: str) -> None:
-        path = scope["path"] if scope["path"] in self._routes else "other"
-        route = getattr(scope.get("route"), "path", path)
+        path = route_path(scope)
+        route = getattr(scope.get("route"), "path", path if path in self._routes else "other")
         self._metrics.count_http(route=route, code=status)
         level = logging.DEBUG if route in _PROBES else logging.INFO
         log_event(
@@ -89,7 +90,7 @@ class ApiKey:
         self._guarded = tuple(guarded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _is_below(scope["path"], self._guarded):
+        if scope["type"] != "http" or not _is_below(route_path(scope), self._guarded):
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         # Starlette reads header bytes as Latin-1; keys are UTF-8.
@@ -155,7 +156,7 @@ class Admission:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in self._paths:
+        if scope["type"] != "http" or route_path(scope) not in self._paths:
             return await self._app(scope, receive, send)
         if self._requests.draining:
             self._metrics.count_rejection("draining")

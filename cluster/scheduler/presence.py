@@ -19,10 +19,11 @@ _GRACE_S = 60.0  # in which a deployment that is being built comes to Serve
 
 
 class ServedApplication(NamedTuple):
-    """One of Serve's applications: its status in Serve's words, and the names of its deployments."""
+    """One of Serve's applications: its status in Serve's words, the names of its deployments, where it answers."""
 
     status: str
     deployments: frozenset[str]
+    route_prefix: str = ""
 
     @property
     def is_coming(self) -> bool:

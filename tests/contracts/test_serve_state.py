@@ -25,7 +25,7 @@ def test_it_answers_with_the_status_and_the_deployments_of_each_application() ->
 
     assert list(inspect.signature(ServeController.get_serve_instance_details).parameters)[1:2] in ([], ["source"])
     assert "applications" in ServeInstanceDetails.model_fields
-    assert {"status", "deployments"} <= set(ApplicationDetails.model_fields)
+    assert {"status", "deployments", "route_prefix"} <= set(ApplicationDetails.model_fields)
     seen = {status.value: ServedApplication(status.value, frozenset()) for status in ApplicationStatus}
     assert [name for name, each in seen.items() if each.is_coming] == ["NOT_STARTED", "DEPLOYING"]
     assert [name for name, each in seen.items() if each.is_going] == ["DELETING"]

@@ -44,7 +44,7 @@ def test_a_named_cluster_is_joined_without_options_of_its_own_start(started: lis
 @pytest.mark.parametrize(
     ("set_before", "expected"),
     [
-        ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "new"}),
+        ({}, {"RAY_AUTH_TOKEN": "new"}),
         ({"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "new"}),
         ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "disabled"}),
         ({"RAY_AUTH_TOKEN": "mine"}, {"RAY_AUTH_TOKEN": "mine"}),

@@ -11,7 +11,7 @@ from scheduler_values import LAYERS, NUM_EXPERTS, host_report, worker_report
 
 from actors.placer import HostPlacer
 from cluster.config_sections import SchedulerConfig
-from cluster.errors import Unavailable
+from cluster.errors import Superseded, Unavailable
 from cluster.protocols import StateStore
 from cluster.scheduler.migration import MigrationPhase
 from cluster.scheduler.placement.state import first_placement
@@ -50,7 +50,10 @@ class _Runner:
     def status(self) -> _Status:
         return self.current
 
-    def close(self) -> None: ...
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def publish(self) -> None:
         """The migration under way has ended well."""
@@ -99,6 +102,24 @@ def _skewed() -> ExpertStatistics:
         statistics.values[-1, DECODE, row, :, COUNT] = 10_000.0
         statistics.values[-1, DECODE, row, list(owned[layer]), COUNT] = 1_000_000.0
     return statistics
+
+
+class _TakenStore(MemoryStore):
+    """Another scheduler's."""
+
+    def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
+        raise Superseded("another scheduler writes")
+
+
+def test_a_superseded_scheduler_tells_hosts_nothing_of_its_placement() -> None:
+    case = _Case(_TakenStore())
+    case.report(0.0, 0, 1)
+    case.turn(0.0)
+    assert case.runner is not None
+
+    with pytest.raises(Superseded):
+        case.runner.publish()  # the runner's thread stops here, before it tells hosts
+    assert case.runner.is_closed
 
 
 def test_a_skewed_load_is_levelled_once_and_shown() -> None:

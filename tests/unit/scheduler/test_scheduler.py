@@ -8,7 +8,7 @@ from scheduler_values import TOP_K, host_report, knowledge, worker_report
 
 from actors.scheduler import Scheduler
 from cluster.config_sections import SchedulerConfig
-from cluster.errors import Unavailable
+from cluster.errors import Superseded, Unavailable
 from cluster.protocols import StateStore, VersionedState
 from cluster.semantics.knowledge import Knowledge
 from cluster.stats.memory_store import MemoryStore
@@ -61,6 +61,55 @@ def _scheduler(clock: _Clock, learner: _Learner | None = None, store: StateStore
         placer=None,
         clock=clock,
     )
+
+
+class _FencedStore(_Store):
+    """Refuses states once another scheduler writes."""
+
+    is_taken = False
+    num_fences = 0
+
+    def take_fence(self, fingerprint: str) -> None:
+        if self.away:
+            raise ConnectionError("no route")
+        self.num_fences += 1
+
+    def put_state(self, fingerprint: str, name: str, blob: bytes, version: int) -> bool:
+        if self.is_taken:
+            raise Superseded("another scheduler writes")
+        return super().put_state(fingerprint, name, blob, version)
+
+
+def test_a_scheduler_that_was_superseded_decides_nothing_more_and_says_so() -> None:
+    clock, learner, store = _Clock(), _Learner(), _FencedStore()
+    scheduler = _scheduler(clock, learner, store)
+    scheduler.report_worker(worker_report())
+    scheduler.turn()
+    assert store.num_fences == 1
+    assert len(learner.asked) == 1
+
+    store.is_taken = True
+    scheduler.drain("node-z")
+    for _ in range(5):
+        clock.now_s += 1000
+        scheduler.report_worker(worker_report())
+        scheduler.turn()
+
+    assert len(learner.asked) == 1
+    assert store.num_fences == 1, "it does not take it back"
+    assert "another scheduler writes" in " ".join(scheduler.status().degraded)
+    assert scheduler.routing_view(0).workers, "requests are still routed"
+
+
+def test_a_store_that_is_away_at_the_start_is_fenced_when_it_is_back() -> None:
+    clock, store = _Clock(), _FencedStore()
+    scheduler = _scheduler(clock, store=store)
+    store.away = True
+    scheduler.turn()
+    store.away = False
+    scheduler.turn()
+    scheduler.turn()
+    assert store.num_fences == 1
 
 
 def test_knowledge_reaches_each_worker_and_router_once() -> None:
