@@ -39,10 +39,7 @@ class Gateways:
 
         Args:
             gateway: class of the actor; made with `spec`.
-        Raises:
-            ConfigError: another application's gateways listen on the same port; says what to set.
         """
-        self._check_port(spec.config.grpc)
         self._actors.keep_only(dict.fromkeys(self._actors.list_keys(), _digest(spec)))
         for node_id in proxy_nodes():
             self._start_on(node_id, gateway, spec)
@@ -89,7 +86,12 @@ class Gateways:
         """End them; call when the application is gone, or they start each other again."""
         self._actors.end()
 
-    def _check_port(self, grpc: GrpcConfig) -> None:
+    def check_port(self, grpc: GrpcConfig) -> None:
+        """Call before anything is started.
+
+        Raises:
+            ConfigError: another application's gateways listen on the same port; says what to set.
+        """
         calls: dict[ray.ObjectRef, ApplicationId] = {}
         for application, name in named_actors():
             if name.kind == Kind.GATEWAY and application != self._actors.application:

@@ -60,11 +60,13 @@ def build_as(config: MoesaicConfig, *, served_as: str | None) -> Application:
         check_redis(config.redis.url, connect=False)
     max_open = config.attention.max_running + config.attention.max_queue
     spec = specify(config, None)
+    gateways = Gateways(spec.application)
+    if config.grpc.enabled:
+        gateways.check_port(config.grpc)
     begin_deployment(spec, served_as)
     start_expert_hosts(spec)  # they take longest
     spec = replace(spec, redis_url=_store_url(config))
     start_scheduler(spec)
-    gateways = Gateways(spec.application)
     if config.grpc.enabled:
         gateways.start(GrpcGateway, spec)
     else:

@@ -190,7 +190,7 @@ def engine_parts(
         kv_blocks: usable blocks of KV; default: plenty.
         hosts: ready expert hosts (`expert_hosts`); the cache is then the worker's own.
     """
-    info = load_model_info(str(path), max_model_len=max_model_len)
+    info = load_model_info(str(path), max_model_len=max_model_len, dtype=dtype)
     if kv_blocks is not None:
         attention["kv_cache"] = str((kv_blocks + 1) * kv_block_bytes(info.config, dtype=dtype))
     overrides = {
@@ -225,7 +225,7 @@ def expert_hosts(
         peers: how they get experts from each other.
         experts: further fields of that section: tiers.
     """
-    info = load_model_info(str(path), max_model_len=max_model_len)
+    info = load_model_info(str(path), max_model_len=max_model_len, dtype=dtype)
     section = {"hosts": num, "host_cache": host_cache, "host_threads": 1, **(experts or {})}
     overrides = {"model": {"dtype": dtype}, "experts": section}
     hosts = [ExpertHost(load_config(None, overrides), info, i, peers=peers) for i in range(num + spares)]
