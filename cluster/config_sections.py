@@ -197,6 +197,9 @@ class FrontendConfig(Section):
     )
     request_timeout_s: float = Field(default=600.0, gt=0)
     drain_timeout_s: float = Field(default=30.0, ge=0)
+    max_logprobs: int = Field(
+        default=20, ge=0, description="most log-probabilities at one position; clients get these many for -1"
+    )
     keep_alive_s: float = Field(default=15.0, gt=0, description="an SSE comment after this long without a token")
 
 

@@ -63,7 +63,8 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. `num_logprobs` None gives no
     log-probabilities, n gives the chosen token's and those of the n likeliest tokens; `num_prompt_logprobs`
-    the same for the tokens of the prompt.
+    the same for the tokens of the prompt. With `logprob_token_ids` those are given, and the chosen one's, instead of
+    the likeliest ones'.
 
     presence_penalty and frequency_penalty count generated tokens, repetition_penalty also those of the prompt
     (vLLM's and transformers' rule: positive logits are divided by it, negative ones multiplied). `allowed_token_ids`
@@ -89,6 +90,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     num_prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
@@ -103,7 +105,8 @@ class GenerationRequest:
     """One sequence to continue: token ids in, so that any worker can take it (or take it over).
 
     embedding: what the prompt means, int8 (cluster/semantics), empty where nobody asks. emitted_ids: tokens that
-    earlier attempts gave; the next one follows them. avoid: ids of Serve replicas that lost it.
+    earlier attempts gave; the next one follows them. avoid: ids of Serve replicas that lost it. only_scores: the prompt
+    is what matters, and the one token that a worker gives is not shown.
     """
 
     request_id: RequestId
@@ -114,6 +117,7 @@ class GenerationRequest:
     emitted_ids: tuple[int, ...] = ()
     attempt: int = 0
     avoid: tuple[str, ...] = ()
+    only_scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)

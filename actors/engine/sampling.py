@@ -54,7 +54,7 @@ def sample(
     for row, token in zip(drawn, _draw_rows(logits_RV, drawn, params, noise, kernel), strict=True):
         tokens[row] = token
     logprobs = [
-        _logprob(raw_RV[row], token, p.num_logprobs) if p.num_logprobs is not None else None
+        _logprob(raw_RV[row], token, p.num_logprobs, p.logprob_token_ids) if p.num_logprobs is not None else None
         for row, (token, p) in enumerate(zip(tokens, params, strict=True))
     ]
     return tokens, logprobs
@@ -112,10 +112,13 @@ def _invert(probs: Tensor, u: float) -> int:
     return min(index, last)
 
 
-def _logprob(logits_V: Tensor, token: int, num_top: int) -> TokenLogprob:
+def _logprob(logits_V: Tensor, token: int, num_top: int, wanted: Seq[int]) -> TokenLogprob:
     logprobs_V = torch.log_softmax(logits_V, dim=-1)
     top: tuple[tuple[int, float], ...] = ()
-    if num_top:
+    if wanted:
+        ids = list(dict.fromkeys((token, *wanted)))
+        top = tuple(zip(ids, logprobs_V[ids].tolist(), strict=True))
+    elif num_top:
         values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.numel()))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token, float(logprobs_V[token]), top)

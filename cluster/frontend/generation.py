@@ -49,6 +49,7 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._info = info
         self._timeout_s = config.request_timeout_s
+        self._max_logprobs = config.max_logprobs
         self._metrics = metrics
         self._deadlines: dict[RequestId, _Deadline] = {}
         self.inputs = InputPool(
@@ -63,6 +64,8 @@ class GenerationService:
         messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
         kwargs: Mapping[str, object] | None = None,
         add_special_tokens: bool = False,
     ) -> tuple[int, ...]:
@@ -70,7 +73,11 @@ class GenerationService:
 
         def encode() -> tuple[int, ...]:
             text = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, kwargs=kwargs
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                kwargs=kwargs,
             )
             return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
@@ -123,11 +130,12 @@ class GenerationService:
         *,
         choice: int = 0,
         prompt_param: str = "prompt",
+        logprobs_param: str = "num_logprobs",
     ) -> GenerationRequest:
         """Check a prompt against the model and fill in what the client left open. Starts nothing.
 
         `request_id` must be unique among running sequences: the worker aborts by it. `prompt_param` is the name
-        that errors give the prompt.
+        that errors give the prompt, `logprobs_param` that of `num_logprobs`.
 
         Raises:
             InvalidRequest: empty prompt, a token id outside the vocabulary, or options that contradict each other.
@@ -143,12 +151,15 @@ class GenerationService:
             info=self._info,
             num_prompt=len(prompt_ids),
             prompt_param=prompt_param,
+            max_logprobs=self._max_logprobs,
+            logprobs_param=logprobs_param,
         )
         return GenerationRequest(
             request_id=request_id,
             prompt_ids=tuple(prompt_ids),
             sampling=sampling,
             choice=choice,
+            only_scores=options.max_tokens == 0,
             embedding=self._embed(prompt_ids),
         )
 
@@ -160,9 +171,11 @@ class GenerationService:
         *,
         first_choice: int = 0,
         prompt_param: str = "prompt",
+        logprobs_param: str = "num_logprobs",
     ) -> list[GenerationRequest]:
         """`prepare` for all `options.n` answers to one prompt; they differ in id and noise."""
-        prepare = partial(self.prepare, prompt_ids, options, RequestId(answer_id), prompt_param=prompt_param)
+        names = {"prompt_param": prompt_param, "logprobs_param": logprobs_param}
+        prepare = partial(self.prepare, prompt_ids, options, RequestId(answer_id), **names)
         num_ids = len(prompt_ids) + len(options.allowed_token_ids) + len(options.logit_bias)
         num_bytes = _BYTES_A_TOKEN * num_ids + sum(map(len, options.bad_words))
         first = await self.inputs.run(prepare, num_bytes=num_bytes)

@@ -20,15 +20,13 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from pydantic import Field, ValidationError
 
 from cluster.errors import InvalidRequest
+from cluster.frontend.chat_messages import ConversationFields, Message
 from cluster.frontend.grpc_errors import FieldViolation, InvalidFields
 from cluster.frontend.openai_sampling import SamplingFields
-from cluster.frontend.openai_schema import Message
 from cluster.frontend.openai_unsupported import echo
-from cluster.frontend.request_fields import StrictModel
 from cluster.frontend.sequence import LogprobEntry, SamplingOptions, TextChunk, TokenText, Usage
 from cluster.rpc import generation_pb2 as pb
 
-_MAX_LOGPROBS = 20
 _MAX_UNKNOWN = 16
 # Fields whose name in the shared schemas differs from the one in the messages.
 _SAMPLING_NAMES = {"num_prompt_logprobs": "prompt_logprobs"}
@@ -43,6 +41,7 @@ class ChatPrompt:
 
     messages: tuple[Mapping[str, object], ...]
     add_generation_prompt: bool
+    continue_final_message: bool
     template_kwargs: Mapping[str, object]
 
 
@@ -59,13 +58,11 @@ class ParsedGeneration:
 
 
 class _Sampling(SamplingFields):
-    num_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
+    num_logprobs: int | None = Field(None, ge=0)
 
 
-class _Chat(StrictModel):
+class _Chat(ConversationFields):
     messages: list[Message] = Field(min_length=1)
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
 def parse_generation(request: Generation) -> ParsedGeneration:
@@ -189,8 +186,9 @@ def _chat_prompt(chat: pb.Chat) -> ChatPrompt:
     checked = _Chat.model_validate(fields)
     return ChatPrompt(
         messages=tuple(message.for_template() for message in checked.messages),
-        add_generation_prompt=checked.add_generation_prompt,
-        template_kwargs=checked.chat_template_kwargs,
+        add_generation_prompt=checked.opens_answer,
+        continue_final_message=bool(checked.continue_final_message),
+        template_kwargs=checked.chat_template_kwargs or {},
     )
 
 

@@ -91,7 +91,10 @@ class GenerationServicer(GenerationServiceServicer):
         prompt = parsed.prompt
         if isinstance(prompt, ChatPrompt):
             prompt_ids = await self._service.encode_chat(
-                prompt.messages, add_generation_prompt=prompt.add_generation_prompt, kwargs=prompt.template_kwargs
+                prompt.messages,
+                add_generation_prompt=prompt.add_generation_prompt,
+                continue_final_message=prompt.continue_final_message,
+                kwargs=prompt.template_kwargs,
             )
         else:
             prompt_ids = await self._service.encode_text(prompt) if isinstance(prompt, str) else prompt

@@ -24,6 +24,7 @@ from cluster.frontend.sequence import TextChunk, Usage
 from cluster.types import FinishReason
 
 DONE_EVENT = b"data: [DONE]\n\n"
+_NO_TOKEN_IDS = b',"token_ids":[]'
 KEEP_ALIVE_EVENT = b": keep-alive\n\n"
 
 
@@ -95,20 +96,22 @@ class AnswerFormat(Protocol):
 
 
 class ChatAnswer:
-    """Shape of /v1/chat/completions."""
+    """Shape of /v1/chat/completions. `echo` is what every answer begins with."""
 
-    def __init__(self, facts: AnswerFacts) -> None:
+    def __init__(self, facts: AnswerFacts, *, echo: str = "") -> None:
         self.facts = facts
+        self._echo = echo
         self._envelope = _Envelope(facts, "chat.completion.chunk")
         self._usage = _RunningUsage(facts)
         self._logprobs = LogprobFormat(names_ids=facts.names_token_ids)
 
     def opening_event(self, index: int, chunk: TextChunk) -> bytes:
-        delta = b'{"role":"assistant","content":"","refusal":null}'
-        extra = b""
+        delta = b'{"role":"assistant","content":%s,"refusal":null}' % orjson.dumps(self._echo)
+        extra = ids = b""
         if self.facts.gives_token_ids:
             extra = b',"prompt_token_ids":' + orjson.dumps(list(self.facts.prompt_of(index)))
-        choice = b'{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null}' % (index, delta)
+            ids = _NO_TOKEN_IDS
+        choice = b'{"index":%d,"delta":%s,"logprobs":null,"finish_reason":null%s}' % (index, delta, ids)
         return self._envelope.event(choice, extra, self._usage.of(index))
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
@@ -121,10 +124,10 @@ class ChatAnswer:
             choice = b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s}' % fields
             events = self._envelope.event(choice, usage=usage)
         if chunk.finish_reason is not None:
-            fields = (index, chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
-            events += self._envelope.event(
-                b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s","stop_reason":%s}' % fields, usage=usage
-            )
+            no_ids = _NO_TOKEN_IDS if ids else b""
+            fields = (index, chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason), no_ids)
+            choice = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s","stop_reason":%s%s}' % fields
+            events += self._envelope.event(choice, usage=usage)
         return events
 
     def usage_event(self, usage: Usage) -> bytes:
@@ -134,19 +137,17 @@ class ChatAnswer:
         answers: list[dict[str, object]] = []
         for index, chunks in enumerate(choices):
             nothing: list[object] = []
-            message = {"role": "assistant", "content": _text(chunks), "refusal": None, "annotations": nothing}
+            text = self._echo + _text(chunks)
+            message = {"role": "assistant", "content": text, "refusal": None, "annotations": nothing}
             entries = entries_of(chunks)
             logprobs = None if entries is None else self._logprobs.chat(entries)
             choice: dict[str, object] = {"index": index, "message": message, "logprobs": logprobs, **_end(chunks)}
-            if self.facts.gives_token_ids:
-                choice["token_ids"] = _token_ids(chunks)
+            choice["token_ids"] = _token_ids(chunks) if self.facts.gives_token_ids else None
             answers.append(choice)
         body = {**self.facts.head("chat.completion"), "choices": answers, "usage": _usage_json(usage)}
         scored = prompt_entries_of(choices[0])
-        if scored is not None:
-            body["prompt_logprobs"] = prompt_logprobs_json(scored)
-        if self.facts.gives_token_ids:
-            body["prompt_token_ids"] = list(self.facts.prompt_of(0))
+        body["prompt_logprobs"] = None if scored is None else prompt_logprobs_json(scored)
+        body["prompt_token_ids"] = list(self.facts.prompt_of(0)) if self.facts.gives_token_ids else None
         return orjson.dumps(body)
 
 
@@ -165,7 +166,7 @@ class CompletionAnswer:
         echo = self._echo(index)
         extra = b""
         if self.facts.gives_token_ids:
-            extra = b',"prompt_token_ids":' + orjson.dumps(list(self.facts.prompt_of(index)))
+            extra = _NO_TOKEN_IDS + b',"prompt_token_ids":' + orjson.dumps(list(self.facts.prompt_of(index)))
         if echo is None:
             return self._event(index, b'""', b"null", b"null", extra) if extra else b""
         logprobs = b"null"
@@ -200,11 +201,10 @@ class CompletionAnswer:
         logprobs = None if entries is None else self._logprobs.completion(entries, echo=echo, prompt=scored)
         text = _text(chunks) if echo is None else echo.text + _text(chunks)
         choice: dict[str, object] = {"index": index, "text": text, "logprobs": logprobs, **_end(chunks)}
-        if self._gives_prompt_logprobs and scored is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_json(scored)
-        if self.facts.gives_token_ids:
-            choice["token_ids"] = _token_ids(chunks)
-            choice["prompt_token_ids"] = list(self.facts.prompt_of(index))
+        told = scored if self._gives_prompt_logprobs else None
+        choice["prompt_logprobs"] = None if told is None else prompt_logprobs_json(told)
+        choice["token_ids"] = _token_ids(chunks) if self.facts.gives_token_ids else None
+        choice["prompt_token_ids"] = list(self.facts.prompt_of(index)) if self.facts.gives_token_ids else None
         return choice
 
     def _echo(self, index: int) -> Echo | None:

@@ -57,13 +57,17 @@ class OpenAIRoutes:
         check_model(body.model, self._info)
         prompt_ids = await self._service.encode_chat(
             [message.for_template() for message in body.messages],
-            add_generation_prompt=body.add_generation_prompt,
+            add_generation_prompt=body.opens_answer,
+            continue_final_message=bool(body.continue_final_message),
+            tools=body.tools,
             kwargs=body.chat_template_kwargs,
             add_special_tokens=body.add_special_tokens,
         )
         answer_id = _new_answer_id(request, "chatcmpl")
-        sequences = await self._service.prepare_choices(prompt_ids, body.options(), answer_id, prompt_param="messages")
-        shape = ChatAnswer(self._facts(answer_id, body, sequences))
+        sequences = await self._service.prepare_choices(
+            prompt_ids, body.options(), answer_id, prompt_param="messages", logprobs_param="top_logprobs"
+        )
+        shape = ChatAnswer(self._facts(answer_id, body, sequences), echo=body.echoed)
         return await self._respond(request, _Answer(_names(request, answer_id, body), sequences, shape), body)
 
     async def complete(self, request: Request) -> Response:
@@ -80,7 +84,9 @@ class OpenAIRoutes:
                 if isinstance(prompt, str)
                 else prompt
             )
-            choices = await self._service.prepare_choices(prompt_ids, options, answer_id, first_choice=len(sequences))
+            choices = await self._service.prepare_choices(
+                prompt_ids, options, answer_id, first_choice=len(sequences), logprobs_param="logprobs"
+            )
             sequences += choices
             if body.echo:
                 kept = choices[0].prompt_ids  # fewer than the prompt has when it is truncated

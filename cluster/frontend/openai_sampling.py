@@ -16,7 +16,6 @@ from cluster.frontend.request_id import MAX_ID_CHARS
 from cluster.frontend.sequence import SamplingOptions
 
 MAX_CHOICES = 128
-_MAX_LOGPROBS = 20
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
 _MAX_BAD_WORDS = 256
@@ -82,7 +81,7 @@ class SamplingFields(KnownFields):
 
     model: str | None = None
     request_id: str | None = Field(None, max_length=MAX_ID_CHARS)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
@@ -104,7 +103,8 @@ class SamplingFields(KnownFields):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
-    prompt_logprobs: int | None = Field(None, ge=0, le=_MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=-1)
+    logprob_token_ids: list[int] | None = Field(None, max_length=_MAX_BIASED_TOKENS)
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
@@ -155,6 +155,7 @@ class SamplingFields(KnownFields):
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=tuple(self.bad_words or ()),
             num_prompt_logprobs=num_prompt_logprobs,
+            logprob_token_ids=tuple(self.logprob_token_ids or ()),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
             truncate_prompt_tokens=self.truncate_prompt_tokens,

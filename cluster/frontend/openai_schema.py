@@ -5,31 +5,18 @@ Knows JSON fields; knows no model, no tokens and no HTTP. Every refusal is an `I
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Self, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.errors import InvalidRequest
-from cluster.frontend.openai_sampling import MAX_CHOICES, KnownFields, SamplingFields
+from cluster.frontend.chat_messages import ConversationFields, Message
+from cluster.frontend.openai_sampling import MAX_CHOICES, SamplingFields
 from cluster.frontend.request_fields import ClientModel, StrictModel
 from cluster.frontend.sequence import SamplingOptions
 
 _MAX_PROMPTS = 128
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
-
-
-def _joined_text(content: object) -> object:
-    """A list of text parts as one string; templates of text models know strings only."""
-    if not isinstance(content, list):
-        return content
-    texts: list[str] = []
-    for part in cast("list[object]", content):
-        fields: dict[str, object] = cast("dict[str, object]", part) if isinstance(part, dict) else {}
-        text = fields.get("text")
-        if fields.get("type") != "text" or not isinstance(text, str):
-            raise ValueError("content parts must be of type 'text' with a string 'text'; this model reads text only")
-        texts.append(text)
-    return "\n".join(texts)
 
 
 def _prompt_list(prompt: object) -> object:
@@ -52,55 +39,27 @@ def _are_token_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(entry) is int for entry in cast("list[object]", value))
 
 
-class Message(ClientModel):
-    """One chat message. What the openai client adds to an answer it sends back is accepted and not used."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_joined_text)] = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("a message needs content")
-        return self
-
-    def for_template(self) -> dict[str, object]:
-        """The fields that chat templates know. `developer` is the newer word for `system`."""
-        fields = {
-            "name": self.name,
-            "reasoning_content": self.reasoning_content,
-            "tool_calls": self.tool_calls,
-            "tool_call_id": self.tool_call_id,
-        }
-        present: dict[str, object] = {name: value for name, value in fields.items() if value}
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content or "", **present}
-
-
-class ChatRequest(SamplingFields):
-    """Body of /v1/chat/completions."""
+class ChatRequest(SamplingFields, ConversationFields):
+    """Body of /v1/chat/completions. `echo` begins the answer with the text of the message that it continues."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    add_generation_prompt: bool = True
+    top_logprobs: int | None = Field(None, ge=-1)
+    echo: bool | None = None
     add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _has_logprobs_for_top(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
         return self
+
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with."""
+        last = self.messages[-1]
+        return (last.content or "") if self.echo and last.role == "assistant" else ""
 
     def options(self) -> SamplingOptions:
         """How to sample; without a limit the answer may fill the context."""
@@ -116,7 +75,7 @@ class CompletionRequest(SamplingFields):
     """Body of /v1/completions; each prompt becomes `n` choices."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt_list)]
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(None, ge=-1)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     add_special_tokens: bool = True
@@ -136,18 +95,22 @@ class CompletionRequest(SamplingFields):
         """How to sample; without a limit OpenAI's default of 16 tokens holds."""
         limit = _COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         scored = self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
-        return self.sampling(max_tokens=limit, num_logprobs=self.logprobs, num_prompt_logprobs=scored)
+        if self.echo and limit == 0 and scored is None:
+            scored = 0  # an answer of nothing but its prompt needs a reason to be asked for
+        return self.sampling(
+            max_tokens=limit,
+            num_logprobs=self.logprobs,
+            num_prompt_logprobs=scored,
+        )
 
 
-class TokenizeRequest(KnownFields):
+class TokenizeRequest(ConversationFields):
     """Body of /tokenize: a prompt, or the messages of a chat."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

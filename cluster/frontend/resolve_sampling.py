@@ -30,10 +30,18 @@ _BOUNDS = {
 
 
 def resolve_sampling(
-    options: SamplingOptions, *, tokenizer: Tokenizer, info: ModelInfo, num_prompt: int, prompt_param: str
+    options: SamplingOptions,
+    *,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    num_prompt: int,
+    prompt_param: str,
+    max_logprobs: int,
+    logprobs_param: str = "num_logprobs",
 ) -> SamplingParams:
     """Parameters of one sequence, with what the client left open filled in.
 
+    Args: max_logprobs: the most that are given at one position. logprobs_param: what errors call `num_logprobs`.
     Raises:
         InvalidRequest: a value out of bounds, a token id outside the vocabulary, or fields that contradict each other.
         ContextTooLong: the prompt, or the prompt plus max_tokens, exceeds the context; gives both numbers.
@@ -43,8 +51,14 @@ def resolve_sampling(
     check_token_ids(options.stop_token_ids, limit, "stop_token_ids")
     check_token_ids(options.allowed_token_ids, limit, "allowed_token_ids")
     check_token_ids([token_id for token_id, _ in options.logit_bias], limit, "logit_bias")
+    check_token_ids(options.logprob_token_ids, limit, "logprob_token_ids")
+    if options.logprob_token_ids and options.num_logprobs is None:
+        raise InvalidRequest("logprob_token_ids is only allowed with logprobs", param="logprob_token_ids")
+    bound = min(max_logprobs, limit)
+    num_logprobs = _num_logprobs(options.num_logprobs, bound, max_logprobs, logprobs_param)
+    num_prompt_logprobs = _num_logprobs(options.num_prompt_logprobs, bound, max_logprobs, "prompt_logprobs")
     chosen = _chosen(options, info.sampling)
-    max_tokens = _max_tokens(info, num_prompt, options.max_tokens, prompt_param)
+    max_tokens = _max_tokens(info, num_prompt, options, prompt_param)
     if options.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens ({options.min_tokens}) exceeds the tokens that can be generated ({max_tokens})",
@@ -65,11 +79,12 @@ def resolve_sampling(
         stop=options.stop,
         stop_token_ids=options.stop_token_ids,
         ignore_eos=options.ignore_eos,
-        num_logprobs=options.num_logprobs,
+        num_logprobs=num_logprobs,
         logit_bias=options.logit_bias,
         allowed_token_ids=allowed,
         bad_words=bad_words,
-        num_prompt_logprobs=options.num_prompt_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        logprob_token_ids=options.logprob_token_ids,
         include_stop_str_in_output=options.include_stop_str_in_output,
         skip_special_tokens=options.skip_special_tokens,
         **chosen,
@@ -151,8 +166,19 @@ def _bad_words(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, .
     return tuple(sequences)
 
 
-def _max_tokens(info: ModelInfo, num_prompt: int, max_tokens: int | None, prompt_param: str) -> int:
-    context = info.max_model_len
+def _num_logprobs(asked: int | None, bound: int, max_logprobs: int, param: str) -> int | None:
+    """How many are given: all that may be for -1."""
+    if asked == -1:
+        return bound
+    if asked is not None and not 0 <= asked <= max_logprobs:
+        bounds = f"from 0 to {max_logprobs} (frontend.max_logprobs), or -1 for as many as there are"
+        raise InvalidRequest(f"{param} must be {bounds}, got {asked}", param=param)
+    return asked
+
+
+def _max_tokens(info: ModelInfo, num_prompt: int, options: SamplingOptions, prompt_param: str) -> int:
+    """The limit of the answer, at least one token: where none is shown, a worker gives one all the same."""
+    context, max_tokens = info.max_model_len, options.max_tokens
     too_long = f"this model's maximum context length is {context} tokens, but "
     if num_prompt >= context:
         raise ContextTooLong(
@@ -162,8 +188,14 @@ def _max_tokens(info: ModelInfo, num_prompt: int, max_tokens: int | None, prompt
         )
     if max_tokens is None:
         return min(context - num_prompt, info.sampling.max_tokens or context)
+    if max_tokens == 0 and (options.min_tokens or options.logprob_token_ids):
+        param = "min_tokens" if options.min_tokens else "logprob_token_ids"
+        raise InvalidRequest(f"{param} concerns tokens that max_tokens 0 does not generate", param=param)
+    if max_tokens == 0 and options.num_prompt_logprobs is not None:
+        return 1
     if max_tokens < 1:
-        raise InvalidRequest(f"max_tokens must be at least 1, got {max_tokens}", param="max_tokens")
+        message = f"max_tokens must be at least 1, got {max_tokens}; 0 only scores a prompt (echo or prompt_logprobs)"
+        raise InvalidRequest(message, param="max_tokens")
     if num_prompt + max_tokens > context:
         raise ContextTooLong(
             f"{too_long}{num_prompt + max_tokens} were requested ({num_prompt} in the prompt, {max_tokens} in the "

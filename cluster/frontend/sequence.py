@@ -25,8 +25,8 @@ class SamplingOptions:
 
     None is the model author's choice where there is one; else `max_tokens` None is the rest of the context, `seed` None
     a random one, and the others have the defaults of `SamplingParams`. `n` answers are given to each prompt.
-    `bad_words` are text. `truncate_prompt_tokens` keeps that many last tokens of the prompt; -1 what the context has
-    room for.
+    `bad_words` are text. -1 for log-probabilities is as many as the server gives. `max_tokens` 0 needs those of the
+    prompt. `truncate_prompt_tokens` keeps that many last tokens of the prompt; -1 what the context has room for.
     """
 
     max_tokens: int | None = None
@@ -48,6 +48,7 @@ class SamplingOptions:
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
     num_prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
@@ -111,6 +112,7 @@ class RunningSequence:
     ) -> None:
         sampling = request.sampling
         self._num_prompt = len(request.prompt_ids)
+        self._only_scores = request.only_scores
         self._stop_token_ids = frozenset(sampling.stop_token_ids)
         self._end_ids = self._stop_token_ids.union(eos_token_ids)
         self._shows_stop = sampling.include_stop_str_in_output
@@ -137,6 +139,8 @@ class RunningSequence:
         """Text of the worker's next tokens; the result has a finish reason if the sequence ends here."""
         self._observe_wait(len(chunk.token_ids))
         self._num_cached = max(self._num_cached, chunk.num_cached_tokens)
+        if self._only_scores:
+            return self._scores(chunk)
         visible = chunk.token_ids
         ended_by: str | int | None = None
         if chunk.finish_reason is FinishReason.STOP and visible and visible[-1] in self._end_ids:
@@ -164,6 +168,18 @@ class RunningSequence:
             finish_reason=reason,
             usage=None if reason is None else self._usage(),
             stop_reason=ended_by if matched is None else matched,
+            prompt_logprobs=None if scored is None else tuple(map(self._entry, scored)),
+        )
+
+    def _scores(self, chunk: TokenChunk) -> TextChunk:
+        """What is told of a prompt that is only scored: everything but the token behind it."""
+        scored = chunk.prompt_logprobs
+        return TextChunk(
+            text=self._detokenizer.finish().text,
+            token_ids=(),
+            logprobs=None if chunk.logprobs is None else (),
+            finish_reason=None if chunk.finish_reason is None else FinishReason.LENGTH,
+            usage=None if chunk.finish_reason is None else self._usage(),
             prompt_logprobs=None if scored is None else tuple(map(self._entry, scored)),
         )
 

@@ -26,7 +26,9 @@ class TokenizeRoutes:
         if body.messages is not None:
             tokens = await self._service.encode_chat(
                 [message.for_template() for message in body.messages],
-                add_generation_prompt=body.add_generation_prompt,
+                add_generation_prompt=body.opens_answer,
+                continue_final_message=bool(body.continue_final_message),
+                tools=body.tools,
                 kwargs=body.chat_template_kwargs,
                 add_special_tokens=bool(body.add_special_tokens),
             )

@@ -100,6 +100,8 @@ class Tokenizer:
         messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, object]] | None = None,
         kwargs: Mapping[str, object] | None = None,
     ) -> str:
         """The prompt text for chat messages; encode it with `add_special_tokens=False`.
@@ -111,7 +113,13 @@ class Tokenizer:
             raise InvalidRequest(
                 f"the model in {self._origin} has no chat template; use /v1/completions", param="messages"
             )
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, kwargs=kwargs)
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            kwargs=kwargs,
+        )
 
     def token_piece(self, token_id: int) -> str:
         """What the vocabulary writes for a token, with its stand-ins for spaces and bytes; empty for unknown ids."""

@@ -146,7 +146,6 @@ def test_a_strict_server_refuses_unknown_parameters_as_openai(refused, path, bod
         ("response_format", {"type": "json_object"}),
         ("best_of", 2),
         ("use_beam_search", True),
-        ("continue_final_message", True),
         ("detokenize", False),
         ("guided_json", {"type": "object"}),
         ("guided_regex", "a+"),
@@ -192,7 +191,8 @@ def test_missing_parameters(refused, missing):
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "robot", "content": "hi"},
+        {"role": "", "content": "hi"},
+        {"role": "x" * 65, "content": "hi"},
         {"role": "user"},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         {"role": "user", "content": 5},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from fakes import MEMORY
+from fakes import MEMORY, FakeAttentionWorker
 from google.protobuf import json_format
 from google.rpc import error_details_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
@@ -49,6 +49,7 @@ SAMPLING = {
     "allowed_token_ids": ([1, 2], (1, 2)),
     "bad_words": (["no"], ("no",)),
     "num_prompt_logprobs": (4, 4),
+    "logprob_token_ids": ([7, 8], (7, 8)),
     "include_stop_str_in_output": (True, True),
     "skip_special_tokens": (False, False),
     "truncate_prompt_tokens": (-1, -1),
@@ -102,7 +103,8 @@ def test_prompts_in_three_forms():
     assert parse_generation(request(pb.Prompt(text="hello"))).prompt == "hello"
     assert parse_generation(request(pb.Prompt(text=""))).prompt == ""
     assert parse_generation(request(pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2])))).prompt == (1, 2)
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
+    parsed = call | {"function": {"name": "f", "arguments": {"x": [1]}}}
     messages = [
         {"role": "developer", "content": "be brief"},
         {"role": "user", "content": "hi", "name": "Ann"},
@@ -113,22 +115,26 @@ def test_prompts_in_three_forms():
         messages=(
             {"role": "system", "content": "be brief"},
             {"role": "user", "content": "hi", "name": "Ann"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "assistant", "content": "", "tool_calls": [parsed]},
         ),
         add_generation_prompt=False,
+        continue_final_message=False,
         template_kwargs={"deep": True},
     )
+    going_on = parse_generation(request(chat(*messages[:2], continue_final_message=True))).prompt
+    assert isinstance(going_on, ChatPrompt)
+    assert (going_on.continue_final_message, going_on.add_generation_prompt) == (True, False)
 
 
 def test_all_wrong_fields_are_named_by_their_path():
-    prompt = chat({"role": "user", "content": "x"}, {"role": "pirate", "content": "arr"})
+    prompt = chat({"role": "user", "content": "x"}, {"role": "p" * 65, "content": "arr"})
     with pytest.raises(InvalidFields) as raised:
-        parse_generation(request(prompt, temperature=3.0, num_logprobs=21, num_prompt_logprobs=50))
+        parse_generation(request(prompt, temperature=3.0, min_p=21, top_k=-50))
     assert {violation.field for violation in raised.value.violations} == {
         "prompt.chat.messages[1].role",
         "sampling.temperature",
-        "sampling.num_logprobs",
-        "sampling.num_prompt_logprobs",
+        "sampling.min_p",
+        "sampling.top_k",
     }
     for violation in raised.value.violations:
         assert violation.description
@@ -143,11 +149,14 @@ def test_all_wrong_fields_are_named_by_their_path():
         (request(stop=["x"] * 17), "sampling.stop"),
         (request(truncate_prompt_tokens=0), "sampling.truncate_prompt_tokens"),
         (request(max_tokens=0), "sampling.max_tokens"),
+        (request(num_logprobs=21), "sampling.num_logprobs"),
+        (request(num_prompt_logprobs=50), "sampling.num_prompt_logprobs"),
+        (request(logprob_token_ids=[5]), "sampling.logprob_token_ids"),
     ],
 )
-def test_wrong_requests(bad, path):
+def test_wrong_requests(bad, path, make_service):
     with pytest.raises(InvalidRequest) as raised:
-        parse_generation(bad)
+        make_service(FakeAttentionWorker()).prepare((5,), parse_generation(bad).options, "r")
     violation = details_of(status_of(raised.value, field_of=field_path))[BadRequest].field_violations[0]
     assert violation.field == path
 
