@@ -22,6 +22,7 @@ from actors.engine.build import EngineParts, HostAccess, build_engine
 from actors.engine.cache_change import change_cache
 from actors.engine.engine import StepOutput
 from actors.engine.failed_steps import FailedSteps
+from actors.engine.isolation import failure_of, lost_to
 from actors.engine.progress import Progress, ProgressMeter
 from actors.experts.host_links import Locate
 from actors.experts.memory.remote import Shelves
@@ -171,11 +172,16 @@ class AttentionWorker:
         self._streams[request.request_id] = stream
         self._commands.put(lambda parts: self._add(parts, stream))
         try:
-            while stream.finish_reason is None:
+            while True:
                 await stream.ready.wait()
-                if stream.error is not None:
+                # By the chunk that was taken, not by the stream: more may come, the end too, while the reader has it.
+                chunk = stream.take()
+                if chunk.token_ids or stream.error is None:
+                    yield chunk
+                if chunk.finish_reason is not None:
+                    return
+                if stream.error is not None and not stream.token_ids:
                     raise stream.error
-                yield stream.take()
         finally:
             if self._streams.pop(request.request_id, None) is not None and stream.finish_reason is None:
                 self._commands.put(lambda parts: parts.engine.abort(request.request_id))
@@ -264,22 +270,25 @@ class AttentionWorker:
                 continue
             if command is None:
                 return False
-            command(parts)
+            try:
+                command(parts)
+            except Exception as error:  # noqa: BLE001 - the engine's thread is everybody's: it must not end by one command
+                log_event(_LOG, logging.ERROR, "a command to the engine failed", error=error)
 
     def _add(self, parts: EngineParts, stream: _Stream) -> None:
         try:
             parts.engine.add(stream.request)
-        except MoesaicError as error:
-            self._call(stream, self._fail, [stream], error)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one request is that request's alone
+            self._call(stream, self._fail, [stream], failure_of(error, "taking the request in"))
 
     def _step(self, parts: EngineParts) -> None:
         try:
             outputs = parts.engine.step()
-        except Exception as error:  # noqa: BLE001 - top loop: the step's sequences fail, the worker goes on
+        except Exception as error:  # noqa: BLE001 - top loop: nobody's fault in particular, so all may try again
             log_event(_LOG, logging.ERROR, "step failed", error=error)
             self.failed_steps.note(0, [error])
             stopped = parts.engine.abort_all()
-            reason = error if isinstance(error, MoesaicError) else MoesaicError(f"the step failed: {error}")
+            reason = lost_to(error)
             streams = [self._streams[i] for i in stopped if i in self._streams]
             if streams:
                 self._call(streams[0], self._fail, streams, reason)

@@ -63,6 +63,9 @@ class KnowledgeLearner:
         if not len(clusters.centroids):
             return None
         knowledge = make_knowledge(statistics, clusters, version=version, top_k=top_k)
+        if not knowledge.is_finite:
+            log_event(_LOG, logging.ERROR, "knowledge that is not finite was left out", version=version)
+            return None
         if self._last is not None and not _is_news(knowledge, self._last):
             return None
         self._last = knowledge

@@ -18,6 +18,7 @@ import numpy as np
 from actors.experts.learned_state import (
     Groups,
     Learned,
+    check_finite,
     check_learned,
     load_learned,
     num_learned,
@@ -66,12 +67,13 @@ class LearnedParts:
         self._ask = ask
 
     def snapshot(self) -> Groups:
-        """What `LearnedStates.snapshot` says.
+        """What `LearnedStates.snapshot` says; a group that is not finite is neither kept nor told to anybody.
 
         Raises:
             TimeoutError: the thread did not answer.
         """
-        return self._ask(lambda: {name: part.to_arrays() for name, part in self._parts.items()}, _ANSWER_TIMEOUT_S)
+        groups = self._ask(lambda: {name: part.to_arrays() for name, part in self._parts.items()}, _ANSWER_TIMEOUT_S)
+        return {name: arrays for name, arrays in groups.items() if _is_finite(name, arrays)}
 
     def load(self, groups: Groups) -> None:
         """What `LearnedStates.load` says, and TimeoutError."""
@@ -80,6 +82,7 @@ class LearnedParts:
         def take_in() -> Answer:
             try:
                 for name in groups.keys() & self._parts.keys():
+                    check_finite(groups[name], f"learned state of {name}")
                     self._parts[name].load_arrays(groups[name])
             except ConfigError as error:  # not on that thread, which has to go on
                 errors.append(error)
@@ -88,6 +91,15 @@ class LearnedParts:
         self._ask(take_in, _ANSWER_TIMEOUT_S)
         if errors:
             raise errors[0]
+
+
+def _is_finite(name: str, arrays: Mapping[str, np.ndarray]) -> bool:
+    try:
+        check_finite(arrays, f"learned state of {name}")
+    except ConfigError as error:
+        log_event(_LOG, logging.WARNING, "learned state was left out", reason=error.message)
+        return False
+    return True
 
 
 class LearnedStateLoop:

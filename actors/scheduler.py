@@ -21,6 +21,7 @@ from actors.host_scaler import HostScaler
 from actors.scheduler_parts import Learner, Placer
 from cluster.config_sections import SchedulerConfig
 from cluster.errors import Superseded, Unavailable
+from cluster.finite import with_finite_numbers
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
 from cluster.scheduler.diagnose import Diagnosis, diagnose
@@ -83,6 +84,7 @@ class Scheduler:
 
     def report_worker(self, report: WorkerReport) -> WorkerDirectives:
         """Take a worker's report; what is news to it."""
+        report = _sound(report, report.worker_id)
         with self._lock:
             self._roster.note_worker(report, self._clock())
             self._seen_version = max(self._seen_version, report.knowledge_version)
@@ -99,6 +101,7 @@ class Scheduler:
 
     def report_host(self, report: HostReport) -> None:
         """Take a host's report."""
+        report = _sound(report, report.host_id)
         with self._lock:
             self._roster.note_host(report, self._clock())
 
@@ -280,6 +283,14 @@ class Scheduler:
         return (
             found if self._superseded is None else (*found, f"placement and learning stand still: {self._superseded}")
         )
+
+
+def _sound(report: Value, owner: str) -> Value:
+    """The report, with what is no number as not measured."""
+    sound = with_finite_numbers(report)
+    if sound is not report:
+        log_event(_LOG, logging.WARNING, "a report had numbers that are not finite: taken as not measured", owner=owner)
+    return sound
 
 
 def _if(value: Value | None, condition: Callable[[Value], bool]) -> Value | None:

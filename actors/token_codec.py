@@ -15,7 +15,7 @@ import msgpack
 
 from actors.engine.progress import Progress
 from cluster import errors
-from cluster.errors import ExpertReadError, MoesaicError, Overloaded, Unavailable
+from cluster.errors import ExpertReadError, InvalidOutput, MoesaicError, Overloaded, Unavailable
 from cluster.types import FinishReason, RequestId, TokenChunk, TokenLogprob
 
 Item = TokenChunk | MoesaicError
@@ -72,7 +72,7 @@ def _plain(request_id: RequestId, item: Item) -> tuple[object, ...]:
     # The nearest class that both sides know: one of a module that the front end does not have is its parent there.
     kind = next(cls.__name__ for cls in type(item).__mro__ if cls.__name__ in _ERRORS)
     retry_after_s = vars(item).get("retry_after_s")  # if not what its class says
-    expert = item.expert if isinstance(item, ExpertReadError) else None
+    expert = item.expert if isinstance(item, ExpertReadError | InvalidOutput) else None
     return request_id, kind, item.message[:_MAX_TEXT], item.param, item.code, retry_after_s, expert
 
 
@@ -115,7 +115,7 @@ def _error(fields: tuple[Any, ...]) -> MoesaicError:
     )
     if isinstance(error, Overloaded | Unavailable) and retry_after_s is not None:
         error.retry_after_s = _duration(retry_after_s)
-    if isinstance(error, ExpertReadError) and expert is not None:
+    if isinstance(error, ExpertReadError | InvalidOutput) and expert is not None:
         layer, index = _fields(expert, 2, "expert")
         error.expert = _id(layer), _id(index)
     return error

@@ -129,6 +129,7 @@ def memory_status(
         calibration=calibration(counters),
         read_mode=store.read_mode,
         kernel=backend.compute.plan.label,
+        view_bytes=store.view_bytes,
     )
 
 

@@ -13,6 +13,7 @@ MoesaicError
  |   `- WorkerLost        its worker died or makes no progress     503  retry
  |- DeadlineExceeded      no answer within the request's time        504
  |- Superseded            another scheduler has taken over           500
+ |- InvalidOutput         the model gave numbers that are not finite 422
  |- ExpertReadError       an expert could not be read from disk      500
  `- ConfigError           operator must act, at start                -
      `- CheckpointError   names the file and the tensor              -
@@ -91,6 +92,19 @@ class Superseded(MoesaicError):
     """What this process wanted to write is another's to decide now."""
 
 
+class InvalidOutput(MoesaicError):
+    """The model's numbers for this request are not finite (NaN or infinite); the message names where they began.
+
+    The same prompt gives the same again, so nobody tries it again; other requests are not concerned.
+    expert: (layer, expert) whose weights gave them, where that is known.
+    """
+
+    expert: tuple[int, int] | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = "invalid_output") -> None:
+        super().__init__(message, param=param, code=code)
+
+
 class ExpertReadError(MoesaicError):
     """Expert weights could not be read while serving; the message names the file.
 
@@ -142,6 +156,7 @@ _TABLE: dict[type[MoesaicError], ErrorCodes] = {
     Overloaded: ErrorCodes(429, "RESOURCE_EXHAUSTED", "rate_limit_error", True),
     Unavailable: ErrorCodes(503, "UNAVAILABLE", "service_unavailable_error", True),
     DeadlineExceeded: ErrorCodes(504, "DEADLINE_EXCEEDED", "timeout_error", False),
+    InvalidOutput: ErrorCodes(422, "FAILED_PRECONDITION", "invalid_output_error", False),
     ExpertReadError: ErrorCodes(500, "INTERNAL", "server_error", False),
     ConfigError: ErrorCodes(500, "FAILED_PRECONDITION", "server_error", False),
     MoesaicError: ErrorCodes(500, "INTERNAL", "server_error", False),

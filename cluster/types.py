@@ -200,6 +200,7 @@ class ExpertMemoryStatus:
     calibration: tuple[CalibrationBin, ...]
     read_mode: str
     kernel: str
+    view_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,6 +84,16 @@ def with_config(directory: Path, **fields: Any) -> Path:
     return directory
 
 
+def poisoned(checkpoint: Path, tensor: str, value: float, *, row: int | None = None) -> Path:
+    """Write `value` (NaN, infinity) into a row of `tensor`, or into all of it; in place, other tensors stay."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(checkpoint / WEIGHTS)
+    tensors[tensor][slice(None) if row is None else row] = value
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+    return checkpoint
+
+
 def _read_header() -> Header:
     with (DEMO / WEIGHTS).open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))

@@ -11,6 +11,7 @@ from torch import Tensor
 from actors.engine.batcher import Batcher, ScheduledRows
 from actors.engine.engine import Engine
 from actors.engine.kv_blocks import KvBlocks
+from cluster.errors import InvalidOutput
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 VOCABULARY = 32
@@ -49,6 +50,9 @@ class CountingRunner:
             logits[row] = torch.arange(VOCABULARY, 0, -1) / VOCABULARY
             logits[row, self.choose(sequence.tokens[:end])] = 10.0
         return logits
+
+    def explain(self, rows: ScheduledRows) -> InvalidOutput:
+        return InvalidOutput(f"not finite: {rows.sequence.request.request_id}")
 
     def forget(self, request_id: RequestId) -> None:
         self.forgotten.append(request_id)

@@ -31,6 +31,18 @@ from cluster.types import GenerationRequest, RequestId, SamplingParams, StartupP
 NEAR_TIE = 1e-4
 MAX_NEAR_TIES_PER_1000 = 2
 
+PAIRS = [
+    ("lru", "none"),
+    ("lru", "whole-layer"),
+    ("lfu", "next-gate"),
+    ("mrs", "next-gate"),
+    ("eam", "eam"),
+    ("fmoe", "fmoe"),
+    ("moesaic", "none"),
+    ("moesaic", "moesaic"),
+]
+"""Eviction and prediction: every policy that can be configured, at least once."""
+
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _PROMPT_FILES = _REPOSITORY.parent / "shared" / "data" / "prompts"
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from actors.engine.batcher import ScheduledRows
 from actors.engine.model_runner import ModelRunner
 from actors.engine.sequence import Sequence
+from actors.engine.step import StepFailed
 from actors.experts.dispatch import ExpertWork, LocalDispatcher
+from actors.experts.recorder import ActivationRecorder
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
 from actors.model.seams import IMPLEMENTATION, bind
@@ -27,6 +29,7 @@ from cluster.types import GenerationRequest, RequestId, SamplingParams
 _BLOCK_SIZE = 4
 _LENGTHS = (9, 13)
 _BLOCKS = ((3, 1, 6), (5, 2, 7, 4))
+_REDRAWS = 16
 _STEPS = ((7, 5), (1, 6), (1, 1), (0, 1))  # rows of each sequence: chunks, then decoding
 _MAX_ERROR = {torch.float32: 1e-2, torch.bfloat16: 0.25}  # of the logits' norm; rounding, not structure
 
@@ -45,7 +48,8 @@ class AttentionCheck:
         model = loaded.model
         generator = torch.Generator().manual_seed(0)
         vocabulary = int(model.config.get_text_config().vocab_size)
-        ids = [torch.randint(vocabulary, (1, length), generator=generator) for length in _LENGTHS]
+        table: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr, assignment]
+        ids = [_drawn(generator, table[:vocabulary], length) for length in _LENGTHS]
         bind(model, _NoExperts())
         model.config._attn_implementation = "eager"
         try:
@@ -59,8 +63,13 @@ class AttentionCheck:
         """Compute the same here.
 
         Raises:
-            CheckpointError: the answers differ by more than rounding.
+            CheckpointError: the answers differ by more than rounding, or are not finite.
         """
+        if not all(torch.isfinite(logits).all() for logits in self.logits):
+            raise CheckpointError(
+                f"{type(self.loaded.model).__name__}: logits are not finite (NaN or infinite) whatever the prompt: its "
+                f"dense weights are damaged, or too large for {self.loaded.dtype}"
+            )
         runner = ModelRunner(
             self.loaded, _NoExperts(), native, num_blocks=8, block_size=_BLOCK_SIZE, native_rows=native_rows
         )
@@ -68,7 +77,10 @@ class AttentionCheck:
         errors: dict[str, list[float]] = {"prompt": [], "decoding": []}
         for counts in _STEPS:
             rows = [ScheduledRows(s, count) for s, count in zip(sequences, counts, strict=True) if count]
-            logits = runner.execute(rows).float()
+            try:
+                logits = runner.execute(rows).float()
+            except StepFailed as failure:
+                raise CheckpointError(f"{type(self.loaded.model).__name__}: {failure}") from failure
             for expected, sequence, count in zip(self.logits, sequences, counts, strict=True):
                 wanted, got, logits = expected[sequence.computed :][:count], logits[:count], logits[count:]
                 errors["prompt" if count > 1 else "decoding"] += _relative_errors(wanted, got)
@@ -83,11 +95,23 @@ class AttentionCheck:
                 )
 
 
+def _drawn(generator: torch.Generator, table_VD: Tensor, length: int) -> Tensor:
+    """[1, length] random token ids; one whose embedding is not finite says nothing of attention, another comes."""
+    ids = torch.randint(len(table_VD), (1, length), generator=generator)
+    for _ in range(_REDRAWS):
+        bad = ~torch.isfinite(table_VD[ids].float()).all(dim=-1)
+        if not bad.any():
+            break
+        ids[bad] = torch.randint(len(table_VD), (int(bad.sum()),), generator=generator)
+    return ids
+
+
 class _NoExperts(LocalDispatcher):
     """Routed experts that add nothing, for both sides of the comparison."""
 
     def __init__(self) -> None:
         """Needs no expert memory."""
+        self.recorder = ActivationRecorder((), 0, None)
 
     def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
         return lambda: torch.zeros_like(work.hidden_TD)

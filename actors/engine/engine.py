@@ -8,15 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from actors.engine.batcher import Batcher, ScheduledRows
+from actors.engine.isolation import execute, together_or_alone
 from actors.engine.logits import score_tokens
 from actors.engine.sampling import sample
 from actors.engine.sequence import Sequence, SequenceState
-from actors.engine.step import StepFailed
 from actors.engine.step_times import StepTimes
-from cluster.errors import InvalidRequest, MoesaicError
+from actors.engine.unsound import sound_logits
+from cluster.errors import InvalidOutput, InvalidRequest, MoesaicError
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenLogprob
 
 if TYPE_CHECKING:
@@ -104,7 +107,13 @@ class Engine:
             self.counters.prompt_tokens += len(request.prompt_ids)
 
     def set_knowledge(self, knowledge: Knowledge) -> None:
-        """Tell kinds of prompts apart by this from the next step on, also those under way."""
+        """Tell kinds of prompts apart by this from the next step on, also those under way.
+
+        Raises:
+            ValueError: it is not finite; the last one stays.
+        """
+        if not knowledge.is_finite:
+            raise ValueError(f"knowledge of version {knowledge.version} has numbers that are not finite")
         if self._recorder is not None:
             self._recorder.set_knowledge(knowledge)
             for sequence in self._sequences.values():
@@ -128,51 +137,96 @@ class Engine:
         return stopped
 
     def step(self) -> list[StepOutput]:
-        """Compute one step; a token for every sequence whose last pending row was in it."""
+        """Compute one step; a token for every sequence whose last pending row was in it, an error for each that fails.
+
+        What goes wrong with one sequence ends that one; the others have what they would have had without it.
+        """
         planned = self.batcher.plan()
         if not planned:
             return []
         began_s = time.perf_counter()
-        try:
-            logits_RV = self.runner.execute(planned)
-        except StepFailed as failure:  # nothing of the step counts: the others compute the same rows again
-            for request_id in failure.request_ids:
-                self.abort(request_id)
-            return [StepOutput(i, -1, None, None, 0, error=failure.error) for i in failure.request_ids]
-        self.counters.steps += 1
-        num_rows, num_decode = sum(rows.num_rows for rows in planned), sum(rows.decodes for rows in planned)
-        self.times.note(num_decode, num_rows - num_decode, time.perf_counter() - began_s)
-        sampling = [rows for rows in planned if rows.samples]
-        if len(logits_RV) > len(sampling):
-            logits_RV = _score_prompts(planned, logits_RV)
-        for rows in planned:
-            self.batcher.on_computed(rows)
-        return self._sample(sampling, logits_RV)
+        done = execute(self.runner, planned)
+        failures, logits_RV = done.failures, done.logits_RV
+        sampling: list[tuple[ScheduledRows, int]] = []  # with the row of its logits
+        if logits_RV is not None:
+            self.counters.steps += 1
+            num_rows, num_decode = sum(rows.num_rows for rows in done.rows), sum(rows.decodes for rows in done.rows)
+            self.times.note(num_decode, num_rows - num_decode, time.perf_counter() - began_s)
+            failures |= self._look_at(done.rows, logits_RV)
+            stops = accumulate(rows.num_logits for rows in done.rows)
+            for rows, stop in zip(done.rows, list(stops), strict=True):
+                if rows.sequence.request.request_id not in failures:
+                    if rows.samples:
+                        sampling.append((rows, stop - 1))
+                    self.batcher.on_computed(rows)
+        outputs = [self._fail(request_id, error) for request_id, error in failures.items()]
+        return outputs if logits_RV is None or not sampling else outputs + self._sample(sampling, logits_RV)
 
-    def _sample(self, sampling: list[ScheduledRows], logits_RV: Tensor) -> list[StepOutput]:
-        if not sampling:
-            return []
-        sequences = [rows.sequence for rows in sampling]
+    def _look_at(self, computed: Seq[ScheduledRows], logits_RV: Tensor) -> dict[RequestId, MoesaicError]:
+        """Score the prompt tokens whose rows were computed; who cannot go on, because its logits are not finite."""
+        failures: dict[RequestId, MoesaicError] = {}
+        is_sound = sound_logits(logits_RV).tolist()
+        start = 0
+        for rows in computed:
+            request_id, stop = rows.sequence.request.request_id, start + rows.num_logits
+            if not all(is_sound[start:stop]):
+                failures[request_id] = self.runner.explain(rows)
+            elif rows.sequence.needs_prompt_logits:
+                of_rows = partial(_prompt_scores, logits_RV[start:stop])
+                (scores,) = together_or_alone(
+                    (rows,), lambda alone, score=of_rows: [score(alone[0])], "scoring the prompt"
+                )
+                if isinstance(scores, MoesaicError):
+                    failures[request_id] = scores
+                else:
+                    rows.sequence.prompt_logprobs += scores
+            start = stop
+        return failures
+
+    def _sample(self, sampling: Seq[tuple[ScheduledRows, int]], logits_RV: Tensor) -> list[StepOutput]:
+        """Args: sampling: who gets a token, with the row of its logits."""
+        is_all = len(sampling) == len(logits_RV)
+
+        def draw(some: Seq[tuple[ScheduledRows, int]]) -> list[tuple[int, TokenLogprob | None]]:
+            rows = logits_RV if is_all and some is sampling else logits_RV[[row for _, row in some]]
+            return self._draw([each.sequence for each, _ in some], rows)
+
+        outputs: list[StepOutput] = []
+        for (rows, _), drawn in zip(sampling, together_or_alone(sampling, draw, "sampling"), strict=True):
+            sequence = rows.sequence
+            if isinstance(drawn, MoesaicError):
+                outputs.append(self._fail(sequence.request.request_id, drawn))
+            else:
+                outputs.append(self._take(sequence, *drawn))
+        return outputs
+
+    def _draw(self, sequences: Seq[Sequence], logits_RV: Tensor) -> list[tuple[int, TokenLogprob | None]]:
         params = [s.request.sampling for s in sequences]
         keys = [(s.request.choice, s.num_generated) for s in sequences]
         banned = [s.banned(self._eos) for s in sequences]
         tokens, logprobs = sample(logits_RV, params, keys, banned, [s.counts for s in sequences], self._sampling_kernel)
-        outputs: list[StepOutput] = []
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            prompt_logprobs = tuple(sequence.prompt_logprobs) if sequence.needs_prompt_logits else None
-            sequence.append(token)
-            reason = self._finish_reason(sequence, token)
-            if reason is not None:
-                self.abort(sequence.request.request_id)
-            if sequence.num_generated == 1:
-                self.counters.cached_prompt_tokens += sequence.num_cached or 0
-            self.counters.generated_tokens += 1
-            outputs.append(
-                StepOutput(
-                    sequence.request.request_id, token, logprob, reason, sequence.num_cached or 0, prompt_logprobs
-                )
-            )
-        return outputs
+        return list(zip(tokens, logprobs, strict=True))
+
+    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> StepOutput:
+        """The sequence has its next token."""
+        request_id = sequence.request.request_id
+        prompt_logprobs = tuple(sequence.prompt_logprobs) if sequence.needs_prompt_logits else None
+        sequence.append(token)
+        reason = self._finish_reason(sequence, token)
+        if reason is not None:
+            self.abort(request_id)
+        if sequence.num_generated == 1:
+            self.counters.cached_prompt_tokens += sequence.num_cached or 0
+        self.counters.generated_tokens += 1
+        return StepOutput(request_id, token, logprob, reason, sequence.num_cached or 0, prompt_logprobs)
+
+    def _fail(self, request_id: RequestId, error: MoesaicError) -> StepOutput:
+        """The sequence is over. What one that is not finite has left in the KV cache is nobody's prefix."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and isinstance(error, InvalidOutput):
+            self.batcher.blocks.unpublish(sequence.blocks)
+        self.abort(request_id)
+        return StepOutput(request_id, -1, None, None, 0, error=error)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         p = sequence.request.sampling
@@ -185,18 +239,9 @@ class Engine:
         return None
 
 
-def _score_prompts(planned: Seq[ScheduledRows], logits_RV: Tensor) -> Tensor:
-    """Note the log-probabilities of prompt tokens whose rows were computed; the logits of sampled rows alone."""
-    sampled: list[int] = []
-    start = 0
-    for rows in planned:
-        sequence, stop = rows.sequence, start + rows.num_logits
-        num_top = sequence.request.sampling.num_prompt_logprobs
-        if num_top is not None and sequence.needs_prompt_logits:
-            first = sequence.computed + 1  # a row's logits tell of the token after it
-            following = sequence.tokens[first : first + rows.num_rows]
-            sequence.prompt_logprobs += score_tokens(logits_RV[start : start + len(following)], following, num_top)
-        if rows.samples:
-            sampled.append(stop - 1)
-        start = stop
-    return logits_RV[sampled]
+def _prompt_scores(logits_TV: Tensor, rows: ScheduledRows) -> list[TokenLogprob]:
+    """The log-probabilities of the prompt tokens that these rows' logits tell of. Args: logits_TV: of these rows."""
+    sequence = rows.sequence
+    first = sequence.computed + 1  # a row's logits tell of the token after it
+    following = sequence.tokens[first : first + rows.num_rows]
+    return score_tokens(logits_TV[: len(following)], following, sequence.request.sampling.num_prompt_logprobs or 0)

@@ -99,6 +99,16 @@ class KvBlocks:
             start += self.block_size
         return start, parent
 
+    def unpublish(self, blocks: Sequence[int]) -> None:
+        """Nobody is to find these any more: what is in them is not to be trusted. Who has them keeps them."""
+        for block in blocks:
+            name = self._hash_by_block.pop(block, None)
+            if name is not None:
+                del self._block_by_hash[name]
+                if block in self._cached_free:
+                    del self._cached_free[block]
+                    self._free.append(block)
+
 
 def _chain(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Name of a prefix. A strong hash: requests of different people must never share a block by collision."""

@@ -23,11 +23,12 @@ from actors.engine.batcher import ScheduledRows
 from actors.engine.paged_kv import paged_kv
 from actors.engine.signal_tap import SignalTap
 from actors.engine.step import StepFailed, StepInputs, pack_rows, packed_order
+from actors.engine.unsound import blame, is_sound, unsound_rows
 from actors.experts.dispatch import Dispatcher, ExpertWork
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
 from actors.model.seams import PackedCache, bind
-from cluster.errors import ExpertReadError
+from cluster.errors import ExpertReadError, InvalidOutput, MoesaicError
 from cluster.types import RequestId
 
 _ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
@@ -60,6 +61,7 @@ class ModelRunner:
         self.num_layers_run = 0  # MoE layers, of all steps: a sign of progress within a long step
         self._cache = PackedCache(self)
         self._current: StepInputs | None = None
+        self._last: tuple[Seq[ScheduledRows], StepInputs, ExpertWork | None] | None = None
         bind(self.model, self)
 
     def execute(self, rows: Seq[ScheduledRows]) -> Tensor:
@@ -81,14 +83,53 @@ class ModelRunner:
         if signals is not None:
             signals.begin(micro_batches[0], forwards[0][0])
         asked: list[ExpertWork | None] = [None] * len(forwards)
+        is_whole = False
+        self._dispatcher.recorder.begin()
         try:
-            return self._drive(forwards, signals, asked)
+            logits = self._drive(forwards, signals, asked)
+            self._last = (micro_batches[-1], forwards[-1][0], asked[-1])
+            is_whole = True
+            return logits
         except ExpertReadError as error:
             needs = [_who_needs(error, rows, work) for rows, work in zip(micro_batches, asked, strict=True)]
-            raise StepFailed(error, [request_id for ids in needs for request_id in ids]) from error
-        finally:
+            raise StepFailed({request_id: error for ids in needs for request_id in ids}) from error
+        except _Unsound as found:
+            rows, step = micro_batches[found.forward], forwards[found.forward][0]
+            raise StepFailed(self._blame(rows, step, asked[found.forward], found.work)) from None
+        finally:  # of a step that broke off nothing counts: it will be computed again
+            self._dispatcher.recorder.end(is_whole=is_whole)
             if signals is not None:
-                signals.end()
+                signals.end(is_whole=is_whole)
+
+    def explain(self, rows: ScheduledRows) -> InvalidOutput:
+        """Why the logits of these rows are not finite: of the step that was computed last."""
+        planned, step, work = self._last or ((), None, None)
+        spans = _spans(planned)
+        if step is None or rows.sequence.request.request_id not in spans:
+            return InvalidOutput("the model's logits for this request are not finite (NaN or infinite)")
+        self._dispatcher.recorder.begin()
+        try:
+            return self._blame_rows(spans[rows.sequence.request.request_id], step, work, None)
+        finally:
+            self._dispatcher.recorder.end(is_whole=False)
+
+    def _blame(
+        self, rows: Seq[ScheduledRows], step: StepInputs, before: ExpertWork | None, work: ExpertWork
+    ) -> dict[RequestId, MoesaicError]:
+        """Whose rows the gate of `work` saw not finite, and why."""
+        bad_T = unsound_rows(work, step.num_rows)
+        return {
+            request_id: self._blame_rows(span, step, before, work.layer)
+            for request_id, span in _spans(rows).items()
+            if bad_T[span].any()
+        }
+
+    def _blame_rows(self, span: slice, step: StepInputs, before: ExpertWork | None, after: int | None) -> InvalidOutput:
+        embeddings: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+        return blame(before, after, span, step.token_ids[0], embeddings, self._compute)
+
+    def _compute(self, work: ExpertWork) -> Tensor:
+        return self._dispatcher.start(work, len(work.hidden_TD), 0)()
 
     def _drive(
         self,
@@ -112,6 +153,8 @@ class ModelRunner:
                     active.remove(i)
                     continue
                 self.num_layers_run += 1
+                if not is_sound(passed, step.num_rows):
+                    raise _Unsound(i, passed)
                 asked[i] = passed
                 if signals is not None:
                     signals.gate(passed, step.num_rows)
@@ -145,21 +188,34 @@ class ModelRunner:
         return self._current
 
 
+class _Unsound(Exception):
+    """The gate of `work` saw rows that are not finite."""
+
+    def __init__(self, forward: int, work: ExpertWork) -> None:
+        super().__init__(work.layer)
+        self.forward, self.work = forward, work
+
+
+def _spans(rows: Seq[ScheduledRows]) -> dict[RequestId, slice]:
+    """Where the rows of each sequence are in a step."""
+    ordered = packed_order(rows)
+    stops = list(accumulate(item.num_rows for item in ordered))
+    return {
+        item.sequence.request.request_id: slice(stop - item.num_rows, stop)
+        for item, stop in zip(ordered, stops, strict=True)
+    }
+
+
 def _who_needs(error: ExpertReadError, rows: Seq[ScheduledRows], work: ExpertWork | None) -> list[RequestId]:
     """The requests of a micro-batch whose rows chose the expert at the layer where it stopped; all if unknown."""
-    ordered = packed_order(rows)
+    spans = _spans(rows)
     if error.expert is None or work is None:
-        return [item.sequence.request.request_id for item in ordered]
+        return list(spans)
     layer, expert = error.expert
     if work.layer != layer:
         return []
-    chose = (work.topk_ids_TK == expert).any(dim=1).tolist()
-    starts = accumulate((item.num_rows for item in ordered), initial=0)
-    return [
-        item.sequence.request.request_id
-        for item, start in zip(ordered, starts, strict=False)
-        if any(chose[start : start + item.num_rows])
-    ]
+    chose_T = (work.topk_ids_TK == expert).any(dim=1)
+    return [request_id for request_id, span in spans.items() if chose_T[span].any()]
 
 
 def _itself(step: StepInputs) -> StepInputs:

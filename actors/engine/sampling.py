@@ -17,7 +17,7 @@ from torch import Tensor
 from actors.engine.logits import shape_logits
 from actors.engine.token_counts import TokenCounts
 from actors.kernels.sampling import Draw, SamplingKernel
-from cluster.errors import MoesaicError
+from cluster.errors import InvalidOutput, InvalidRequest
 from cluster.types import SamplingParams, TokenLogprob
 
 _MASK = (1 << 64) - 1
@@ -39,8 +39,11 @@ def sample(
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """One token for each row, and its log-probability, as the model alone gives it, where asked for.
 
+    Raises:
+        InvalidRequest: a row's parameters leave no token that may come.
+
     Args:
-        logits_RV: any float dtype.
+        logits_RV: any float dtype; rows that can be sampled (unsound.sound_logits).
         keys: (choice, token index) of each row; the seed is in its params.
         banned: token ids that may not be chosen now.
         counts: tokens so far of the rows that have penalties.
@@ -48,6 +51,8 @@ def sample(
     """
     raw_RV = logits_RV.float()
     logits_RV = shape_logits(raw_RV, params, banned, counts)
+    if logits_RV is not raw_RV:
+        _check_best(logits_RV.amax(dim=-1))
     tokens = _most_likely(logits_RV, [row for row, p in enumerate(params) if p.temperature <= 0])
     drawn = [row for row, p in enumerate(params) if p.temperature > 0]
     noise = [uniform(params[row].seed, *keys[row]) for row in drawn]
@@ -83,8 +88,19 @@ def _draw_rows(
     ]
     tokens = kernel.draw(logits_RV if len(rows) == len(logits_RV) else logits_RV[list(rows)], draws)
     if min(tokens) < 0:
-        raise MoesaicError("no token can be drawn from logits that are not finite or leave no token to choose")
+        raise InvalidOutput("the model's logits for this request are not finite (NaN or infinite)")
     return tokens
+
+
+def _check_best(highest_R: Tensor) -> None:
+    """Args: highest_R: the highest logit of each row; NaN where any is."""
+    if torch.isfinite(highest_R).all():
+        return
+    if (highest_R == -torch.inf).any():
+        raise InvalidRequest(
+            "no token may come next: allowed_token_ids, bad_words, min_tokens and logit_bias leave none", param=None
+        )
+    raise InvalidOutput("the model's logits for this request are not finite (NaN or infinite)")
 
 
 def _draw(logits_V: Tensor, p: SamplingParams, u: float) -> int:

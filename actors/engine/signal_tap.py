@@ -85,12 +85,14 @@ class SignalTap:
         if len(self._heard) >= self._stride:
             self._hand_over()
 
-    def end(self) -> None:
-        """The step is over, or broke off."""
+    def end(self, *, is_whole: bool = True) -> None:
+        """The step is over. Args: is_whole: not broken off; of one that was nobody is to learn."""
         if self._starts is not None:
-            self._hand_over()
+            if is_whole:
+                self._hand_over()
             self._starts = None
-            self.conductor.end(time.perf_counter() - self._began_s)
+            self.conductor.end(time.perf_counter() - self._began_s, is_whole=is_whole)
+        self._heard.clear()
         self._logits.clear()
 
     def forget(self, request_id: RequestId) -> None:

@@ -5,6 +5,7 @@ Knows token ids, positions and KV slots; knows no model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor
 
 from actors.engine.batcher import ScheduledRows
-from cluster.errors import ExpertReadError
+from cluster.errors import MoesaicError
 from cluster.types import RequestId
 
 
 class StepFailed(Exception):
-    """A step broke off for want of an expert; `request_ids` need it, the other sequences of the step may try again."""
+    """A step broke off because of some of its sequences: `failures` says why, the others may try again at once.
 
-    def __init__(self, error: ExpertReadError, request_ids: Seq[RequestId]) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.request_ids = tuple(request_ids)
+    Nothing of the step counts: an expert could not be read, or rows are not finite.
+    """
+
+    def __init__(self, failures: Mapping[RequestId, MoesaicError]) -> None:
+        """Args: failures: at least one."""
+        super().__init__("; ".join(dict.fromkeys(error.message for error in failures.values())))
+        self.failures = dict(failures)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from actors.engine.batcher import ScheduledRows
 from actors.engine.step import packed_order
 from actors.experts.gate_tap import GateRows, GateTap
 from actors.experts.trace import GateTrace, TracedModel, TracedRequest
+from cluster.errors import InvalidOutput
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class TracingRunner:
             start = stop
         return logits
 
+    def explain(self, rows: ScheduledRows) -> InvalidOutput:
+        """What ModelRunner.explain says."""
+        return self._runner.explain(rows)
+
     def forget(self, request_id: RequestId) -> None:
         """Recordings outlive their requests."""
 
@@ -83,6 +88,9 @@ def record_trace(
     Args:
         num_running: requests computed together; each keeps its own rows.
         on_done: called with the number of requests that have ended.
+
+    Raises:
+        MoesaicError: a request could not be computed: of a trace with a hole nobody knows what is missing.
     """
     engine = parts.engine
     runner = engine.runner
@@ -98,7 +106,10 @@ def record_trace(
                     name = RequestId(str(started))
                     engine.add(GenerationRequest(request_id=name, prompt_ids=request.prompt_ids, sampling=own))
                     started += 1
-                ended = sum(output.finish_reason is not None for output in engine.step())
+                outputs = engine.step()
+                for error in (output.error for output in outputs if output.error is not None):
+                    raise error
+                ended = sum(output.finish_reason is not None for output in outputs)
                 done += ended
                 if ended:
                     on_done(done)

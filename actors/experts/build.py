@@ -16,6 +16,7 @@ from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.links import Link
 from actors.experts.memory.slots import SlotForm, held_expert_bytes
 from actors.experts.memory.store import ExpertStore
+from actors.experts.memory.views import view_bytes_for
 from actors.experts.policies.base import Scorer
 from actors.experts.policies.build import WITHOUT_GATES, PolicyContext, build_policies
 from actors.experts.policies.published import PublishedScores
@@ -133,6 +134,7 @@ class BackendBuilder:
             {part.file for expert in layout.experts.values() for part in expert.parts},
             direct_io=config.direct_io == "auto",
         )
+        self._lease.book("views of experts", view_bytes_for(min(budget_bytes // form.slot_bytes, form.grid.size)))
         return ExpertStore(
             form,
             scorer,

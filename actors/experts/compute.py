@@ -131,7 +131,7 @@ class ExpertCompute:
             pairs,
             y_PD,
             form=self._kernel_form,
-            intermediate=self._intermediate(experts[0]),
+            intermediate=experts[0].intermediate,
             top_k=top_k,
         )
 
@@ -154,7 +154,3 @@ class ExpertCompute:
         weight = self._form.format.dequantize(matrix).to(self._dtype)
         bias = None if matrix.bias is None else matrix.bias.to(self._dtype)
         return F.linear(rows, weight.T if self._form.transposed else weight, bias)
-
-    def _intermediate(self, expert: ExpertWeights) -> int:
-        neurons = expert.gate.data.shape[1 if self._form.transposed else 0]
-        return neurons // 2 if expert.up is None else neurons

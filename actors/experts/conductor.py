@@ -18,7 +18,7 @@ import numpy as np
 from actors.experts.memory.counters import CALIBRATION_BINS
 from actors.experts.memory.store import ExpertStore
 from actors.experts.policies.base import PolicySet
-from actors.experts.policies.published import PublishedScores
+from actors.experts.policies.published import PublishedScores, sound_scores
 from actors.experts.predict.base import BEFORE_FIRST, Forecast
 from actors.experts.predict.meter import CostMeter
 from actors.experts.predict.moesaic import LinkCosts
@@ -45,8 +45,8 @@ class LayerTimes(NamedTuple):
 class Conductor:
     """Between the engine's thread, which posts, and the policies, which live on the searching thread.
 
-    num_skipped: steps left out. problem: why search has ended for good, if it has. busy_s: processor time of the
-    searching thread; step_s: of steps by the clock.
+    num_skipped: steps left out. num_unsound: forecasts left out, that were not finite. problem: why search has ended
+    for good, if it has. busy_s: processor time of the searching thread; step_s: of steps by the clock.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Conductor:
         """Args: inline: no thread; whoever posts does the work, for tests."""
         self.store, self.policies, self.meter = store, policies, meter
         self.num_skipped = 0
+        self.num_unsound = 0
         self.problem: str | None = None
         self.busy_s = 0.0
         self.step_s = 0.0
@@ -119,10 +120,10 @@ class Conductor:
 
         self._tell(hear)
 
-    def end(self, step_s: float) -> None:
+    def end(self, step_s: float, *, is_whole: bool = True) -> None:
         """All layers are done, or the step broke off; it took `step_s`."""
         self.step_s += step_s
-        self._tell(self._on_step_end)
+        self._tell(self._on_step_end if is_whole else self._on_step_broken)
 
     def forget(self, sequence: int) -> None:
         """A sequence is over."""
@@ -174,17 +175,18 @@ class Conductor:
         self._published.publish(np.zeros(self.store.grid.size))
 
     def _on_step(self, step: StepSignal) -> None:
-        grid = self.store.grid
+        grid, step = self.store.grid, step.sound()
         for listener in self.policies.listeners:
             listener.on_step(step)
         num_rows = int(step.num_rows.sum())
         is_large = self.store.num_slots < grid.size and uses_nearly_all(grid, num_rows)
-        self._ring = RingPlan(grid, self.store.num_slots, self.policies.scorer.scores()) if is_large else None
+        scores = sound_scores(self.policies.scorer.scores())
+        self._ring = RingPlan(grid, self.store.num_slots, scores) if is_large else None
         self._costs(self.meter)
         self._look_ahead(BEFORE_FIRST)
 
     def _on_gates(self, gates: Sequence[GateSignal]) -> None:
-        for gate in gates:
+        for gate in (gate.sound() for gate in gates):
             if self._forecast is not None:
                 self._foreseen.append((self._forecast.probability[gate.row], gate))
             if self._ring is not None:
@@ -199,6 +201,13 @@ class Conductor:
             listener.on_step_end()
         self._check_forecasts()
         self._looks_ahead, self._looked_ahead = self._looked_ahead, False
+        self._num_ended += 1
+
+    def _on_step_broken(self) -> None:
+        for listener in self.policies.listeners:
+            listener.on_step_broken()
+        self._foreseen.clear()
+        self._looked_ahead = False
         self._num_ended += 1
 
     def _on_sequence_end(self, sequence: int) -> None:
@@ -217,9 +226,18 @@ class Conductor:
             return
         self._published.publish()
         if self.policies.predictor is not None:
-            self._forecast = self.policies.predictor.predict(row)
+            self._forecast = self._sound(self.policies.predictor.predict(row))
             self._looked_ahead |= self._forecast is not None
             self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
+
+    def _sound(self, forecast: Forecast | None) -> Forecast | None:
+        """The forecast, if it is made of numbers: one that is not is worth nothing, and the next one may be."""
+        if forecast is None or (np.isfinite(forecast.priority).all() and np.isfinite(forecast.probability).all()):
+            return forecast
+        self.num_unsound += 1
+        if self.num_unsound == 1:
+            log_event(_LOG, logging.WARNING, "a forecast that is not finite was left out")
+        return None
 
     def _costs(self, meter: CostMeter) -> LinkCosts:
         """By a meter, with what a load takes now."""

@@ -50,6 +50,17 @@ def num_learned(arrays: Arrays) -> int:
     return int(arrays[NUM_LEARNED]) if NUM_LEARNED in arrays else 0
 
 
+def check_finite(arrays: Arrays, source: str) -> None:
+    """Numbers that are none would be in every forecast from then on, and in what is told to others.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for field, array in arrays.items():
+        if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
+            raise ConfigError(f"{source}: {field} has numbers that are not finite; {_WAY_OUT}")
+
+
 def save_learned(path: Path, fingerprint: str, groups: Groups) -> None:
     """Write a file, whole or not at all.
 
@@ -71,7 +82,7 @@ def load_learned(path: Path, fingerprint: str) -> dict[str, dict[str, np.ndarray
     """Read a file.
 
     Raises:
-        ConfigError: it cannot be read, is damaged, or is of another model or version; names both and the way out.
+        ConfigError: it cannot be read, is damaged, not finite, or of another model or version; names the way out.
     """
     try:
         with path.open("rb") as file:
@@ -110,7 +121,7 @@ def unpack_share(blob: bytes, fingerprint: str, name: str) -> dict[str, np.ndarr
     """Inverse of pack_share, but for precision.
 
     Raises:
-        ConfigError: damaged, or of another model or version.
+        ConfigError: damaged, not finite, or of another model or version.
     """
     source = f"a share of {name}"
     groups = _read(io.BytesIO(blob), fingerprint, source)
@@ -145,6 +156,8 @@ def _read(
                 name, slash, field = key.partition("/")
                 if slash and not only_header:
                     groups.setdefault(name, {})[field] = archive[key]
+            for name, arrays in groups.items():
+                check_finite(arrays, f"{source}: {name}")
             return groups
     except (ConfigError, OSError):
         raise

@@ -79,6 +79,9 @@ class MapSearch(Silent):
     def on_step_end(self) -> None:
         if self._step is not None and self._learn:
             self.store.insert(self._step.embeddings, self._step.trajectory, self._step.redundancy)
+        self.on_step_broken()
+
+    def on_step_broken(self) -> None:
         self._step = None
         self.plan = self.plan[:0]
 

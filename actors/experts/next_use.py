@@ -148,6 +148,9 @@ class NextUse(Silent):
             )
         self._step = None
 
+    def on_step_broken(self) -> None:
+        self._step = None  # nothing is learned, and no context changed, before the end
+
     def on_sequence_end(self, sequence: int) -> None:
         self._contexts.pop(sequence, None)
         self._valued.discard(sequence)

@@ -48,6 +48,7 @@ class ActivationRecorder:
         self._centroids = np.empty((0, 0), dtype=np.float32)
         self._statistics = no_statistics(0, 0, self._layers, num_experts)
         self._pending: list[_Choices] = []
+        self._kept: int | None = None  # of those pending, what was there before the step under way; None between steps
         self._prompts: list[bytes] = []
         self._num_prompts = 0
         self._prompting = threading.Lock()  # the engine's thread adds prompts, another one takes them
@@ -94,12 +95,29 @@ class ActivationRecorder:
             prompts, self._prompts, self._num_prompts = self._prompts, [], 0
         return prompts
 
+    def begin(self) -> None:
+        """A step begins: what is recorded from here on counts when it is over, or not at all."""
+        self._kept = len(self._pending)
+
+    def end(self, *, is_whole: bool) -> None:
+        """The step is over. Args: is_whole: not broken off; one that was is computed again, and counted then."""
+        if not is_whole:
+            del self._pending[self._kept :]
+        self._kept = None
+        self._settle_if_many()
+
     def record(self, work: ExpertWork, num_rows: int, num_decode: int) -> None:
         """Add one layer's choices. Args: num_decode: so many rows decode, the rest of the first `num_rows` prefill."""
         ids_TK, weights_TK = work.topk_ids_TK, work.topk_weights_TK  # not the rows: they are too much to keep
         self._pending.append((work.layer, ids_TK, weights_TK, work.clusters_T, num_rows, num_decode))
-        if len(self._pending) >= len(self._layers) * (_MAX_STEPS if num_rows <= _FEW_ROWS else 1):
-            self.settle()
+        if self._kept is None:
+            self._settle_if_many()
+
+    def _settle_if_many(self) -> None:
+        if self._pending:
+            num_rows = self._pending[-1][4]
+            if len(self._pending) >= len(self._layers) * (_MAX_STEPS if num_rows <= _FEW_ROWS else 1):
+                self.settle()
 
     def settle(self) -> None:
         """Count what was recorded. Every few steps, and when the engine has nothing to do: between two layers, or after

@@ -51,11 +51,15 @@ class ActivationCollection:
 
 @dataclass(slots=True)
 class _Request:
-    """total: [2, L * E] by phase (prefill, decode), never decayed; recent: [L * E] what is matched."""
+    """total: [2, L * E] by phase (prefill, decode), never decayed; recent: [L * E] what is matched.
+
+    before: recent and decodes, before the step under way.
+    """
 
     total: np.ndarray
     recent: np.ndarray
     decodes: bool = False
+    before: tuple[np.ndarray, bool] | None = None
 
 
 class ActivationTracker(Silent):
@@ -71,6 +75,7 @@ class ActivationTracker(Silent):
         self._collections = (ActivationCollection(grid, capacity), ActivationCollection(grid, capacity))
         self._requests: dict[int, _Request] = {}
         self._step: StepSignal | None = None
+        self._heard: list[GateSignal] = []  # of the step
 
     @property
     def num_tracked(self) -> int:
@@ -79,11 +84,13 @@ class ActivationTracker(Silent):
 
     def on_step(self, step: StepSignal) -> None:
         self._step = step
+        self._heard.clear()
         for sequence, decodes in zip(step.sequences, step.is_decode.tolist(), strict=True):
             request = self._requests.get(sequence)
             if request is None:
                 zeros = np.zeros((2, self._grid.size), dtype=np.float32)
                 request = self._requests[sequence] = _Request(zeros, np.zeros(self._grid.size, dtype=np.float32))
+            request.before = request.recent.copy(), request.decodes
             if decodes != request.decodes:
                 request.recent[:] = 0
                 request.decodes = decodes
@@ -92,12 +99,25 @@ class ActivationTracker(Silent):
 
     def on_gate(self, gate: GateSignal) -> None:
         assert self._step is not None, "a gate outside a step"
-        of_row = slice(gate.row * self._grid.num_experts, (gate.row + 1) * self._grid.num_experts)
+        self._heard.append(gate)
+        of_row = self._of_row(gate)
         for index, sequence in enumerate(self._step.sequences):
             request = self._requests[sequence]
             request.total[int(request.decodes), of_row] += gate.counts[index]
             request.recent[of_row] += gate.counts[index]
         self._predicted = None
+
+    def on_step_broken(self) -> None:
+        assert self._step is not None, "outside a step"
+        for index, sequence in enumerate(self._step.sequences):
+            request = self._requests.get(sequence)
+            if request is None or request.before is None:
+                continue
+            for gate in self._heard:  # whole numbers: what is taken away again leaves no trace
+                request.total[int(request.decodes), self._of_row(gate)] -= gate.counts[index]
+            request.recent, request.decodes = request.before
+            request.before = None
+        self._heard.clear()
 
     def on_sequence_end(self, sequence: int) -> None:
         request = self._requests.pop(sequence, None)
@@ -112,6 +132,9 @@ class ActivationTracker(Silent):
         if self._predicted is None:
             self._predicted = self._match()
         return self._predicted
+
+    def _of_row(self, gate: GateSignal) -> slice:
+        return slice(gate.row * self._grid.num_experts, (gate.row + 1) * self._grid.num_experts)
 
     def _match(self) -> np.ndarray:
         assert self._step is not None

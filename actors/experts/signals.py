@@ -8,7 +8,7 @@ Shapes: S sequences of a step, L MoE layers, E experts of a layer, D model dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +56,11 @@ class StepSignal:
     num_rows: np.ndarray
     is_decode: np.ndarray
 
+    def sound(self) -> StepSignal:
+        """The same, a sequence whose embedding is not finite without one: it fails at its first gate."""
+        bad = _unsound_rows(self.embeddings)
+        return replace(self, embeddings=np.where(bad[:, None], 0, self.embeddings)) if bad.any() else self
+
 
 @dataclass(frozen=True, slots=True)
 class GateSignal:
@@ -71,9 +76,29 @@ class GateSignal:
     counts: np.ndarray
     ahead: np.ndarray | None
 
+    def sound(self) -> GateSignal:
+        """The same, without what is not finite: nothing of it is heard, of the others everything.
+
+        The engine lets no such row come so far; a matrix of the next gate may make one of finite ones.
+        """
+        bad = _unsound_rows(self.probs)
+        no_ahead = self.ahead is not None and not np.isfinite(self.ahead).all()
+        if not bad.any() and not no_ahead:
+            return self
+        probs, counts = (np.where(bad[:, None], 0, values) for values in (self.probs, self.counts))
+        return GateSignal(self.row, probs, counts, None if no_ahead else self.ahead)
+
+
+def _unsound_rows(values_SX: np.ndarray) -> np.ndarray:
+    """[S] bool: which rows are not finite."""
+    return np.asarray(~np.isfinite(values_SX).all(axis=1))
+
 
 class SignalListener(Protocol):
-    """Told in this order: on_step, on_gate for each row ascending, on_step_end; on_sequence_end at any time between."""
+    """Told in this order: on_step, on_gate for each row ascending, on_step_end; on_sequence_end at any time between.
+
+    Or on_step_broken in the place of on_step_end, after any of the gates. What comes is finite.
+    """
 
     def on_step(self, step: StepSignal) -> None:
         """A step begins."""
@@ -85,6 +110,10 @@ class SignalListener(Protocol):
 
     def on_step_end(self) -> None:
         """All layers are done."""
+        ...
+
+    def on_step_broken(self) -> None:
+        """The step broke off and comes again: what was heard since on_step is to be forgotten."""
         ...
 
     def on_sequence_end(self, sequence: int) -> None:
@@ -102,6 +131,9 @@ class Silent:
         """Ignored."""
 
     def on_step_end(self) -> None:
+        """Ignored."""
+
+    def on_step_broken(self) -> None:
         """Ignored."""
 
     def on_sequence_end(self, sequence: int) -> None:

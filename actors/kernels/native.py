@@ -49,6 +49,12 @@ class ExpertPointers(ctypes.Structure):
         (matrix + kind, ctypes.c_void_p) for kind in ("", "_scales", "_bias") for matrix in ("gate", "up", "down")
     )
 
+    def moved(self, num_bytes: int) -> ExpertPointers:
+        """The same parts, that many bytes further on."""
+        names = [field[0] for field in self._fields_]
+        addresses = [getattr(self, name) for name in names]
+        return ExpertPointers(*(None if address is None else address + num_bytes for address in addresses))
+
 
 class NativeKernels:
     """The compiled kernels. Not thread-safe: one instance per compute thread."""

@@ -470,6 +470,7 @@ class ExpertMemoryStatus(_message.Message):
     PREFETCH_BYTES_FIELD_NUMBER: _builtins.int
     SEARCH_SHARE_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
+    VIEW_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """Bytes it may use."""
     resident_bytes: _builtins.int
@@ -506,6 +507,8 @@ class ExpertMemoryStatus(_message.Message):
     """Fetches ahead of need that were given up before they were complete."""
     search_share: _builtins.float
     """Time of the thread that predicts over the time of steps."""
+    view_bytes: _builtins.int
+    """What finding experts in the fast tier takes, beside its budget."""
     @_builtins.property
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierStatus]:
         """The memories, fastest first."""
@@ -547,10 +550,11 @@ class ExpertMemoryStatus(_message.Message):
         prefetch_bytes: Global___TierCounts | None = ...,
         search_share: _builtins.float = ...,
         calibration: _abc.Iterable[Global___CalibrationBin] | None = ...,
+        view_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["misses_by_tier", b"misses_by_tier", "prefetch_bytes", b"prefetch_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "bytes_read", b"bytes_read", "calibration", b"calibration", "eviction", b"eviction", "hits", b"hits", "kernel", b"kernel", "late", b"late", "misses", b"misses", "misses_by_tier", b"misses_by_tier", "model_expert_bytes", b"model_expert_bytes", "num_experts", b"num_experts", "num_resident", b"num_resident", "prediction", b"prediction", "prefetch_bytes", b"prefetch_bytes", "prefetch_dropped", b"prefetch_dropped", "prefetch_used", b"prefetch_used", "prefetch_wasted", b"prefetch_wasted", "read_mode", b"read_mode", "resident_bytes", b"resident_bytes", "search_share", b"search_share", "stall_s", b"stall_s", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "bytes_read", b"bytes_read", "calibration", b"calibration", "eviction", b"eviction", "hits", b"hits", "kernel", b"kernel", "late", b"late", "misses", b"misses", "misses_by_tier", b"misses_by_tier", "model_expert_bytes", b"model_expert_bytes", "num_experts", b"num_experts", "num_resident", b"num_resident", "prediction", b"prediction", "prefetch_bytes", b"prefetch_bytes", "prefetch_dropped", b"prefetch_dropped", "prefetch_used", b"prefetch_used", "prefetch_wasted", b"prefetch_wasted", "read_mode", b"read_mode", "resident_bytes", b"resident_bytes", "search_share", b"search_share", "stall_s", b"stall_s", "tiers", b"tiers", "view_bytes", b"view_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,7 +40,10 @@ class RequestMix:
         return b"" if self.uses is None else np.rint(_UNIT * np.clip(self.uses, 0, 1)).astype(np.uint8).tobytes()
 
     def note(self, uses: np.ndarray, num_open: float) -> None:
-        """One more. Args: uses: [N] of a token. num_open: requests there, this one not counted."""
+        """One more. Args: uses: [N] of a token; not finite, it is not noted: an average would never lose it again.
+        num_open: requests there, this one not counted."""
+        if not np.isfinite(uses).all():
+            return
         if self.uses is None or len(self.uses) != len(uses):
             self.uses = uses.astype(np.float32)
         else:

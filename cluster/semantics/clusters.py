@@ -98,6 +98,8 @@ class Clusters:
         with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
             clusters = cls(max_clusters, version=int(arrays["version"]))
             clusters.centroids = arrays["centroids"]
+            if not np.isfinite(clusters.centroids).all():
+                raise ValueError("centroids that are not finite")
         return clusters
 
 

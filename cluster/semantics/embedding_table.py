@@ -61,10 +61,12 @@ def reduce_table(table: StoredTable, num_dims: int = MAX_DIMS) -> TokenEmbedding
     """The table on its `num_dims` widest directions (fewer where it has fewer), each with a scale of its own.
 
     Raises:
-        CheckpointError: the table cannot be read, or has numbers that are not finite.
+        CheckpointError: the table cannot be read, or has no row whose numbers are finite. Single rows that are not
+            finite mean nothing: prompts are embedded by their other tokens.
     """
     sample = _sample(table)
-    if not np.isfinite(sample).all():
+    sample = sample[np.isfinite(sample).all(axis=1)]
+    if not len(sample):
         raise CheckpointError(f"{table.file}: token embeddings that are not finite")
     mean, basis_DP = _principal_directions(sample, num_dims)
     reduced = np.concatenate([((rows - mean) @ basis_DP).astype(np.float32) for rows in _blocks(table)])

@@ -31,3 +31,9 @@ class Knowledge:
     prior: np.ndarray
     support: np.ndarray
     mutual_information: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it is made of numbers; else nobody is to choose by it."""
+        arrays = (self.centroids, self.uses, self.prior, self.support)
+        return bool(np.isfinite(self.mutual_information)) and all(bool(np.isfinite(array).all()) for array in arrays)

@@ -48,6 +48,11 @@ class ExpertStatistics:
         """What was counted since `earlier`, a copy of the same statistics."""
         return replace(self, values=self.values - earlier.values)
 
+    def check_finite(self) -> None:
+        """Raise `ValueError` for sums that are none: added to others they would spoil those for good."""
+        if not np.isfinite(self.values).all():
+            raise ValueError("statistics with numbers that are not finite; they are not added to others'")
+
     def copy(self) -> ExpertStatistics:
         """Independent of this one's array."""
         return replace(self, values=self.values.copy())

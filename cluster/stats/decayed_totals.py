@@ -20,8 +20,9 @@ class DecayedTotals:
         """Add counts made just now.
 
         Raises:
-            ValueError: another number of clusters, layers or experts than the same version had before.
+            ValueError: not finite; another number of clusters, layers or experts than the same version had before.
         """
+        delta.check_finite()
         slot = delta.clusters_version % NUM_VERSIONS
         at_s, total = self._totals.get(slot, (now_s, None))
         if total is None or total.clusters_version < delta.clusters_version:

@@ -8,6 +8,7 @@ so that workers need not agree on the time, and however many add at once nothing
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -21,6 +22,7 @@ from cluster.stats.decayed_totals import NUM_VERSIONS, DecayedTotals
 from cluster.stats.recent_prompts import MAX_PROMPTS, PROMPTS_TTL_S, checked_prompts
 from cluster.stats.redis_connection import RedisConnection
 
+_LOG = logging.getLogger(__name__)
 _MIN_TTL_S = 86_400.0
 _TTL_HALF_LIVES = 16.0
 
@@ -56,7 +58,11 @@ for name in string.gmatch(ARGV[7], '%S+') do
     local doubles = '<' .. string.rep('d', size)
     if row then
       local old = {struct.unpack(doubles, row, 9 + 8 * first)}
-      for i = 1, size do sums[i] = sums[i] + factor * old[i] end
+      for i = 1, size do
+        local kept = factor * old[i]
+        if kept - kept ~= 0 then kept = 0 end  -- not finite: it would stay so for ever
+        sums[i] = sums[i] + kept
+      end
     end
     parts[#parts + 1] = struct.pack(doubles, unpack(sums, 1, size))
   end
@@ -97,6 +103,7 @@ class RedisStatistics:
     def add(self, fingerprint: str, delta: ExpertStatistics, prompts: Sequence[bytes], half_life_s: float) -> None:
         """StateStore.add_statistics."""
         checked = checked_prompts(prompts)
+        delta.check_finite()
         with self._lock:
             mine = self._mine.setdefault(fingerprint, DecayedTotals())
             if self._send(fingerprint, delta, checked, half_life_s):
@@ -182,6 +189,9 @@ def _unpacked(clusters_version: int, values: dict[bytes, bytes], now_s: float, h
     for name, row in values.items():
         cluster, phase, layer = map(int, name.split(b":"))
         sums = np.frombuffer(row, dtype="<f8")
+        if not np.isfinite(sums).all():  # from somebody else: what cannot be a count counts nothing
+            _LOG.warning("statistics that are not finite were left out: row %s", name.decode(errors="replace"))
+            continue
         fading = 0.5 ** (max(now_s - float(sums[0]), 0.0) / half_life_s)
         statistics.values[cluster, phase, layer] = sums[1:].reshape(-1, 2) * fading
     return statistics

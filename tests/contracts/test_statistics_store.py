@@ -106,6 +106,32 @@ def test_another_shape_of_the_same_version_is_refused(store: StateStore, fingerp
     assert _values(store, fingerprint).sum() == pytest.approx(2)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_sums_that_are_not_finite_are_refused_and_change_nothing(
+    store: StateStore, fingerprint: str, value: float
+) -> None:
+    store.add_statistics(fingerprint, _counted(1, {(0, 0, 0, 0): (1, 1)}), (), half_life_s=LONG_S)
+    with pytest.raises(ValueError, match="not finite"):
+        store.add_statistics(fingerprint, _counted(1, {(0, 0, 0, 0): (1, value)}), (), half_life_s=LONG_S)
+    assert _values(store, fingerprint).sum() == pytest.approx(2)
+
+
+def test_a_row_that_somebody_spoilt_counts_nothing_and_heals(valkey: EmbeddedValkey, fingerprint: str) -> None:
+    store = RedisStore(valkey.url)
+    counted = _counted(1, {(0, 0, 0, 0): (1, 1), (1, 0, 0, 2): (4, 2)})
+    store.add_statistics(fingerprint, counted, (), half_life_s=LONG_S)
+    with redis.Redis.from_url(valkey.url) as client:
+        (key,) = client.scan_iter(f"*{fingerprint}*statistics*")
+        row = np.frombuffer(client.hget(key, "0:0:0"), "<f8").copy()
+        row[1:3] = np.nan, np.inf
+        client.hset(key, "0:0:0", row.tobytes())
+
+    assert _values(store, fingerprint).sum() == pytest.approx(6), "the other row"
+
+    store.add_statistics(fingerprint, _counted(1, {(0, 0, 0, 0): (3, 2)}), (), half_life_s=LONG_S)
+    assert _values(store, fingerprint)[0, 0, 0, 0].tolist() == pytest.approx([3, 2])
+
+
 def test_prompts_are_the_latest_and_bounded(store: StateStore, fingerprint: str) -> None:
     nothing = _counted(1, {})
     assert store.recent_prompts(fingerprint) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity import Case, Reference, assert_identical, demo_cases, engine_parts, generate_greedy, random_cases
+from identity import PAIRS, Case, Reference, assert_identical, demo_cases, engine_parts, generate_greedy, random_cases
 from model_builders import DEMO, NUM_EXPERTS, TOP_K, build_checkpoint
 from tokenizers import Tokenizer
 
@@ -17,16 +17,6 @@ from cluster.types import Tier
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 TINY_SMALLEST = f"{100 * TOP_K / (3 * NUM_EXPERTS) + 0.01:.2f}%"  # one token's top-k in one layer
-PAIRS = [
-    ("lru", "none"),
-    ("lru", "whole-layer"),
-    ("lfu", "next-gate"),
-    ("mrs", "next-gate"),
-    ("eam", "eam"),
-    ("fmoe", "fmoe"),
-    ("moesaic", "none"),
-    ("moesaic", "moesaic"),
-]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -79,30 +80,52 @@ class ExpertForm:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One resident expert, as views of its slot. `gate` is gate and up where they are interleaved, `up` None then."""
+Matrices: TypeAlias = tuple[Matrix, Matrix | None, Matrix]
+"""Gate, up and down; gate is gate and up where they are interleaved, up None then."""
 
-    gate: Matrix
-    up: Matrix | None
-    down: Matrix
-    pointers: ExpertPointers
+
+class ExpertWeights:
+    """One resident expert, as the compiled kernel reads it; as tensors, which take ten times as much, once asked for.
+
+    intermediate: its neurons.
+    """
+
+    __slots__ = ("_make", "_matrices", "intermediate", "pointers")
+
+    def __init__(self, pointers: ExpertPointers, intermediate: int, make: Callable[[], Matrices]) -> None:
+        """Args: make: views of the slot; called once at most."""
+        self.pointers = pointers
+        self.intermediate = intermediate
+        self._make = make
+        self._matrices: Matrices | None = None
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether somebody asked for the matrices."""
+        return self._matrices is not None
+
+    @property
+    def gate(self) -> Matrix:
+        return self._all()[0]
+
+    @property
+    def up(self) -> Matrix | None:
+        return self._all()[1]
+
+    @property
+    def down(self) -> Matrix:
+        return self._all()[2]
+
+    def _all(self) -> Matrices:
+        if self._matrices is None:
+            self._matrices = self._make()
+        return self._matrices
 
     @staticmethod
     def of(form: ExpertForm, parts: Sequence[Tensor]) -> ExpertWeights:
         """Args: parts: in the order of form.part_names."""
-        tensors = dict(zip(form.part_names, parts, strict=True))
-
-        def matrix(name: str) -> Matrix:
-            return Matrix(tensors[name], tensors.get(f"{name}_scales"), tensors.get(f"{name}_bias"))
-
-        if form.interleaved:
-            gate, up = matrix("gate_up"), None
-        elif form.transposed:
-            gate, up = matrix("gate_up").column_halves()
-        else:
-            gate, up = matrix("gate"), matrix("up")
-        down = matrix("down")
+        matrices = matrices_of(form, parts)
+        gate, up, down = matrices
         pointers = ExpertPointers(
             **{
                 field + kind: tensor.data_ptr()
@@ -112,7 +135,10 @@ class ExpertWeights:
                 if tensor is not None
             }
         )
-        return ExpertWeights(gate, up, down, pointers)
+        neurons = gate.data.shape[1 if form.transposed else 0]
+        weights = ExpertWeights(pointers, neurons // 2 if up is None else neurons, lambda: matrices)
+        weights._all()
+        return weights
 
     @staticmethod
     def random(form: ExpertForm, hidden: int, intermediate: int) -> ExpertWeights:
@@ -125,3 +151,17 @@ class ExpertWeights:
         if form.bias_dtype is not None:
             parts += [torch.randn(rows).to(form.bias_dtype) for rows, _ in matrices.values()]
         return ExpertWeights.of(form, parts)
+
+
+def matrices_of(form: ExpertForm, parts: Sequence[Tensor]) -> Matrices:
+    """An expert's matrices. Args: parts: in the order of form.part_names."""
+    tensors = dict(zip(form.part_names, parts, strict=True))
+
+    def matrix(name: str) -> Matrix:
+        return Matrix(tensors[name], tensors.get(f"{name}_scales"), tensors.get(f"{name}_bias"))
+
+    if form.interleaved:
+        return matrix("gate_up"), None, matrix("down")
+    if form.transposed:
+        return (*matrix("gate_up").column_halves(), matrix("down"))
+    return matrix("gate"), matrix("up"), matrix("down")

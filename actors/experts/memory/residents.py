@@ -118,6 +118,7 @@ class Residents:
         self._retired.append(slot)
 
     def _evict(self, index: int) -> None:
+        assert self._slots[index] != _ABSENT, "only who is here can leave: a slot that is none would be given out"
         self._free.append(self._slots[index])
         self._slots[index] = _ABSENT
         self.is_resident[index] = 0

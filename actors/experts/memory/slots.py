@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 
 from actors.experts.formats.base import TORCH_DTYPES
-from actors.experts.formats.expert import ExpertWeights
+from actors.experts.formats.expert import ExpertWeights, Matrices, matrices_of
 from actors.experts.reader import PAGE_BYTES, ReadPlan, plan_read
 from actors.experts.signals import Grid
 from actors.model.expert_layout import ExpertLayout
@@ -79,6 +79,13 @@ class SlotForm:
 
     def weights(self, index: int, slot: int, arena: memoryview) -> ExpertWeights:
         """Views of an expert in a slot of an arena; the same for all experts of equal `part_offsets`."""
+        return ExpertWeights.of(self.form, self._tensors(index, slot, arena))
+
+    def matrices(self, index: int, slot: int, arena: memoryview) -> Matrices:
+        """Only the tensors of `weights`."""
+        return matrices_of(self.form, self._tensors(index, slot, arena))
+
+    def _tensors(self, index: int, slot: int, arena: memoryview) -> list[torch.Tensor]:
         base = slot * self.slot_bytes
         views: list[torch.Tensor] = []
         parts = self.layout.experts[self._experts[index]].parts
@@ -86,7 +93,7 @@ class SlotForm:
             dtype = self.held_dtype if self.converts else TORCH_DTYPES[part.dtype]
             count = math.prod(part.shape)
             views.append(torch.frombuffer(arena, dtype=dtype, count=count, offset=base + offset).view(part.shape))
-        return ExpertWeights.of(self.form, views)
+        return views
 
     def _offsets_of(self, expert: ExpertId, plan: ReadPlan) -> tuple[int, ...]:
         if not self.converts:

@@ -29,6 +29,7 @@ from actors.experts.memory.residents import Residents
 from actors.experts.memory.slots import SlotForm
 from actors.experts.memory.stage import Stage
 from actors.experts.memory.transfers import Transfer
+from actors.experts.memory.views import ExpertViews
 from actors.experts.policies.base import Scorer
 from cluster.types import ExpertId, Tier
 
@@ -67,8 +68,8 @@ class ExpertStore:
         self._rows = {layer: row for row, layer in enumerate(self.grid.layers)}
         self._lock = threading.Lock()
         self._ahead = np.zeros(self.grid.size, dtype=np.bool_)  # fetched ahead, complete, not used since
-        self._views: dict[tuple[int, tuple[int, ...]], ExpertWeights] = {}
         arena = RamArena(self.grid.size, form.slot_bytes)
+        self._views = ExpertViews(form, arena)
         num_slots = self.form.num_slots(budget_bytes, self._min_experts, "experts.cache")
         device = Residents(arena, scorer, self.grid.size, num_slots, self._on_evict)
         self._backoff = ReadBackoff([form.files(index)[0] for index in range(self.grid.size)])
@@ -105,6 +106,11 @@ class ExpertStore:
     def num_slots(self) -> int:
         """Experts that DEVICE has room for."""
         return self._device.residents.num_slots
+
+    @property
+    def view_bytes(self) -> int:
+        """What it takes to find experts in their slots: beside the budget, which is for their weights."""
+        return self._views.num_bytes
 
     @property
     def num_resident(self) -> int:
@@ -217,6 +223,7 @@ class ExpertStore:
         with self._lock:
             self.budget_bytes = budget_bytes
             self._device.residents.resize(num_slots)
+            self._views.keep_at_most(num_slots)
 
     @property
     def bytes_read(self) -> int:
@@ -322,11 +329,7 @@ class ExpertStore:
         for index in indices:
             slot = residents.slot_of(index)
             assert slot is not None
-            key = (slot, self.form.part_offsets(index))
-            weights = self._views.get(key)
-            if weights is None:
-                weights = self._views[key] = self.form.weights(index, slot, residents.arena.buffer)
-            group.append((index - first, weights))
+            group.append((index - first, self._views.weights(index, slot)))
         return group
 
     def _done(self, stage: Stage, transfer: Transfer) -> None:

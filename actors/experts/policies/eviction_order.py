@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from actors.experts.policies.base import Scorer
+from actors.experts.policies.published import sound_scores
 
 _KEPT = 1e12  # above any score, and small enough that scores still tell the kept apart
 
@@ -51,8 +52,8 @@ class EvictionOrder:
             self._last_use[index] = self._clock
 
     def scores(self) -> np.ndarray:
-        """[N] what experts are worth, resident or not."""
-        return self._scorer.scores()
+        """[N] what experts are worth, resident or not; finite, whatever the policy says."""
+        return sound_scores(self._scorer.scores())
 
     def victim(self, kept: np.ndarray | None = None) -> int | None:
         """The resident to evict next; None if there is none. Args: kept: [L * E] bool, which ones may not leave."""
@@ -64,10 +65,18 @@ class EvictionOrder:
         scores = self._scorer.scores() + self._bar
         if kept is not None:
             np.copyto(scores, np.inf, where=kept)
+        is_sound = False
         victims: list[int] = []
         while len(victims) < count:
             index = int(scores.argmin())
             lowest = scores[index]
+            if not np.isfinite(lowest) and not is_sound:  # nobody is left, or a score is no number: argmin finds those
+                is_sound = True
+                scores = self.scores() + self._bar
+                if kept is not None:
+                    np.copyto(scores, np.inf, where=kept)
+                scores[victims] = np.inf
+                continue
             if lowest == np.inf:
                 break
             equal = (scores == lowest).nonzero()[0]

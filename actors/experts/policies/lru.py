@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.experts.signals import GateSignal, Grid, Silent
+from actors.experts.signals import GateSignal, Grid, Silent, StepSignal
 
 
 class LruScorer:
@@ -33,9 +33,16 @@ class LruPerLayerScorer(Silent):
         self._last_use = np.zeros((grid.num_layers, grid.num_experts), dtype=np.int64)
         self._scores = np.zeros((grid.num_layers, grid.num_experts))
         self._clock = 0
+        self._before = self._last_use, self._scores  # the step
 
     def on_use(self, index: int) -> None:
         """Uses are known from the gates."""
+
+    def on_step(self, step: StepSignal) -> None:
+        self._before = self._last_use.copy(), self._scores.copy()
+
+    def on_step_broken(self) -> None:
+        self._last_use[:], self._scores[:] = self._before
 
     def on_gate(self, gate: GateSignal) -> None:
         self._clock += 1

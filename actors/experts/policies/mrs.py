@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.experts.signals import GateSignal, Grid, Silent
+from actors.experts.signals import GateSignal, Grid, Silent, StepSignal
 
 
 class MrsScorer(Silent):
@@ -18,11 +18,18 @@ class MrsScorer(Silent):
     def __init__(self, grid: Grid, *, alpha: float = 0.2, num_kept: int | None = None) -> None:
         """Args: num_kept: p; default 2K."""
         self._scores = np.zeros((grid.num_layers, grid.num_experts))
+        self._before = self._scores  # the step
         self._alpha = alpha
         self._num_dropped = grid.num_experts - min(num_kept or 2 * grid.top_k, grid.num_experts)
 
     def on_use(self, index: int) -> None:
         """Uses are known from the gates."""
+
+    def on_step(self, step: StepSignal) -> None:
+        self._before = self._scores.copy()
+
+    def on_step_broken(self) -> None:
+        self._scores[:] = self._before
 
     def on_gate(self, gate: GateSignal) -> None:
         least_kept = np.partition(gate.probs, self._num_dropped, axis=1)[:, self._num_dropped, None]

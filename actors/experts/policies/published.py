@@ -26,4 +26,9 @@ class PublishedScores:
 
     def publish(self, scores: np.ndarray | None = None) -> None:
         """Args: scores: [N] instead of the policy's own."""
-        self._latest = (self._scorer.scores() if scores is None else scores).copy()
+        self._latest = sound_scores(self._scorer.scores() if scores is None else scores).copy()
+
+
+def sound_scores(scores: np.ndarray) -> np.ndarray:
+    """The scores, those that are not finite as 0: an expert of which nothing can be said is worth nothing."""
+    return scores if np.isfinite(scores).all() else np.where(np.isfinite(scores), scores, 0.0)

@@ -19,7 +19,7 @@ from grpc_status import rpc_status
 from live_server import free_port
 
 from cluster.config_sections import FrontendConfig, GrpcConfig
-from cluster.errors import ConfigError, Overloaded
+from cluster.errors import ConfigError, InvalidOutput, Overloaded
 from cluster.frontend.grpc_server import SERVICES, GrpcServer
 from cluster.rpc import cluster_pb2, cluster_pb2_grpc
 from cluster.rpc import generation_pb2 as pb
@@ -309,16 +309,22 @@ def test_refusals_have_their_codes(serve, run):
             stub = GenerationServiceStub(channel)
             full = await rich_failure(stub.Generate(pb.GenerateRequest(prompt=prompt())))
             model = await rich_failure(stub.Generate(pb.GenerateRequest(model="other", prompt=prompt())))
+            worker.fail_with = InvalidOutput("not finite from expert 3 of layer 1 on")
+            unsound = await rich_failure(stub.Generate(pb.GenerateRequest(prompt=prompt())))
             worker.fail_with = KeyError("secret")
             bug = await rich_failure(stub.Generate(pb.GenerateRequest(prompt=prompt())))
             unknown = await failure(channel.unary_unary("/moesaic.v1.GenerationService/Dance")(b""))
-            return full, model, bug, unknown
+            return full, model, unsound, bug, unknown
 
-    full, model, bug, unknown = run(scenario)
+    full, model, unsound, bug, unknown = run(scenario)
     assert full[0].code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert full[1][RetryInfo].retry_delay.ToMilliseconds() == 1000
     assert model[0].code() is grpc.StatusCode.NOT_FOUND
     assert model[1][ErrorInfo].reason == "MODEL_NOT_FOUND"
+    assert unsound[0].code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "expert 3 of layer 1" in unsound[0].details()
+    assert unsound[1][ErrorInfo].reason == "INVALID_OUTPUT"
+    assert unsound[1][ErrorInfo].metadata["code"] == "invalid_output"
     assert bug[0].code() is grpc.StatusCode.INTERNAL
     assert "secret" not in bug[0].details()
     assert unknown.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -17,6 +17,7 @@ from actors.unsent_bytes import UnsentBytes
 from cluster.errors import (
     DeadlineExceeded,
     ExpertReadError,
+    InvalidOutput,
     InvalidRequest,
     MoesaicError,
     Overloaded,
@@ -56,6 +57,7 @@ def test_chunks_come_out_as_they_went_in(progress, items):
     "error",
     [
         MoesaicError("plain"),
+        InvalidOutput("not finite from expert 3 of layer 1 on"),
         InvalidRequest("too large", param="top_k", code="too_large"),
         Overloaded("full"),
         Unavailable("gone"),

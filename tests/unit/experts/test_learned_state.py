@@ -139,3 +139,18 @@ def test_shares_are_small_and_nearly_exact() -> None:
     np.testing.assert_array_equal(shared["ids"], arrays["ids"], strict=True)
     with pytest.raises(ConfigError, match="has next_use instead"):
         unpack_share(blob, "aaaa", "maps")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_in_files_and_shares(tmp_path: Path, value: float) -> None:
+    path, groups = tmp_path / "learned.npz", _groups()
+    groups["next_use"]["weights"][17] = value
+    save_learned(path, "aaaa", groups)
+
+    with pytest.raises(ConfigError, match="next_use: weights has numbers that are not finite; delete it"):
+        load_learned(path, "aaaa")
+    if np.isnan(value):  # an infinite one is cut to the largest there is
+        with pytest.raises(ConfigError, match="not finite"):
+            unpack_share(pack_share("aaaa", "next_use", groups["next_use"]), "aaaa", "next_use")
+    with pytest.raises(ConfigError, match="not finite"):
+        unpack_share(pack_share("aaaa", "maps", {"maps": np.full(3, value)}), "aaaa", "maps")

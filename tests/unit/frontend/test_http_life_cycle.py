@@ -8,7 +8,7 @@ import json
 import pytest
 from fakes import AsgiCall, FakeAttentionWorker
 
-from cluster.errors import ConfigError, InvalidRequest, NothingToChange, Overloaded, Unavailable
+from cluster.errors import ConfigError, InvalidOutput, InvalidRequest, NothingToChange, Overloaded, Unavailable
 from cluster.types import StartupPhase
 
 CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -124,6 +124,34 @@ def test_error_within_a_stream_is_its_last_event(make_app, call):
     response = asyncio.run(scenario())
     assert response.status_code == 200
     assert events_of(response.text)[-1]["error"]["message"] == "worker lost"
+    assert "[DONE]" not in response.text
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM])
+def test_output_that_is_not_finite_is_a_422_that_nobody_is_to_try_again(make_app, call, body):
+    error = InvalidOutput("not finite from expert 3 of layer 1 on")
+
+    async def scenario():
+        return await call(make_app(FakeAttentionWorker(fail_with=error)), "POST", PATH, json=body)
+
+    response = asyncio.run(scenario())
+    assert response.status_code == 422
+    assert "retry-after" not in response.headers
+    assert response.json()["error"] == {
+        "message": error.message,
+        "type": "invalid_output_error",
+        "param": None,
+        "code": "invalid_output",
+    }
+
+
+def test_output_that_becomes_not_finite_within_a_stream_is_its_last_event(make_app, call):
+    async def scenario():
+        worker = FakeAttentionWorker(fail_with=InvalidOutput("not finite"), fail_after=2)
+        return await call(make_app(worker), "POST", PATH, json=STREAM)
+
+    response = asyncio.run(scenario())
+    assert events_of(response.text)[-1]["error"]["code"] == "invalid_output"
     assert "[DONE]" not in response.text
 
 

@@ -8,6 +8,7 @@ from engine_builders import make_request
 from cluster.errors import (
     ConfigError,
     ExpertReadError,
+    InvalidOutput,
     InvalidRequest,
     MoesaicError,
     Overloaded,
@@ -46,7 +47,15 @@ def test_next_attempt_has_everything_that_was_said_and_an_id_of_its_own() -> Non
 
 
 @pytest.mark.parametrize(
-    "error", [InvalidRequest("x"), ExpertReadError("x"), ConfigError("x"), MoesaicError("x"), Overloaded("x")]
+    "error",
+    [
+        InvalidRequest("x"),
+        ExpertReadError("x"),
+        InvalidOutput("x"),
+        ConfigError("x"),
+        MoesaicError("x"),
+        Overloaded("x"),
+    ],
 )
 def test_errors_that_another_worker_would_give_too_pass(error: MoesaicError) -> None:
     with pytest.raises(type(error)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fakes import MEMORY
 from scheduler_values import TOP_K, host_report, knowledge, worker_report
@@ -9,10 +11,11 @@ from scheduler_values import TOP_K, host_report, knowledge, worker_report
 from actors.scheduler import Scheduler
 from cluster.config_sections import SchedulerConfig
 from cluster.errors import Superseded, Unavailable
+from cluster.finite import with_finite_numbers
 from cluster.protocols import StateStore, VersionedState
 from cluster.semantics.knowledge import Knowledge
 from cluster.stats.memory_store import MemoryStore
-from cluster.types import StartupPhase
+from cluster.types import StartupPhase, Tier
 
 
 class _Clock:
@@ -254,3 +257,22 @@ def test_what_hosts_say_of_their_memories_is_left_in_the_store() -> None:
     scheduler.turn()
 
     assert store.owners("f") == {"host-0-1": MEMORY}
+
+
+def test_a_report_with_numbers_that_are_none_has_them_as_not_measured() -> None:
+    clock = _Clock()
+    scheduler = _scheduler(clock)
+    nan = float("nan")
+    scheduler.report_worker(worker_report("w", step_s=nan, stall_s=float("inf"), miss_s={Tier.DISK: nan}))
+    scheduler.report_host(host_report(0, expert_s=nan, memory=replace(MEMORY, search_share=nan)))
+
+    ((report, _),) = scheduler.routing_view(0).workers
+    assert (report.step_s, report.stall_s, report.miss_s) == (0.0, 0.0, {Tier.DISK: 0.0})
+
+
+def test_finite_numbers_are_left_as_they_are() -> None:
+    report = worker_report("w", step_s=0.5, miss_s={Tier.DISK: 0.25})
+    assert with_finite_numbers(report) is report
+    spoilt = replace(MEMORY, calibration=(replace(MEMORY.calibration[0], predicted=float("nan")),))
+    assert with_finite_numbers(spoilt).calibration[0].predicted == 0.0
+    assert with_finite_numbers(spoilt).stall_s == MEMORY.stall_s

@@ -56,6 +56,22 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         reduce_table(_stored(np.full((4, 3), np.nan), tmp_path / "n"))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_token_that_is_not_finite_means_nothing_and_the_others_what_they_did(tmp_path: Path, value: float) -> None:
+    values = _topics(300, 40)
+    spoilt = values.copy()
+    spoilt[7, 3:5] = value
+
+    sound, embeddings = (
+        reduce_table(_stored(table, tmp_path / name)) for name, table in (("s", values), ("x", spoilt))
+    )
+
+    assert not embeddings.table_VP[7].any()
+    assert embeddings.embed((1, 7, 9)) == embeddings.embed((1, 9)) != b""
+    near = [np.frombuffer(e.embed((1, 2, 9)), np.int8).astype(float) for e in (sound, embeddings)]
+    assert all(np.isfinite(vector).all() and np.linalg.norm(vector) == pytest.approx(127, rel=0.05) for vector in near)
+
+
 def test_distances_survive_the_reduction(tmp_path: Path) -> None:
     """64 of 200 dimensions, int8: tokens are as far apart as before, to a few percent, where they differ at all."""
     values = _topics(600, 40) @ np.random.default_rng(1).standard_normal((40, 200))

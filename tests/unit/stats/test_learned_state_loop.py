@@ -239,3 +239,17 @@ def test_a_state_that_does_not_fit_leaves_its_thread_alive() -> None:
     with pytest.raises(ConfigError, match="no mean"):
         states.load({"mean": {"num_learned": np.array(1)}})
     states.load({"unknown": {}})
+
+
+def test_what_is_not_finite_is_neither_taken_in_nor_told_nor_saved(tmp_path: Path) -> None:
+    part = LearnedMean()
+    part.learn(3.0)
+    states = states_of(mean=part)
+
+    with pytest.raises(ConfigError, match="not finite"):
+        states.load({"mean": {"mean": np.array([np.nan]), "num_learned": np.array(5)}})
+
+    assert part.mean == 3.0
+    assert set(states.snapshot()) == {"mean"}
+    part.mean = float("inf")
+    assert states.snapshot() == {}
