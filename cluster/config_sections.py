@@ -181,6 +181,10 @@ class FrontendConfig(Section):
     max_input_queue: int = Field(
         default=64, ge=0, description="requests that may wait to be read; more are answered 429"
     )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="origins whose pages may call from a browser, like https://chat.example.org; * is all"
+    )
+    cors_credentials: bool = Field(default=False, description="such pages may send cookies and HTTP authentication")
     strict: bool = Field(
         default=False, description="refuse request fields that are not known; else they are named in a header"
     )

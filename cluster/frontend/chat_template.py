@@ -33,6 +33,7 @@ class ChatTemplate:
         Raises:
             CheckpointError: the template has a syntax error; names `origin`, the file it came from.
         """
+        self.source = source
         self._sandbox = _environment()
         try:
             self._template = self._sandbox.from_string(source)

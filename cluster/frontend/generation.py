@@ -111,6 +111,11 @@ class GenerationService:
         find = partial(offsets_in_prompt, self._tokenizer, prompt_ids, text)
         return await self.inputs.run(find, num_bytes=_BYTES_A_TOKEN * len(prompt_ids))
 
+    @property
+    def tokenizer_facts(self) -> Mapping[str, object]:
+        """What the checkpoint says of its tokenizer."""
+        return self._tokenizer.facts
+
     def token_text(self, token_id: int) -> TokenText:
         """One token of a prompt, without log-probability."""
         return token_text(self._tokenizer, token_id, 0.0)

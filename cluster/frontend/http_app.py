@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from cluster.config_sections import FrontendConfig
+from cluster.frontend.api_routes import ApiRoutes
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_body import BodyReader
 from cluster.frontend.http_errors import install_error_responses
-from cluster.frontend.http_middleware import Admission, ApiKey, BodyLimit, RequestContext
+from cluster.frontend.http_middleware import IGNORED_FIELDS_HEADER, Admission, ApiKey, BodyLimit, RequestContext
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_routes import OpenAIRoutes
 from cluster.frontend.operator_routes import OperatorRoutes
@@ -21,9 +23,11 @@ from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient, FrontEnds, SchedulerClient
 
 _GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
-_TEXT_PATHS = ("/tokenize", "/detokenize", "/abort_requests")
+_TEXT_PATHS = ("/tokenize", "/detokenize", "/tokenizer_info", "/abort_requests")
 _SCHEDULER_PATHS = ("/scheduler", "/plan", "/diagnose", "/drain")
 _GUARDED_PATHS = ("/v1", "/experts", "/status", *_SCHEDULER_PATHS, *_TEXT_PATHS)
+_READ = ["GET", "HEAD"]
+_EXPOSED_HEADERS = ("x-request-id", "retry-after", IGNORED_FIELDS_HEADER)
 
 
 def create_app(
@@ -46,26 +50,30 @@ def create_app(
     text = TokenizeRoutes(service, info)
     operator = OperatorRoutes(worker, requests, metrics, scheduler=scheduler, per_expert_metrics=per_expert_metrics)
     central = SchedulerRoutes(scheduler)
+    api = ApiRoutes(guarded=_GUARDED_PATHS if config.api_key else None, is_strict=config.strict)
     app.add_api_route("/v1/chat/completions", openai.chat, methods=["POST"])
     app.add_api_route("/v1/completions", openai.complete, methods=["POST"])
-    app.add_api_route("/v1/models", openai.list_models, methods=["GET"])
-    app.add_api_route("/v1/models/{model:path}", openai.show_model, methods=["GET"])
+    app.add_api_route("/v1/models", openai.list_models, methods=_READ)
+    app.add_api_route("/v1/models/{model:path}", openai.show_model, methods=_READ)
     app.add_api_route("/abort_requests", openai.abort, methods=["POST"])
     app.add_api_route("/tokenize", text.tokenize, methods=["POST"])
     app.add_api_route("/detokenize", text.detokenize, methods=["POST"])
-    app.add_api_route("/health", operator.health, methods=["GET"])
-    app.add_api_route("/ready", operator.ready, methods=["GET"])
-    app.add_api_route("/metrics", operator.metrics_text, methods=["GET"])
-    app.add_api_route("/experts", operator.experts, methods=["GET"])
+    app.add_api_route("/tokenizer_info", text.tokenizer_info, methods=_READ)
+    app.add_api_route("/health", operator.health, methods=_READ)
+    app.add_api_route("/ready", operator.ready, methods=_READ)
+    app.add_api_route("/metrics", operator.metrics_text, methods=_READ)
+    app.add_api_route("/experts", operator.experts, methods=_READ)
     app.add_api_route("/experts/cache", operator.set_expert_cache, methods=["POST"])
-    app.add_api_route("/status", operator.status, methods=["GET"])
-    app.add_api_route("/scheduler", central.status, methods=["GET"])
-    app.add_api_route("/plan", central.plan, methods=["GET"])
-    app.add_api_route("/diagnose", central.diagnose, methods=["GET"])
+    app.add_api_route("/status", operator.status, methods=_READ)
+    app.add_api_route("/scheduler", central.status, methods=_READ)
+    app.add_api_route("/plan", central.plan, methods=_READ)
+    app.add_api_route("/diagnose", central.diagnose, methods=_READ)
     app.add_api_route("/drain", central.drain, methods=["POST"])
-    app.add_api_route("/load", operator.load, methods=["GET"])
-    app.add_api_route("/version", operator.version, methods=["GET"])
-    app.add_api_route("/", root_page(app, info, tells_model=config.api_key is None), methods=["GET", "HEAD"])
+    app.add_api_route("/load", operator.load, methods=_READ)
+    app.add_api_route("/version", operator.version, methods=_READ)
+    app.add_api_route("/openapi.json", api.openapi, methods=_READ)
+    app.add_api_route("/docs", api.docs, methods=_READ)
+    app.add_api_route("/", root_page(app, info, tells_model=config.api_key is None), methods=_READ)
     install_error_responses(app)
     # The last one added sees a request first.
     app.add_middleware(Admission, requests=requests, paths=_GENERATION_PATHS, metrics=metrics)
@@ -84,4 +92,13 @@ def create_app(
     app.add_middleware(RequestContext, metrics=metrics, routes=routes)
     if config.root_path:
         app.add_middleware(RootPath, prefix=config.root_path)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_credentials=config.cors_credentials,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
     return app

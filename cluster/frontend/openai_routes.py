@@ -192,7 +192,25 @@ class OpenAIRoutes:
             "object": "model",
             "created": self._created_s,
             "owned_by": "moesaic",
+            "root": self._info.name,
+            "parent": None,
             "max_model_len": self._info.max_model_len,
+            "permission": [
+                {
+                    "id": f"modelperm-{self._info.fingerprint}",
+                    "object": "model_permission",
+                    "created": self._created_s,
+                    "allow_create_engine": False,
+                    "allow_sampling": True,
+                    "allow_logprobs": True,
+                    "allow_search_indices": False,
+                    "allow_view": True,
+                    "allow_fine_tuning": False,
+                    "organization": "*",
+                    "group": None,
+                    "is_blocking": False,
+                }
+            ],
         }
 
 

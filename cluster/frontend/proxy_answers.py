@@ -21,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.errors import DeadlineExceeded, Overloaded, Unavailable
 from cluster.frontend.http_errors import error_response, unknown_route_response
+from cluster.frontend.proxy_protocol import install_protocol
+from cluster.frontend.proxy_request_id import OneRequestId
 from cluster.types import StartupPhase
 
 PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.frontend.proxy_answers:middlewares"}
@@ -46,8 +48,9 @@ _REASONS = {
 
 
 def middlewares() -> list[Middleware]:
-    """Serve's proxy callback."""
-    return [Middleware(ProxyAnswers)]
+    """Serve's proxy callback; the last one sees a request first."""
+    install_protocol()
+    return [Middleware(ProxyAnswers), Middleware(OneRequestId)]
 
 
 class ProxyAnswers:

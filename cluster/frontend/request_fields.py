@@ -43,13 +43,14 @@ class ClientModel(StrictModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """The schema with null wherever a field may be left out."""
-        described = handler.resolve_ref_schema(handler(schema))
+        whole = handler(schema)
+        described = handler.resolve_ref_schema(whole)
         required = described.get("required", [])
         for name, field in described.get("properties", {}).items():
             if name not in required and not _takes_null(field):
                 kept = {key: field.pop(key) for key in ("title", "default", "description") if key in field}
                 described["properties"][name] = {"anyOf": [field, {"type": "null"}], **kept}
-        return described
+        return whole
 
 
 def unknown_fields(body: BaseModel) -> tuple[str, ...]:

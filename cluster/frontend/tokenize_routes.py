@@ -39,6 +39,10 @@ class TokenizeRoutes:
         facts = {"count": len(tokens), "max_model_len": self._info.max_model_len}
         return json_response({**facts, "tokens": list(tokens), "token_strs": pieces})
 
+    async def tokenizer_info(self) -> Response:
+        """GET /tokenizer_info: the checkpoint's tokenizer settings and chat template."""
+        return json_response(self._service.tokenizer_facts)
+
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize: the text of token ids, special tokens included."""
         body = await read_body(request, DetokenizeRequest)

@@ -26,7 +26,15 @@ _OLDER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "t
 class Tokenizer:
     """One checkpoint's tokenizer and chat template; immutable, so threads may share it."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, template: ChatTemplate | None, *, origin: str) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: ChatTemplate | None,
+        *,
+        origin: str,
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        """`facts` are the settings of the checkpoint, for who asks for them."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -35,6 +43,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {index: str(token.content) for index, token in added.items()}
         self._special = frozenset(index for index, token in added.items() if token.special)
+        source = None if template is None else template.source
+        self.facts = {"tokenizer_class": "PreTrainedTokenizerFast", **(facts or {}), "chat_template": source}
         decoder = _decoder_json(backend)
         self._byte_by_char = _byte_by_char() if "ByteLevel" in decoder else None
         self._has_byte_fallback = "ByteFallback" in decoder
@@ -47,18 +57,20 @@ class Tokenizer:
             CheckpointError: no tokenizer files, or one that does not parse; names the file.
         """
         file = directory / "tokenizer.json"
+        facts = _read_json(directory / "tokenizer_config.json")
         if file.is_file():
             try:
                 backend = tokenizers.Tokenizer.from_file(str(file))
             except Exception as error:
                 raise CheckpointError(f"{file}: not a valid tokenizer: {error}") from error
-            return cls(backend, _load_template(directory), origin=str(directory))
+            return cls(backend, _load_template(directory), origin=str(directory), facts=facts)
         found = [name for name in _OLDER_FILES if (directory / name).is_file()]
         if not found:
             raise CheckpointError(
                 f"{file}: file is missing; a model directory needs tokenizer.json (or one of {', '.join(_OLDER_FILES)})"
             )
-        return cls(_converted_backend(directory, found[0]), _load_template(directory), origin=str(directory))
+        backend = _converted_backend(directory, found[0])
+        return cls(backend, _load_template(directory), origin=str(directory), facts=facts)
 
     @property
     def vocab_size(self) -> int:
