@@ -106,10 +106,11 @@ _REFERENCES = "#/components/schemas/{model}"
 class ApiRoutes:
     """Made once, when they are first asked for: schemas of all pages take a moment."""
 
-    def __init__(self, *, guarded: tuple[str, ...] | None, is_strict: bool) -> None:
+    def __init__(self, *, guarded: tuple[str, ...] | None, is_strict: bool, vocab_size: int) -> None:
         """Args: guarded: beginnings of paths that need a key; None: there is no key."""
         self._guarded = guarded
         self._is_strict = is_strict
+        self._vocab_size = vocab_size
         self._json = cache(self._dumped)
         self._html = cache(self._rendered)
 
@@ -128,6 +129,7 @@ class ApiRoutes:
             pages=_pages(),
             guarded=self._guarded,
             is_strict=self._is_strict,
+            vocab_size=self._vocab_size,
         )
         return orjson.dumps(document)
 

@@ -87,7 +87,7 @@ def asks_for_nothing(name: str, value: object) -> bool:
         return True
     if name not in _NEUTRAL:
         return False
-    if _holds_nothing(value) or any(value == neutral for neutral in _NEUTRAL[name]):
+    if _holds_nothing(value) or any(_is_same(value, neutral) for neutral in _NEUTRAL[name]):
         return True
     raise InvalidRequest(f"{name} is not supported by this server (got {echo(value)})", param=name)
 
@@ -112,6 +112,11 @@ def echo(value: object) -> str:
     elif isinstance(value, list):
         value = cast("list[object]", value)[:MAX_ECHO_CHARS]
     return repr(value)[:MAX_ECHO_CHARS]
+
+
+def _is_same(value: object, neutral: object) -> bool:
+    """Equal, and both truth values or neither: to Python 0 is false."""
+    return value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
 
 
 def _holds_nothing(value: object) -> bool:

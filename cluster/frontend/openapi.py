@@ -20,7 +20,7 @@ from cluster.frontend.openai_schema import (
     TokenizeRequest,
 )
 from cluster.frontend.openai_unsupported import known_parameters, takes_any_value
-from cluster.frontend.openapi_schemas import ANSWERS, Schema, a_list, named, or_null
+from cluster.frontend.openapi_schemas import ANSWERS, Schema, a_list, an_object, named, or_null
 from cluster.frontend.request_fields import StrictModel
 from cluster.frontend.scheduler_routes import DrainBody
 
@@ -42,32 +42,8 @@ _MEANINGS = {
     504: "The request's time ran out.",
 }
 _SHORT_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 1024}
-_IDS = a_list({"type": "integer", "minimum": 0})
-# What the code checks before a schema sees it.
-_FIELDS: dict[tuple[str, str], Schema] = {
-    ("CompletionRequest", "prompt"): {
-        "anyOf": [
-            {"type": "string", "minLength": 1},
-            {**a_list({"type": "string", "minLength": 1}), "minItems": 1, "maxItems": 128},
-            {**_IDS, "minItems": 1},
-            {**a_list({**_IDS, "minItems": 1}), "minItems": 1, "maxItems": 128},
-        ]
-    },
-    ("Message", "content"): or_null(
-        {
-            "anyOf": [
-                {"type": "string"},
-                a_list(
-                    {
-                        "type": "object",
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                        "required": ["type", "text"],
-                    }
-                ),
-            ]
-        }
-    ),
-}
+_TEXT_PART = an_object({"type": {"const": "text"}, "text": {"type": "string"}})
+_CONTENT: Schema = {"anyOf": [{"type": "string"}, a_list(_TEXT_PART)]}
 _STOP = {"anyOf": [_SHORT_TEXT, {**a_list(_SHORT_TEXT), "maxItems": 16}, {"type": "null"}]}
 _BIAS = or_null(
     {
@@ -111,6 +87,7 @@ def openapi_document(
     pages: Mapping[str, Schema],
     guarded: Sequence[str] | None,
     is_strict: bool,
+    vocab_size: int,
 ) -> dict[str, Any]:
     """The document.
 
@@ -135,7 +112,7 @@ def openapi_document(
         "info": {"title": "Moesaic", "version": version, "description": "OpenAI's API, and what operators ask."},
         "paths": paths,
         "components": {
-            "schemas": {**ANSWERS, **pages, **_bodies(is_strict=is_strict)},
+            "schemas": {**ANSWERS, **pages, **_bodies(vocab_size, is_strict=is_strict)},
             "securitySchemes": keys if guarded is not None else {},
         },
     }
@@ -155,10 +132,9 @@ def _described(operation: Operation, *, is_guarded: bool, is_head: bool = False)
         operation.media: {"schema": named(operation.answer) if operation.answer else {"type": "string"}}
     }
     if operation.stream is not None:
-        content["text/event-stream"] = {
-            "schema": {"type": "string"},
-            "x-event-schema": named(operation.stream),
-        }
+        # Of each event; the last one's data is [DONE].
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": named(operation.stream)}
+        content["text/event-stream"] = {"schema": an_object({"data": data})}
     if operation.path == "/":
         content["text/html"] = {"schema": {"type": "string"}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "headers": found}}
@@ -193,17 +169,35 @@ def _described(operation: Operation, *, is_guarded: bool, is_head: bool = False)
     return described
 
 
-def _bodies(*, is_strict: bool) -> dict[str, Schema]:
+def _bodies(vocab_size: int, *, is_strict: bool) -> dict[str, Schema]:
+    """Schemas of bodies, with what the code checks before or after a schema sees it."""
     _, defined = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REFERENCES)
     schemas: dict[str, Schema] = defined["$defs"]
-    for (model, name), schema in _FIELDS.items():
-        schemas[model]["properties"][name] = schema
+    ids = a_list({"type": "integer", "minimum": 0, "exclusiveMaximum": vocab_size})
+    texts = a_list({"type": "string", "minLength": 1})
+    several = {"minItems": 1, "maxItems": 128}
+    prompts = [{"type": "string", "minLength": 1}, texts | several, ids | {"minItems": 1}]
+    prompts.append(a_list(ids | {"minItems": 1}) | several)
+    schemas["CompletionRequest"]["properties"] |= {
+        "prompt": {"anyOf": prompts},
+        "best_of": {"description": "Only what n is.", "enum": [None, 1]},
+    }
+    schemas["DetokenizeRequest"]["properties"]["tokens"] = ids
+    schemas["Message"]["properties"]["content"] = or_null(_CONTENT)
+    calls = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
+    schemas["Message"]["anyOf"] = [an_object({"content": _CONTENT}), an_object(calls)]
+    schemas["TokenizeRequest"]["oneOf"] = [
+        an_object({"prompt": {"type": "string"}}, {"messages": {"type": "null"}}),
+        an_object({"messages": {"type": "array"}}, {"prompt": {"type": "null"}}),
+    ]
     for model in _OPEN_BODIES:
         properties = schemas[model]["properties"]
         for name, neutral in known_parameters().items():
             properties.setdefault(name, _unserved(name, neutral))
         if "stop" in properties:
             properties |= {"stop": _STOP, "logit_bias": _BIAS}
+            properties["stop_token_ids"] = or_null(ids | {"maxItems": 128})
+            properties["allowed_token_ids"] = or_null(ids | {"minItems": 1})
     for schema in schemas.values() if is_strict else ():
         if schema.get("additionalProperties") is True:
             schema["additionalProperties"] = False
