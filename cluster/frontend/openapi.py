@@ -147,8 +147,8 @@ def _described(operation: Operation, *, is_guarded: bool, is_head: bool = False)
         responses[str(code)] = {"description": _MEANINGS[code], "headers": error_headers}
         if not is_head:
             schema = named("Error")
-            if operation.answer == "Readiness" and code == 503:
-                schema = {"anyOf": [named("Readiness"), schema]}
+            if operation.answer in ("Health", "Readiness") and code == 503:
+                schema = {"anyOf": [named(operation.answer), schema]}
             responses[str(code)]["content"] = {"application/json": {"schema": schema}}
     described: dict[str, Any] = {
         "operationId": _operation_id(operation, is_head=is_head),

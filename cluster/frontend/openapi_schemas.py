@@ -135,7 +135,7 @@ ANSWERS: dict[str, Schema] = {
     ),
     "DetokenizedPrompt": an_object({"prompt": _TEXT}),
     "TokenizerInfo": an_object({"tokenizer_class": _TEXT}, {"chat_template": or_null(_TEXT)}),
-    "Health": an_object({"status": {"const": "ok"}}),
+    "Health": an_object({"status": _TEXT}, {"error": or_null(_TEXT)}),
     "Readiness": an_object({"phase": _TEXT, "error": or_null(_TEXT)}),
     "Version": an_object({"version": _TEXT}),
     "RootPage": an_object(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -154,3 +156,20 @@ def test_the_cache_shrinks_and_grows_while_requests_run(server: LiveServer) -> N
         assert refused.status_code == 400, refused.text
     again = httpx.post(f"{server.url}/experts/cache", json={"cache": str(before)}, timeout=30)
     assert again.json()["workers"][0]["memory"]["budget_bytes"] == before
+
+
+def test_a_client_that_offers_http2_is_answered_and_named_once(server: LiveServer) -> None:
+    body = b'{"prompt": "Once upon a time", "max_tokens": 2}'
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\nContent-Type: application/json\r\n"
+        f"X-Request-Id: offers-http2\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        for _ in range(2):
+            connection.sendall(head.encode() + body)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert answer.status == 200
+            assert answer.headers.get_all("x-request-id") == ["offers-http2"]
+            assert json.loads(answer.read())["usage"]["completion_tokens"] == 2
