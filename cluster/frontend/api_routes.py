@@ -94,6 +94,7 @@ OPERATIONS = (
         answer="Page",
         errors=(403, 409),
     ),
+    Operation(path="/load", summary="How many requests this front end is answering.", answer="Load"),
     Operation(path="/version", summary="The program's version.", answer="Version"),
     Operation(path="/", summary="What listens here and where to look.", answer="RootPage"),
     Operation(path="/openapi.json", summary="This document.", answer="Page"),
@@ -106,11 +107,12 @@ _REFERENCES = "#/components/schemas/{model}"
 class ApiRoutes:
     """Made once, when they are first asked for: schemas of all pages take a moment."""
 
-    def __init__(self, *, guarded: tuple[str, ...] | None, is_strict: bool, vocab_size: int) -> None:
+    def __init__(self, *, guarded: tuple[str, ...] | None, is_strict: bool, vocab_size: int, root_path: str) -> None:
         """Args: guarded: beginnings of paths that need a key; None: there is no key."""
         self._guarded = guarded
         self._is_strict = is_strict
         self._vocab_size = vocab_size
+        self._root_path = root_path
         self._json = cache(self._dumped)
         self._html = cache(self._rendered)
 
@@ -130,6 +132,7 @@ class ApiRoutes:
             guarded=self._guarded,
             is_strict=self._is_strict,
             vocab_size=self._vocab_size,
+            root_path=self._root_path,
         )
         return orjson.dumps(document)
 

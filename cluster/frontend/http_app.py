@@ -51,7 +51,7 @@ def create_app(
     operator = OperatorRoutes(worker, requests, metrics, scheduler=scheduler, per_expert_metrics=per_expert_metrics)
     central = SchedulerRoutes(scheduler)
     guarded = _GUARDED_PATHS if config.api_key else None
-    api = ApiRoutes(guarded=guarded, is_strict=config.strict, vocab_size=info.vocab_size)
+    api = ApiRoutes(guarded=guarded, is_strict=config.strict, vocab_size=info.vocab_size, root_path=config.root_path)
     app.add_api_route("/v1/chat/completions", openai.chat, methods=["POST"])
     app.add_api_route("/v1/completions", openai.complete, methods=["POST"])
     app.add_api_route("/v1/models", openai.list_models, methods=_READ)

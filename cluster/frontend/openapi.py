@@ -88,6 +88,7 @@ def openapi_document(
     guarded: Sequence[str] | None,
     is_strict: bool,
     vocab_size: int,
+    root_path: str = "",
 ) -> dict[str, Any]:
     """The document.
 
@@ -95,6 +96,7 @@ def openapi_document(
         pages: schemas of answers beyond those that are always there, by name.
         guarded: what needs a key, as the beginnings of paths; None: nothing does.
         is_strict: whether unknown fields are refused.
+        root_path: prefix of all paths for who comes through a proxy.
     """
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
@@ -110,6 +112,7 @@ def openapi_document(
     return {
         "openapi": "3.1.0",
         "info": {"title": "Moesaic", "version": version, "description": "OpenAI's API, and what operators ask."},
+        "servers": [{"url": root_path or "/"}],
         "paths": paths,
         "components": {
             "schemas": {**ANSWERS, **pages, **_bodies(vocab_size, is_strict=is_strict)},

@@ -137,6 +137,7 @@ ANSWERS: dict[str, Schema] = {
     "TokenizerInfo": an_object({"tokenizer_class": _TEXT}, {"chat_template": or_null(_TEXT)}),
     "Health": an_object({"status": _TEXT}, {"error": or_null(_TEXT)}),
     "Readiness": an_object({"phase": _TEXT, "error": or_null(_TEXT)}),
+    "Load": an_object({"server_load": _COUNT}),
     "Version": an_object({"version": _TEXT}),
     "RootPage": an_object(
         {"name": _TEXT, "what": _TEXT, "version": _TEXT, "links": {"type": "object"}}, {"model": _TEXT}
