@@ -135,8 +135,8 @@ def _described(operation: Operation, *, is_guarded: bool, is_head: bool = False)
         operation.media: {"schema": named(operation.answer) if operation.answer else {"type": "string"}}
     }
     if operation.stream is not None:
-        # Of each event; the last one's data is [DONE].
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": named(operation.stream)}
+        # Of each event. The media type of its data would be false of the last one's, which is no JSON.
+        data = {"anyOf": [{"const": "[DONE]"}, {"type": "string", "contentSchema": named(operation.stream)}]}
         content["text/event-stream"] = {"schema": an_object({"data": data})}
     if operation.path == "/":
         content["text/html"] = {"schema": {"type": "string"}}

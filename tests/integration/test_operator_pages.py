@@ -25,7 +25,7 @@ def _moesaic(*arguments: str) -> str:
 
 
 def test_health_and_ready(server: LiveServer) -> None:
-    assert server.get("/health") == {"status": "ok"}
+    assert server.get("/health") == {"status": "ok", "failed_steps": 0}
     assert server.get("/ready") == {"phase": "ready", "error": None}
 
 
