@@ -199,6 +199,12 @@ class FrontendConfig(Section):
     return_tokens_as_token_ids: bool = Field(
         default=False, description="log probabilities name tokens as token_id:N, whatever the request says"
     )
+    max_allowed_token_ids: int = Field(default=16384, ge=1, description="entries of allowed_token_ids of a request")
+    max_logit_bias: int = Field(default=1024, ge=1, description="entries of logit_bias of a request")
+    max_bad_words: int = Field(default=256, ge=1, description="entries of bad_words of a request")
+    max_stop: int = Field(default=16, ge=1, description="entries of stop of a request")
+    max_logprob_token_ids: int = Field(default=1024, ge=1, description="entries of logprob_token_ids of a request")
+    max_stop_token_ids: int = Field(default=128, ge=1, description="entries of stop_token_ids of a request")
     request_timeout_s: float = Field(default=600.0, gt=0)
     drain_timeout_s: float = Field(default=30.0, ge=0)
     max_logprobs: int = Field(

@@ -204,7 +204,15 @@ class Engine:
         params = [s.request.sampling for s in sequences]
         keys = [(s.request.choice, s.num_generated) for s in sequences]
         banned = [s.banned(self._eos) for s in sequences]
-        tokens, logprobs = sample(logits_RV, params, keys, banned, [s.counts for s in sequences], self._sampling_kernel)
+        tokens, logprobs = sample(
+            logits_RV,
+            params,
+            keys,
+            banned,
+            [s.counts for s in sequences],
+            self._sampling_kernel,
+            [s.rules for s in sequences],
+        )
         return list(zip(tokens, logprobs, strict=True))
 
     def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> StepOutput:

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from actors.engine.token_counts import TokenCounts
+from actors.engine.token_rules import TokenRules
 from cluster.types import SamplingParams, TokenLogprob
 
 
 def shape_logits(
-    logits_RV: Tensor, params: Seq[SamplingParams], banned: Seq[tuple[int, ...]], counts: Seq[TokenCounts | None]
+    logits_RV: Tensor,
+    params: Seq[SamplingParams],
+    banned: Seq[tuple[int, ...]],
+    counts: Seq[TokenCounts | None],
+    rules: Seq[TokenRules | None] | None = None,
 ) -> Tensor:
     """The logits that tokens are drawn from. The very same tensor when no row asks for anything.
 
@@ -27,23 +32,25 @@ def shape_logits(
         logits_RV: float32; not changed.
         banned: token ids that may not be chosen now.
         counts: tokens so far of the rows that have penalties.
+        rules: prepared from `params`; None: prepared here, which a sequence need not do at every step.
     """
-    allowed = [row for row, p in enumerate(params) if p.allowed_token_ids]
-    biased = [row for row, p in enumerate(params) if p.logit_bias]
+    if rules is None:
+        rules = [TokenRules.of(p) for p in params]
+    allowed = [(row, r.allowed) for row, r in enumerate(rules) if r is not None and r.allowed is not None]
+    biased = [(row, *r.bias) for row, r in enumerate(rules) if r is not None and r.bias is not None]
     penalised = [row for row, c in enumerate(counts) if c is not None]
     if not (allowed or biased or penalised or any(banned)):
         return logits_RV
     shaped_RV = logits_RV.clone()
-    for row in allowed:
-        ids = torch.tensor(params[row].allowed_token_ids)
+    for row, allowed_ids in allowed:
+        ids = torch.from_numpy(allowed_ids)
         shaped_RV[row] = -torch.inf
         shaped_RV[row, ids] = logits_RV[row, ids]
-    for row, ids in enumerate(banned):
-        if ids:
-            shaped_RV[row, list(ids)] = -torch.inf
-    for row in biased:
-        ids, values = zip(*params[row].logit_bias, strict=True)
-        shaped_RV[row, list(ids)] += torch.tensor(values, dtype=torch.float32)
+    for row, forbidden in enumerate(banned):
+        if forbidden:
+            shaped_RV[row, list(forbidden)] = -torch.inf
+    for row, ids, values in biased:
+        shaped_RV[row, torch.from_numpy(ids)] += torch.from_numpy(values)
     if penalised:
         _penalise(shaped_RV, params, counts, penalised)
     return shaped_RV

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from actors.engine.logits import shape_logits
 from actors.engine.token_counts import TokenCounts
+from actors.engine.token_rules import TokenRules
 from actors.kernels.sampling import Draw, SamplingKernel
 from cluster.errors import InvalidOutput, InvalidRequest
 from cluster.types import SamplingParams, TokenLogprob
@@ -36,6 +37,7 @@ def sample(
     banned: Seq[tuple[int, ...]],
     counts: Seq[TokenCounts | None],
     kernel: SamplingKernel | None = None,
+    rules: Seq[TokenRules | None] | None = None,
 ) -> tuple[list[int], list[TokenLogprob | None]]:
     """One token for each row, and its log-probability, as the model alone gives it, where asked for.
 
@@ -48,9 +50,10 @@ def sample(
         banned: token ids that may not be chosen now.
         counts: tokens so far of the rows that have penalties.
         kernel: draws without sorting a row; None: torch does, and takes longer.
+        rules: prepared from `params`; None: prepared here.
     """
     raw_RV = logits_RV.float()
-    logits_RV = shape_logits(raw_RV, params, banned, counts)
+    logits_RV = shape_logits(raw_RV, params, banned, counts, rules)
     if logits_RV is not raw_RV:
         _check_best(logits_RV.amax(dim=-1))
     tokens = _most_likely(logits_RV, [row for row, p in enumerate(params) if p.temperature <= 0])

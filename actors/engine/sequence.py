@@ -8,6 +8,7 @@ from enum import Enum, auto
 import numpy as np
 
 from actors.engine.token_counts import TokenCounts
+from actors.engine.token_rules import TokenRules
 from cluster.types import FinishReason, GenerationRequest, TokenLogprob
 
 
@@ -29,6 +30,7 @@ class Sequence:
     counts: what penalties are computed from; None when there are none.
     prompt_logprobs: those of the prompt tokens scored so far, until the first token takes them along.
     expected, overtaken: for co-batching, see cluster/scheduler/cobatching.py.
+    rules: what the request says of tokens, prepared; None when it says nothing.
     cluster: kind of prompt that its rows are counted for (actors/experts/recorder.py), -1 for none.
     """
 
@@ -46,11 +48,15 @@ class Sequence:
     expected: np.ndarray | None = None
     overtaken: int = 0
     cluster: int = -1
+    rules: TokenRules | None = field(init=False, default=None)
+    _longest_word: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
         if not self.tokens:
             self.tokens = [*self.request.prompt_ids, *self.request.emitted_ids]
         sampling = self.request.sampling
+        self.rules = TokenRules.of(sampling)
+        self._longest_word = max(map(len, sampling.bad_words), default=1)
         if sampling.has_penalties:
             self.counts = TokenCounts(self.request.prompt_ids if sampling.repetition_penalty != 1 else ())
             self.counts.add(self.request.emitted_ids)
@@ -81,9 +87,10 @@ class Sequence:
         """Tokens that may not come next: ends before min_tokens, and those that would complete a bad word."""
         p = self.request.sampling
         banned = (*end_tokens, *p.stop_token_ids) if self.num_generated < p.min_tokens else ()
-        if p.bad_words:
-            banned += tuple(word[-1] for word in p.bad_words if self._has_just_said(word[:-1]))
-        return banned
+        if self.rules is None or not p.bad_words:
+            return banned
+        said = min(self.num_generated, self._longest_word - 1)
+        return banned + self.rules.banned(self.tokens[len(self.tokens) - said :])
 
     def add_blocks(self, blocks: list[int], block_size: int) -> None:
         """Append KV blocks and the slots they consist of."""
@@ -98,6 +105,3 @@ class Sequence:
         self.state = SequenceState.WAITING
         if self.num_generated == 0:
             self.prompt_logprobs = []
-
-    def _has_just_said(self, words: tuple[int, ...]) -> bool:
-        return not words or (len(words) <= self.num_generated and tuple(self.tokens[-len(words) :]) == words)

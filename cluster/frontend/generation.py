@@ -17,7 +17,7 @@ from cluster.errors import DeadlineExceeded, InvalidRequest, MoesaicError, Overl
 from cluster.frontend.choices import interleave
 from cluster.frontend.input_pool import InputPool
 from cluster.frontend.open_answers import OpenAnswers
-from cluster.frontend.resolve_sampling import check_token_ids, resolve_sampling, truncated_prompt
+from cluster.frontend.resolve_sampling import check_lengths, check_token_ids, resolve_sampling, truncated_prompt
 from cluster.frontend.sequence import RunningSequence, SamplingOptions, TextChunk, TokenText, token_text
 from cluster.frontend.token_offsets import offsets_in_prompt
 from cluster.frontend.tokenizer import Tokenizer
@@ -50,6 +50,7 @@ class GenerationService:
         self._info = info
         self._timeout_s = config.request_timeout_s
         self._max_logprobs = config.max_logprobs
+        self._config = config
         self._metrics = metrics
         self._deadlines: dict[RequestId, _Deadline] = {}
         self.inputs = InputPool(
@@ -146,6 +147,7 @@ class GenerationService:
             InvalidRequest: empty prompt, a token id outside the vocabulary, or options that contradict each other.
             ContextTooLong: the prompt, or the prompt plus max_tokens, exceeds the context; gives both numbers.
         """
+        check_lengths(options, self._config)
         prompt_ids = truncated_prompt(prompt_ids, options, self._info.max_model_len)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty; at least one token is needed", param=prompt_param)

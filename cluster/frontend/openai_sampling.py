@@ -16,10 +16,7 @@ from cluster.frontend.request_id import MAX_ID_CHARS
 from cluster.frontend.sequence import SamplingOptions
 
 MAX_CHOICES = 128
-_MAX_STOPS = 16
 _MAX_STOP_CHARS = 1024
-_MAX_BAD_WORDS = 256
-_MAX_BIASED_TOKENS = 1024
 _MAX_BIAS = 100.0
 
 
@@ -29,8 +26,6 @@ def _stop_list(stop: object) -> object:
     if not isinstance(stops, list) or not all(isinstance(entry, str) for entry in cast("list[object]", stops)):
         raise ValueError("stop must be a string or a list of strings")
     entries = cast("list[str]", stops)
-    if len(entries) > _MAX_STOPS:
-        raise ValueError(f"at most {_MAX_STOPS} stop strings are allowed, got {len(entries)}")
     if any(not 0 < len(entry) <= _MAX_STOP_CHARS for entry in entries):
         raise ValueError(f"stop strings must have 1 to {_MAX_STOP_CHARS} characters")
     return entries
@@ -40,8 +35,8 @@ def _bias_by_token(bias: object) -> object:
     """JSON knows string keys only: token ids as decimal strings, as numbers."""
     if bias is None:
         return {}
-    if not isinstance(bias, dict) or len(cast("dict[str, object]", bias)) > _MAX_BIASED_TOKENS:
-        raise ValueError(f"logit_bias must be an object of at most {_MAX_BIASED_TOKENS} token ids")
+    if not isinstance(bias, dict):
+        raise ValueError("logit_bias must be an object of token ids")
     by_token: dict[int, float] = {}
     for key, value in cast("dict[str, object]", bias).items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 18):
@@ -93,18 +88,16 @@ class SamplingFields(KnownFields):
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias_by_token)] = Field(default_factory=dict[int, float])
     allowed_token_ids: list[int] | None = Field(None, min_length=1)
-    bad_words: list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]] | None = Field(
-        None, max_length=_MAX_BAD_WORDS
-    )
+    bad_words: list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]] | None = None
     min_tokens: int | None = Field(None, ge=0)
     stop: Annotated[list[str], BeforeValidator(_stop_list)] = Field(default_factory=list[str])
-    stop_token_ids: list[int] | None = Field(None, max_length=128)
+    stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     prompt_logprobs: int | None = Field(None, ge=-1)
-    logprob_token_ids: list[int] | None = Field(None, max_length=_MAX_BIASED_TOKENS)
+    logprob_token_ids: list[int] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None

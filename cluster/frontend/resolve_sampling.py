@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from cluster.config_sections import FrontendConfig
 from cluster.errors import ContextTooLong, InvalidRequest
 from cluster.frontend.sequence import SamplingOptions
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.generation_config import SamplingDefaults
 from cluster.model_info import ModelInfo
 from cluster.types import SamplingParams
+
+LIMITED = ("allowed_token_ids", "logit_bias", "bad_words", "stop", "stop_token_ids", "logprob_token_ids")
 
 _CONTEXT_CODE = "context_length_exceeded"
 _MAX_BIAS = 100.0
@@ -89,6 +92,21 @@ def resolve_sampling(
         skip_special_tokens=options.skip_special_tokens,
         **chosen,
     )
+
+
+def check_lengths(options: SamplingOptions, config: FrontendConfig) -> None:
+    """Return if no list of the request is longer than the server takes. Before anything is done with them.
+
+    Raises:
+        InvalidRequest: one is; gives its length and the limit.
+    """
+    for name in LIMITED:
+        number, limit = len(getattr(options, name)), int(getattr(config, f"max_{name}"))
+        if number > limit:
+            raise InvalidRequest(
+                f"{name} has {number} entries, at most {limit} are allowed (frontend.max_{name} of the server)",
+                param=name,
+            )
 
 
 def truncated_prompt(prompt_ids: Sequence[int], options: SamplingOptions, max_model_len: int) -> Sequence[int]:

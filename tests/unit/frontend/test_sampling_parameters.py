@@ -14,6 +14,7 @@ from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.grpc_convert import parse_generation
 from cluster.frontend.http_app import create_app
+from cluster.frontend.resolve_sampling import LIMITED
 from cluster.frontend.sequence import SamplingOptions
 from cluster.generation_config import SamplingDefaults
 from cluster.rpc import generation_pb2 as pb
@@ -224,3 +225,46 @@ def test_grpc_asks_the_author_too(authored_service):
     zero = pb.GenerateRequest(prompt=pb.Prompt(text="x"), sampling=pb.SamplingOptions(temperature=0, top_k=-1))
     sampling = service.prepare((5,), parse_generation(zero).options, "r").sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.0, 0, 0.9)
+
+
+_LISTS = {
+    "allowed_token_ids": [5, 6, 7],
+    "logit_bias": {"5": 1, "6": 1, "7": 1},
+    "bad_words": ["a", "b", "c"],
+    "stop": ["a", "b", "c"],
+    "stop_token_ids": [5, 6, 7],
+    "logprob_token_ids": [5, 6, 7],
+}
+
+
+@pytest.mark.parametrize("name", sorted(_LISTS))
+def test_lists_longer_than_the_server_takes_are_refused_with_both_numbers(make_app, call, name):
+    worker = FakeAttentionWorker()
+
+    async def scenario():
+        app = make_app(worker, **{f"max_{name}": 2})
+        return [
+            await call(app, "POST", path, json=body | {name: _LISTS[name]})
+            for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION))
+        ]
+
+    for response in asyncio.run(scenario()):
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == name
+        assert f"{name} has 3 entries, at most 2 are allowed" in error["message"]
+    assert worker.requests == []
+
+
+def test_every_list_of_a_request_has_a_limit():
+    limited = {name for name in LIMITED if f"max_{name}" in FrontendConfig.model_fields}
+    lists = {field.name for field in dataclasses.fields(SamplingOptions) if str(field.type).startswith("tuple")}
+
+    assert limited == lists
+
+
+def test_lists_have_the_same_limits_whichever_front_end_they_come_by(make_service):
+    service = make_service(FakeAttentionWorker(), max_allowed_token_ids=1000)
+
+    with pytest.raises(InvalidRequest, match="allowed_token_ids has 600000 entries, at most 1000 are allowed"):
+        service.prepare([5], SamplingOptions(max_tokens=1, allowed_token_ids=(5,) * 600_000), "r")
