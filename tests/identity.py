@@ -88,6 +88,9 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self._ends = list(
+            load_model_info(str(path)).eos_token_ids
+        )  # both sides stop alike: that is not the question here
         self._double: Any = None  # the same in double precision, once it is asked for
         self._tokens: dict[tuple[tuple[int, ...], int], list[int]] = {}
 
@@ -101,6 +104,7 @@ class Reference:
                     attention_mask=torch.ones(1, len(case.prompt_ids), dtype=torch.int64),
                     max_new_tokens=case.max_tokens,
                     do_sample=False,
+                    eos_token_id=self._ends,
                 )
             self._tokens[key] = out[0, len(case.prompt_ids) :].tolist()
         return self._tokens[key]
@@ -113,6 +117,7 @@ class Reference:
         logit_gap = (first - second) / max(abs(first), abs(second))
         if self._double is None:
             self._double = copy.deepcopy(self.model).double()
+            self._double.set_experts_implementation("eager")  # the grouped product knows no double precision
         _, exact_gates = self._run(self._double, token_ids)
         return logit_gap, gate_gap(gates, exact_gates, self.model.config.num_experts_per_tok)
 
