@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import signal
 import threading
 import time
@@ -15,11 +16,13 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import MoesaicConfig, from_tree, load_config, to_tree
+from cluster.config import MoesaicConfig, from_tree, load_config, to_tree, with_overrides
 from cluster.config_check import check_possible
 from cluster.deployed_spec import specify
 from cluster.errors import ConfigError, MoesaicError, Unavailable
+from cluster.kv_budget import SHARE, plan_kv, value_bytes, values_per_token
 from cluster.model_info import read_model_info
+from cluster.observability.logs import log_event
 from cluster.stats.redis_connection import check_redis
 from cluster.types import StartupPhase
 
@@ -42,7 +45,8 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
         ConfigError: unknown keys, values out of range, or what cannot work together; names the fields. Another
             deployment has the name of this application or its gRPC port; says what to set.
     """
-    return build_as(args if isinstance(args, MoesaicConfig) else _merged(args or {}), served_as=None)
+    config = args if isinstance(args, MoesaicConfig) else settle_length(_merged(args or {}))
+    return build_as(config, served_as=None)
 
 
 def build_as(config: MoesaicConfig, *, served_as: str | None) -> Application:
@@ -76,12 +80,48 @@ def build_as(config: MoesaicConfig, *, served_as: str | None) -> Application:
     return ingress_application(HttpIngress, spec, worker, max_open=max_open)
 
 
+def settle_length(config: MoesaicConfig, on_notice: Callable[[str], None] | None = None) -> MoesaicConfig:
+    """The configuration with the sequence length that its KV cache has room for, by the memory of this node.
+
+    Every process must know the same length. Args: on_notice: told in words what was lowered; default: logged.
+
+    Raises:
+        ConfigError: not even one sequence of the length asked for fits.
+    """
+    from actors.node_memory.limits import free_memory_bytes
+
+    attention, model = config.attention, config.model
+    info = read_model_info(model)
+    num_values = values_per_token(info.config)
+    if num_values is None:
+        return config  # the workers see by themselves
+    num_processes = 1 if config.ray.address else attention.workers + config.experts.hosts
+    is_asked = model.max_model_len is not None
+    share = 1.0 if is_asked else SHARE  # what somebody asked for is refused only where it cannot be
+    plan = plan_kv(
+        attention.kv_cache,
+        token_bytes=num_values * value_bytes(info.config, model.dtype),
+        block_size=attention.block_size,
+        model_len=info.max_model_len,
+        is_asked=is_asked,
+        available_bytes=int(free_memory_bytes() * share / num_processes),
+    )
+    if plan.notice is None:
+        return config
+    if on_notice is not None:
+        on_notice(plan.notice)
+    else:
+        log_event(logging.getLogger(__name__), logging.WARNING, "sequence length lowered", reason=plan.notice)
+    return with_overrides(config, {"model": {"max_model_len": plan.max_model_len}})
+
+
 def local_service(config: MoesaicConfig) -> GenerationService:
     """An engine and its generation service in this process, without Ray; blocks until it is ready."""
     from actors.attention_worker import AttentionWorker
     from cluster.frontend.http_ingress import build_front_end
     from cluster.stats.memory_store import MemoryStore
 
+    config = settle_length(config)
     info = read_model_info(config.model)
     worker = AttentionWorker(config, info, MemoryStore())
     worker.start()
@@ -102,6 +142,7 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     from actors.ray_runtime import RayRuntime
     from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT
 
+    config = settle_length(config, on_progress)
     stop = threading.Event()
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
     address, frontend = config.ray.address, config.frontend

@@ -81,16 +81,21 @@ def load_config(path: Path | None = None, overrides: dict[str, dict[str, Any]] |
     except ValidationError as error:
         problems += describe_problems(error, _SECTIONS)
     if overrides:
-        merged = to_tree(config or MoesaicConfig.model_construct())
-        for section, fields in overrides.items():
-            merged.setdefault(section, {}).update(fields)
         try:
-            config = from_tree(merged)
+            config = with_overrides(config or MoesaicConfig.model_construct(), overrides)
         except ConfigError as error:
             problems += error.problems
     if config is None or problems:
         raise ConfigError.of(list(dict.fromkeys(problems)))
     return config
+
+
+def with_overrides(config: MoesaicConfig, overrides: dict[str, dict[str, Any]]) -> MoesaicConfig:
+    """The same with other fields. Raises: ConfigError: names all that are wrong."""
+    merged = to_tree(config)
+    for section, fields in overrides.items():
+        merged.setdefault(section, {}).update(fields)
+    return from_tree(merged)
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class ModelConfig(Section):
 class AttentionConfig(Section):
     """The attention worker: batching, KV cache, threads."""
 
-    kv_cache: str = Field(default="256MiB", description="KV cache bytes per worker")
+    kv_cache: str = Field(
+        default=AUTO, description="KV cache bytes per worker; auto: one sequence of the model's length, at least 256MiB"
+    )
     block_size: int = Field(default=16, ge=1, le=256, description="tokens per KV block")
     max_batch_tokens: int = Field(default=512, ge=1, description="token rows in one step (prefill chunk bound)")
     max_running: int = Field(default=32, ge=1, description="sequences that decode together")
@@ -64,7 +66,8 @@ class AttentionConfig(Section):
     @field_validator("kv_cache")
     @classmethod
     def _is_size(cls, value: str) -> str:
-        parse_size(value)
+        if value != AUTO:
+            parse_size(value)
         return value
 
     @model_validator(mode="after")

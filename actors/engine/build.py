@@ -36,11 +36,11 @@ from actors.model.expert_layout import ExpertLayout
 from actors.model.fast_modules import speed_up
 from actors.node_memory.leases import MemoryLease
 from cluster.config import MoesaicConfig
-from cluster.errors import ConfigError
+from cluster.kv_budget import USUAL_BYTES, blocks_for, plan_kv, value_bytes, values_per_token
 from cluster.model_info import ModelInfo
 from cluster.scheduler.cobatching import CoBatching
 from cluster.scheduler.placement import even_placement
-from cluster.sizes import AUTO, parse_size
+from cluster.sizes import AUTO
 from cluster.types import StartupPhase
 
 _HOSTS_TIMEOUT_S = 600.0
@@ -123,11 +123,16 @@ def _build(
 ) -> EngineParts:
     torch.set_num_threads(threads)
     on_phase(StartupPhase.LOADING)
+    expected, kv_bytes = values_per_token(info.config), 0
+    if expected is not None:  # what cannot be is said before weights are loaded
+        expected *= value_bytes(info.config, config.model.dtype)
+        kv_bytes = _take_kv(config, info, lease, expected)
     loaded = load_model(info, config.model.dtype)
     native = load_native(threads=threads)
     lease.note_loaded()
-    num_blocks = _num_blocks(config, info, loaded)
-    lease.book("attention.kv_cache", num_blocks * _block_bytes(config, loaded))
+    if (token_bytes := _token_bytes(loaded)) != expected:
+        kv_bytes = _take_kv(config, info, lease, token_bytes)
+    num_blocks = kv_bytes // (token_bytes * config.attention.block_size)
     builder = BackendBuilder(config.experts, loaded, native, lease)
     on_phase(StartupPhase.CALIBRATING)
     builder.calibrate()
@@ -285,19 +290,30 @@ def closed_on_error(lease: MemoryLease) -> Iterator[None]:
         raise
 
 
-def _block_bytes(config: MoesaicConfig, loaded: LoadedModel) -> int:
-    token_bytes = sum(layer.values_per_token for layer in loaded.attention) * loaded.dtype.itemsize
-    return token_bytes * config.attention.block_size
+def _token_bytes(loaded: LoadedModel) -> int:
+    """Of the KV cache, as it is seen what each layer keeps."""
+    return sum(layer.values_per_token for layer in loaded.attention) * loaded.dtype.itemsize
 
 
-def _num_blocks(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel) -> int:
-    block_bytes = _block_bytes(config, loaded)
-    num_blocks = parse_size(config.attention.kv_cache) // block_bytes
-    needed = -(-info.max_model_len // config.attention.block_size) + 1  # block 0 is for padding
-    if num_blocks < needed:
-        raise ConfigError(
-            f"config field attention.kv_cache: {config.attention.kv_cache} is {num_blocks} blocks of {block_bytes} B, "
-            f"one sequence of {info.max_model_len} tokens needs {needed}; give at least {needed * block_bytes} bytes "
-            f"or lower model.max_model_len"
-        )
-    return num_blocks
+def _take_kv(config: MoesaicConfig, info: ModelInfo, lease: MemoryLease, token_bytes: int) -> int:
+    """Bytes of KV cache, promised to this process: at least one sequence's.
+
+    Raises:
+        ConfigError: they are not there, or too few are configured.
+    """
+    attention, field = config.attention, "attention.kv_cache"
+    available = 0
+    if attention.kv_cache == AUTO:
+        block_bytes = token_bytes * attention.block_size
+        most = max(USUAL_BYTES, blocks_for(info.max_model_len, attention.block_size) * block_bytes)
+        available = lease.take(field, most=most)
+    plan = plan_kv(
+        attention.kv_cache,
+        token_bytes=token_bytes,
+        block_size=attention.block_size,
+        model_len=info.max_model_len,
+        is_asked=True,
+        available_bytes=available,
+    )
+    lease.book(field, plan.num_bytes)
+    return plan.num_bytes

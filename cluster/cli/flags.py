@@ -18,7 +18,9 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configur
 ExpertCache = Annotated[
     str | None, typer.Option(metavar="SIZE|PERCENT", help="Memory for experts: 512MiB or 25%; default: what is free.")
 ]
-KvCache = Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache: 256MiB.")]
+KvCache = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache: 2GiB; default: for one whole sequence.")
+]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's.")]
 GenerationConfig = Annotated[
     str | None,

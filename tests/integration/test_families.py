@@ -22,6 +22,7 @@ from actors.engine.attention_check import AttentionCheck
 from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
 from cluster.errors import CheckpointError
+from cluster.kv_budget import values_per_token
 from cluster.model_info import load_model_info
 from cluster.types import SamplingParams
 
@@ -191,3 +192,13 @@ def test_promised_family_passes_the_check_at_start(tmp_path: Path, family: str, 
     loaded = load_model(load_model_info(str(build_checkpoint(tmp_path, family))), dtype)
 
     AttentionCheck.prepare(loaded).verify(load_native(), 0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES | OTHER_FAMILIES))
+def test_config_alone_says_what_a_token_takes_in_the_kv_cache(tmp_path: Path, family: str) -> None:
+    """So that a cache which is too small is found before weights are loaded."""
+    info = load_model_info(str(build_checkpoint(tmp_path / "m", family)))
+    loaded = load_model(info, "bfloat16")
+    exact = sum(layer.values_per_token for layer in loaded.attention)
+    uneven = family in ("gemma4_text", "mimo_v2_flash")  # layers of several shapes: seen when it is built
+    assert values_per_token(info.config) == (None if uneven else exact)

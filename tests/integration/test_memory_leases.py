@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from damaged_checkpoints import truncated
 
 from actors.engine.build import build_engine, build_host_backend
 from cluster.config import load_config
+from cluster.errors import ConfigError
 from cluster.model_info import load_model_info
 from cluster.sizes import parse_size
 
@@ -50,3 +52,11 @@ def test_nothing_stays_promised_by_one_that_could_not_start(tmp_path: Path, monk
         build_engine(config, load_model_info("moesaic-demo"), threads=1)
 
     assert not promised(tmp_path)
+
+
+def test_a_kv_cache_that_is_too_small_is_found_before_weights(tmp_path: Path) -> None:
+    """The weights are damaged: reading them would say so instead."""
+    path = truncated(tmp_path / "m")
+    config = load_config(None, {"attention": {"kv_cache": "1MiB"}, "model": {"path": str(path)}})
+    with pytest.raises(ConfigError, match=r"attention\.kv_cache.*2048 tokens"):
+        build_engine(config, load_model_info(str(path)), threads=1)
