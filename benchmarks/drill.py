@@ -279,23 +279,26 @@ def reference_cases(num: int, num_tokens: int) -> list[Case]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from actors.model.seams import cache_argument
+
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     top_k: int = model.config.num_experts_per_tok
+    cache_name = cache_argument(model)
     cases: list[Case] = []
     for text in prompts_of_domains(2 * num):
         prompt = tokenizer(text).input_ids[:_PROMPT_TOKENS]
         ids, past, expected, gap = torch.tensor([prompt]), None, [], 1.0
         with torch.inference_mode():
             for _ in range(num_tokens):
-                out = model(ids, past_key_values=past, use_cache=True, output_router_logits=True)
+                out = model(ids, use_cache=True, output_router_logits=True, **{cache_name: past})
                 first, second = torch.topk(out.logits[0, -1].double(), 2).values.tolist()
                 gap = min(gap, (first - second) / max(abs(first), abs(second)))
                 for logits in out.router_logits:
                     ranked = torch.topk(torch.softmax(logits[-1].double(), dim=-1), top_k + 1).values
                     gap = min(gap, float((ranked[-2] - ranked[-1]) / ranked[-2]))
                 expected.append(int(out.logits[0, -1].argmax()))
-                ids, past = torch.tensor([expected[-1:]]), out.past_key_values
+                ids, past = torch.tensor([expected[-1:]]), getattr(out, cache_name)
         if gap > _NEAR_TIE:
             cases.append(Case(tuple(prompt), tuple(expected)))
         if len(cases) == num:

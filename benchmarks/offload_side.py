@@ -127,6 +127,8 @@ def _transformers(task: Task) -> Loaded:
     from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+    from actors.model.seams import cache_argument
+
     torch.set_num_threads(1)
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(task.model), dtype=torch.bfloat16)
@@ -152,7 +154,9 @@ def _transformers(task: Task) -> Loaded:
             cache, ids = DynamicCache(config=model.config), torch.tensor([prompt])
             for number in range(task.num_tokens):
                 bytes_before, began_s = task.read_bytes(), time.perf_counter()
-                token = int(model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1].argmax())
+                token = int(
+                    model(input_ids=ids, use_cache=True, **{cache_argument(model): cache}).logits[0, -1].argmax()
+                )
                 yield task.step(index, token, number, began_s, bytes_before)
                 ids = torch.tensor([[token]])
 

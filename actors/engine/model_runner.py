@@ -27,7 +27,7 @@ from actors.engine.unsound import blame, is_sound, unsound_rows
 from actors.experts.dispatch import Dispatcher, ExpertWork
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
-from actors.model.seams import PackedCache, bind
+from actors.model.seams import PackedCache, bind, cache_argument
 from cluster.errors import ExpertReadError, InvalidOutput, MoesaicError
 from cluster.types import RequestId
 
@@ -59,7 +59,7 @@ class ModelRunner:
         ]
         self.signals: SignalTap | None = None
         self.num_layers_run = 0  # MoE layers, of all steps: a sign of progress within a long step
-        self._cache = PackedCache(self)
+        self._cache = {cache_argument(loaded.model): PackedCache(self)}
         self._current: StepInputs | None = None
         self._last: tuple[Seq[ScheduledRows], StepInputs, ExpertWork | None] | None = None
         bind(self.model, self)
@@ -178,9 +178,9 @@ class ModelRunner:
         return self.model(
             input_ids=step.token_ids,
             position_ids=step.positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=step.scored_rows,
+            **self._cache,
         ).logits[0]
 
     def _step(self) -> StepInputs:

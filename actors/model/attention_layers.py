@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from actors.model.seams import IMPLEMENTATION, bind
+from actors.model.seams import IMPLEMENTATION, bind, cache_argument
 from cluster.errors import CheckpointError
 
 _WATCH = "moesaic-watch"
@@ -75,9 +75,9 @@ def outline_attention(model: PreTrainedModel, *, top_k: int) -> tuple[AttentionL
             model(
                 input_ids=ids,
                 position_ids=torch.arange(_NUM_ROWS)[None],
-                past_key_values=watcher,
                 use_cache=True,
                 logits_to_keep=torch.tensor([_NUM_ROWS - 1]),
+                **{cache_argument(model): watcher},
             )
     except CheckpointError:
         raise

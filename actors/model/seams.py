@@ -9,6 +9,7 @@ Shapes: T packed rows, H query heads, G key-value heads, C key dim, V value dim,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class LayerBinding:
 
 
 class PackedCache:
-    """What the model sees as past_key_values: stores new keys and values, per sequence, in pages."""
+    """What the model sees as its cache: stores new keys and values, per sequence, in pages."""
 
     is_compileable = False
 
@@ -68,6 +69,12 @@ def register_seams() -> None:
     """Make `attn_implementation="moesaic"` and `experts_implementation="moesaic"` known; idempotent."""
     AttentionInterface.register(IMPLEMENTATION, _attention)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of the argument that a model's forward takes its cache by: newer versions of transformers warn of the old
+    one, and will drop it."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:

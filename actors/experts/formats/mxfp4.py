@@ -49,7 +49,7 @@ class Mxfp4Format:
         values = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
         codes = matrix.data.int()
         weights = torch.stack((values[codes & 15], values[codes >> 4]), dim=-1).flatten(-2)
-        scales = torch.ldexp(torch.ones(()), matrix.scales.int() - 127)
+        scales = torch.ldexp(torch.ones(matrix.scales.shape), matrix.scales.int() - 127)
         return (weights * scales.unsqueeze(-1)).flatten(-2)
 
     def random(self, rows: int, cols: int) -> Matrix:
