@@ -85,10 +85,10 @@ def _layer_information(counts_GE: np.ndarray) -> float:
     if not total:
         return 0.0
     seen = counts_GE > _LEAST_SHARE * total  # what has faded to almost nothing is gone
-    counts_GE = np.where(seen, counts_GE, 0.0)
-    by_cluster, by_expert = counts_GE.sum(axis=1, keepdims=True), counts_GE.sum(axis=0, keepdims=True)
-    ratio = np.divide(counts_GE * total, by_cluster * by_expert, out=np.ones_like(counts_GE), where=seen)
-    found = float((counts_GE / total * np.log2(ratio)).sum())
+    share_GE = np.where(seen, counts_GE / total, 0.0)  # products of tiny counts would be none
+    by_cluster, by_expert = share_GE.sum(axis=1, keepdims=True), share_GE.sum(axis=0, keepdims=True)
+    ratio = np.divide(share_GE, by_cluster * by_expert, out=np.ones_like(share_GE), where=seen)
+    found = float((share_GE * np.log2(ratio)).sum())
     freedom = (np.count_nonzero(by_cluster) - 1) * (np.count_nonzero(by_expert) - 1)
     return found - freedom / (2 * float(total) * np.log(2))
 
