@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.detached import DetachedActors, Kind, named_actors
 from actors.serve_state import controller_id
+from cluster.addresses import listens_everywhere
 from cluster.application import ApplicationId
 from cluster.config_sections import GrpcConfig
 from cluster.deployed_spec import DeployedSpec
@@ -126,7 +127,7 @@ def workers_of(served_as: str) -> DeploymentHandle[Any]:
 
 def reachable_host(host: str) -> str:
     """Where clients find what listens on `host` of this node."""
-    return str(ray.util.get_node_ip_address()) if host in ("0.0.0.0", "::") else host
+    return str(ray.util.get_node_ip_address()) if listens_everywhere(host) else host
 
 
 def end_this_actor() -> None:

@@ -9,7 +9,10 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,9 +24,11 @@ from ray.serve.handle import DeploymentHandle
 
 from actors.detached import end_application
 from actors.gateway import Gateways
+from actors.serve_failures import first_line, reason_of
 from actors.serve_state import check_route_is_free
 from actors.valkey_actor import start_valkey_actor
 from cluster.application import ApplicationId
+from cluster.errors import ConfigError, Unavailable
 from cluster.types import ExpertHostStatus, WorkerStatus
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
@@ -44,18 +49,27 @@ class RayRuntime:
         os.environ.update(environment)
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's 30 are short where the disk is slow
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        options: dict[str, Any] = {
+            "namespace": application.namespace,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
         if address is None:
             _make_token()
-            ray.init(
-                address="local",  # without it, Ray joins a cluster that it finds on this machine
-                namespace=application.namespace,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
-            )
-        else:
-            ray.init(address=address, namespace=application.namespace, log_to_driver=False, logging_level=logging.ERROR)
+            # "local": without it, Ray joins a cluster that it finds on this machine
+            options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        self._directory = Path(tempfile.mkdtemp(prefix="moesaic-serve-"))
+        try:
+            with _working_in(self._directory):
+                ray.init(address=address or "local", **options)
+        except (OSError, RuntimeError, ValueError, RayError) as error:
+            self._directory.rmdir()
+            if address is None:
+                raise Unavailable(f"Ray does not start here: {first_line(error)}") from error
+            raise ConfigError(
+                f"config field ray.address: cannot join Ray at {address}: {first_line(error)}; give the address of a "
+                f"running cluster (ray start --head prints it), or leave it out for a Ray of our own"
+            ) from error
 
     def start_valkey(self) -> None:
         """Begin to start the cluster's embedded Valkey; does not wait for it."""
@@ -74,7 +88,10 @@ class RayRuntime:
 
     def run(self, application: Application, *, name: str) -> RunningApplication:
         """Deploy and return when every replica exists (its model may still be loading)."""
-        handle = serve.run(application, name=name, route_prefix=_ROUTE)
+        try:
+            handle = serve.run(application, name=name, route_prefix=_ROUTE)
+        except RuntimeError as error:  # all that Serve makes of an error in a replica
+            raise ConfigError(reason_of(str(error)) or f"the application does not start: {error}") from error
         return RunningApplication(name, handle, Gateways(self._application))
 
     def stop(self, application: str, *, num_hosts: int = 0) -> None:
@@ -87,6 +104,19 @@ class RayRuntime:
             with contextlib.suppress(RayServeException, RayError):
                 serve.shutdown()
             ray.shutdown()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _working_in(directory: Path) -> Generator[None]:
+    """Ray puts the working directory before everything on the import path of all workers: modules of the user's there
+    (redis.py, types.py) would stand in for ours. An empty one has none."""
+    before = Path.cwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _make_token() -> None:
@@ -106,6 +136,12 @@ class RunningApplication:
         self.name = name
         self._handle = handle
         self._gateways = gateways
+
+    def failure(self) -> str | None:
+        """Why a replica did not start, as far as it has said so to Serve."""
+        application = serve.status().applications.get(self.name)
+        deployments = () if application is None else application.deployments.values()
+        return next((reason for each in deployments if (reason := reason_of(each.message))), None)
 
     def worker_statuses(self) -> tuple[WorkerStatus, ...]:
         """The attention workers' status."""

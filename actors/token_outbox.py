@@ -19,6 +19,7 @@ from actors.token_stream import (
     write_frame,
 )
 from actors.unsent_bytes import UnsentBytes
+from cluster.addresses import join_address
 from cluster.errors import MoesaicError, Unavailable
 from cluster.observability.logs import log_event
 from cluster.types import GenerationRequest, RequestId, TokenChunk
@@ -61,7 +62,8 @@ class TokenOutbox:
         except (OSError, EOFError, TimeoutError, ValueError) as error:
             if writer is not None:
                 writer.close()
-            raise Unavailable(f"the front end at {address.host}:{address.port} cannot be reached: {error!r}") from error
+            where = join_address(address.host, address.port)
+            raise Unavailable(f"the front end at {where} cannot be reached: {error!r}") from error
         end_dead_connection(writer)
         link = _Link(writer, self._progress)
         self._links[address] = link

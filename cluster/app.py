@@ -16,13 +16,15 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster.config import MoesaicConfig, from_tree, load_config, to_tree, with_overrides
+from cluster.addresses import join_address, local_host
+from cluster.config import MoesaicConfig, from_tree, load_config, to_tree, with_absolute_paths, with_overrides
 from cluster.config_check import check_possible
 from cluster.deployed_spec import specify
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.kv_budget import SHARE, plan_kv, value_bytes, values_per_token
 from cluster.model_info import read_model_info
 from cluster.observability.logs import log_event
+from cluster.process_environment import settle_environment
 from cluster.stats.redis_connection import check_redis
 from cluster.types import StartupPhase
 
@@ -142,7 +144,8 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     from actors.ray_runtime import RayRuntime
     from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT
 
-    config = settle_length(config, on_progress)
+    settle_environment()
+    config = settle_length(config if config.ray.address else with_absolute_paths(config), on_progress)
     stop = threading.Event()
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
     address, frontend = config.ray.address, config.frontend
@@ -207,6 +210,8 @@ def _wait_until_ready(
         try:
             statuses = running.worker_statuses()
         except Unavailable:  # too busy to answer in time, or Serve is replacing it
+            if (reason := running.failure()) is not None:
+                raise ConfigError(reason) from None
             stop.wait(_POLL_S)
             continue
         slowest = min(statuses, key=lambda status: list(StartupPhase).index(status.phase))
@@ -228,8 +233,7 @@ def _wait_until_ready(
 def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progress: Callable[[str], None]) -> None:
     frontend = config.frontend
     info = read_model_info(config.model)
-    host = "127.0.0.1" if frontend.host in ("0.0.0.0", "::") else frontend.host
-    url = f"http://{host}:{frontend.port}"
+    url = f"http://{join_address(local_host(frontend.host), frontend.port)}"
     key = " -H 'Authorization: Bearer YOUR_KEY'" if frontend.api_key else ""
     body = (
         f'{{"model": "{info.name}", "messages": [{{"role": "user", "content": "What is 12 + 30?"}}], "max_tokens": 32}}'

@@ -98,6 +98,22 @@ def with_overrides(config: MoesaicConfig, overrides: dict[str, dict[str, Any]]) 
     return from_tree(merged)
 
 
+def with_absolute_paths(config: MoesaicConfig) -> MoesaicConfig:
+    """The same files and directories for processes that run elsewhere on this machine."""
+    fields = (
+        ("model", "path"),
+        ("experts", "learned_state"),
+        *(("grpc", f"tls_{n}") for n in ("cert", "key", "client_ca")),
+    )
+    overrides: dict[str, dict[str, Any]] = {}
+    for section, name in fields:
+        value: str | None = getattr(getattr(config, section), name)
+        if value is None or (section == "model" and not Path(value).expanduser().is_dir()):
+            continue  # the name of an embedded model, or of one on a hub
+        overrides.setdefault(section, {})[name] = str(Path(value).expanduser().absolute())
+    return with_overrides(config, overrides) if overrides else config
+
+
 def _read_tree(path: Path) -> dict[str, Any]:
     """The file's sections; one without anything in it is left out."""
     try:

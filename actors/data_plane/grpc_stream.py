@@ -35,6 +35,7 @@ from actors.data_plane.grpc_messages import (
 )
 from actors.handshake import Handshake, new_nonce
 from actors.host.batching_pool import DispatchTask
+from cluster.addresses import join_address
 from cluster.rpc import expert_pb2 as pb
 from cluster.rpc import expert_pb2_grpc
 
@@ -200,8 +201,8 @@ class ExpertServer:
         )
         self._servicer = _ExpertServicer(secret, welcome, submit, checked=checked)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
-        port = self._server.add_insecure_port(f"{host}:0")
-        self.address = f"{host}:{port}"
+        port = self._server.add_insecure_port(join_address(host, 0))
+        self.address = join_address(host, port)
 
     @property
     def num_streams(self) -> int:

@@ -33,6 +33,9 @@ app.add_typer(trace.app, name="trace")
 
 def main() -> None:
     """Entry point of the distribution's `moesaic` script."""
+    from cluster.process_environment import settle_environment
+
+    settle_environment()
     app()
 
 

@@ -25,6 +25,7 @@ class _UnknownHost(ConfigError):
 def check_settings(config: MoesaicConfig) -> None:
     """Raises: ConfigError: everything that is wrong with `config` on this machine."""
     from cluster.config_check import check_possible
+    from cluster.process_environment import check_temporary_directory
 
     problems: list[str] = []
     here = config.ray.address is None
@@ -33,6 +34,7 @@ def check_settings(config: MoesaicConfig) -> None:
     _gather(problems, lambda: _check_length(config))
     _gather(problems, lambda: check_files(config.model, config.experts.learned_state if here else None))
     if here:
+        _gather(problems, check_temporary_directory)
         _gather(problems, lambda: _check_tls(config))
     _gather(problems, lambda: _check_redis(config.redis.url, connect=here))
     if problems:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from cluster.addresses import join_address
 from cluster.deployed_spec import DeployedSpec
 from cluster.errors import MoesaicError, Unavailable
 from cluster.frontend.late_workers import LateWorkers
@@ -63,7 +64,7 @@ class GrpcGateway:
         from actors.gateway import reachable_host
 
         config = self._config
-        return f"{reachable_host(config.grpc.host or config.frontend.host)}:{config.grpc.port}"
+        return join_address(reachable_host(config.grpc.host or config.frontend.host), config.grpc.port)
 
     async def abort_answers(self, names: tuple[str, ...]) -> frozenset[str]:
         """End the answers of those names that are given here; the names that had a running sequence."""

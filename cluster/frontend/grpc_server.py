@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cluster.addresses import join_address
 from cluster.config_sections import FrontendConfig, GrpcConfig
 from cluster.errors import ConfigError, MoesaicError
 from cluster.frontend.generation import GenerationService
@@ -119,7 +120,7 @@ class GrpcServer:
     def _listen(self) -> None:
         config = self._config
         tls = read_tls_files(config)
-        address = f"[{self._host}]:{config.port}" if ":" in self._host else f"{self._host}:{config.port}"
+        address = join_address(self._host, config.port)
         try:
             if tls is None:
                 self._server.add_insecure_port(address)

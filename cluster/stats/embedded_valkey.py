@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.addresses import join_address
+
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"
 _START_ATTEMPTS = 3
@@ -134,7 +136,7 @@ def _start(
             preexec_fn=_die_with_parent(),
         )
     server = EmbeddedValkey(
-        url=f"redis://:{secret}@{host}:{port}/0", pid=process.pid, binary=binary.name, _process=process
+        url=f"redis://:{secret}@{join_address(host, port)}/0", pid=process.pid, binary=binary.name, _process=process
     )
     deadline_s = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < deadline_s:
@@ -175,6 +177,7 @@ def _answers(host: str, port: int, secret: str, pid: int) -> bool:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.bind(address)
         return int(probe.getsockname()[1])

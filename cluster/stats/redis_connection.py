@@ -15,6 +15,7 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
+from cluster.addresses import join_address
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class RedisConnection:
         self._client = _connect_lazily(url, timeout_s)
         kwargs = self._client.connection_pool.connection_kwargs
         host = kwargs.get("host")
-        self.address = f"redis://{host}:{kwargs.get('port', 6379)}" if host else f"unix://{kwargs.get('path')}"
+        self.address = (
+            f"redis://{join_address(host, kwargs.get('port', 6379))}" if host else f"unix://{kwargs.get('path')}"
+        )
 
     def key(self, fingerprint: str, kind: str) -> str:
         """The key of one kind of data of the application's model `fingerprint`."""

@@ -14,8 +14,14 @@ from live_server import clean_environment, end_all, make_root
 
 from actors.ray_runtime import RayRuntime
 from cluster.application import ApplicationId
+from cluster.errors import ConfigError, Unavailable
 
 pytestmark = pytest.mark.slow  # Ray Serve takes seconds to import
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("temporary")))
 
 
 @pytest.fixture
@@ -87,3 +93,31 @@ def test_a_ray_of_our_own_leaves_no_token_in_the_home_by_which_the_next_one_woul
     finally:
         end_all(root)
         shutil.rmtree(root, ignore_errors=True)
+
+
+def test_modules_of_the_working_directory_reach_no_worker(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray sends the driver's working directory to all workers as the first place to import from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "redis.py").touch()
+    seen: list[Path] = []
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(Path.cwd()))
+    RayRuntime(address=None, application=ApplicationId("n", "a"), environment={})
+
+    assert Path.cwd() == tmp_path
+    assert seen[0] != tmp_path
+    assert not any(seen[0].iterdir()) and seen[0].stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError, ValueError, OSError])
+def test_ray_that_cannot_be_joined_is_one_line(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    def fail(**_: object) -> None:
+        raise error("no GCS there\nand a page of advice")
+
+    monkeypatch.setattr("ray.init", fail)
+    with pytest.raises(ConfigError, match=r"ray\.address.*10\.0\.0\.1.*no GCS there") as raised:
+        RayRuntime(address="10.0.0.1:6379", application=ApplicationId("n", "a"), environment={})
+    assert "advice" not in raised.value.message
+    with pytest.raises(Unavailable, match="does not start"):
+        RayRuntime(address=None, application=ApplicationId("n", "a"), environment={})
