@@ -6,6 +6,7 @@ Knows Ray's life cycle calls and options; knows nothing of models or configurati
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import secrets
@@ -96,6 +97,12 @@ class RayRuntime:
 
     def stop(self, application: str, *, num_hosts: int = 0) -> None:
         """Take the application down, then what was started here; tolerates what is gone already."""
+        # Ray prints what its own parts say of each other's end, and that it will be tried again for ever.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self._stop(application)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _stop(self, application: str) -> None:
         with contextlib.suppress(RayServeException, RayError):
             serve.delete(application)
         with contextlib.suppress(RayError):
@@ -104,7 +111,6 @@ class RayRuntime:
             with contextlib.suppress(RayServeException, RayError):
                 serve.shutdown()
             ray.shutdown()
-        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 @contextlib.contextmanager

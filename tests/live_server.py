@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,11 @@ class LiveServer:
     port: int
     root: Path
     grpc_port: int
+    host: str = "127.0.0.1"  # as in a URL
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -94,13 +95,25 @@ class LiveServer:
         )
 
 
-def launch(*flags: str, **environment: str) -> LiveServer:
-    """Start `moesaic serve` with `flags` and return at once."""
+def launch(
+    *flags: str,
+    prefix: Sequence[str] = (),
+    prepare: Callable[[Path], None] | None = None,
+    host: str = "127.0.0.1",
+    **environment: str,
+) -> LiveServer:
+    """Start `moesaic serve` with `flags` and return at once.
+
+    Args: prefix: a command that runs it. prepare: gets its working directory, first. host: where it is found, as in a
+    URL.
+    """
     root = make_root()
+    if prepare is not None:
+        prepare(root)
     port, grpc_port = free_port(), free_port()
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
-            [str(COMMAND), "serve", "--port", str(port), "--grpc-port", str(grpc_port), *flags],
+            [*prefix, str(COMMAND), "serve", "--port", str(port), "--grpc-port", str(grpc_port), *flags],
             cwd=root,
             env=clean_environment(RAY_TMPDIR=str(root), **environment),
             stdin=subprocess.DEVNULL,
@@ -108,13 +121,13 @@ def launch(*flags: str, **environment: str) -> LiveServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return LiveServer(process, port, root, grpc_port)
+    return LiveServer(process, port, root, grpc_port, host)
 
 
 @contextmanager
-def launched(*flags: str, **environment: str) -> Iterator[LiveServer]:
+def launched(*flags: str, **launch_options: Any) -> Iterator[LiveServer]:
     """A server that may not even start; whatever is left of it at the end is killed."""
-    server = launch(*flags, **environment)
+    server = launch(*flags, **launch_options)
     try:
         yield server
     finally:
@@ -124,9 +137,9 @@ def launched(*flags: str, **environment: str) -> Iterator[LiveServer]:
 
 
 @contextmanager
-def running_server(*flags: str, **environment: str) -> Iterator[LiveServer]:
+def running_server(*flags: str, **launch_options: Any) -> Iterator[LiveServer]:
     """A ready server; at the end it must stop cleanly, if the body has not stopped it."""
-    with launched(*flags, **environment) as server:
+    with launched(*flags, **launch_options) as server:
         server.wait_ready()
         yield server
         if server.process.poll() is None:

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 import typer.core
 
-from cluster.errors import ConfigError, DeadlineExceeded, MoesaicError, Overloaded, Unavailable
+from cluster.errors import ConfigError, DeadlineExceeded, InvalidRequest, MoesaicError, Overloaded, Unavailable
 
 
 class CommandGroup(typer.core.TyperGroup):
@@ -23,6 +23,10 @@ class CommandGroup(typer.core.TyperGroup):
         except MoesaicError as error:
             typer.echo(describe_error(error), err=True)
             raise typer.Exit(exit_code_of(error)) from error
+        except UnicodeError as error:  # standard input, a file or an argument
+            text = describe_error(InvalidRequest(f"the input is not UTF-8: {error}"))
+            typer.echo(text.encode("ascii", "backslashreplace").decode(), err=True)
+            raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error
 

@@ -7,10 +7,13 @@ import json
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 from live_server import COMMAND, LiveServer, clean_environment, poll
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.ray
 
@@ -29,14 +32,87 @@ def test_health_and_ready(server: LiveServer) -> None:
     assert server.get("/ready") == {"phase": "ready", "error": None}
 
 
-def test_metrics_are_prometheus_text(server: LiveServer) -> None:
-    answer = httpx.get(f"{server.url}/metrics", timeout=20)
+_FRONT_END = {  # name: (type, labels)
+    "moesaic_request_success": ("counter", {"finished_reason"}),
+    "moesaic_time_to_first_token_seconds": ("histogram", set[str]()),
+    "moesaic_inter_token_latency_seconds": ("histogram", set[str]()),
+    "moesaic_e2e_request_latency_seconds": ("histogram", set[str]()),
+    "moesaic_prompt_tokens": ("counter", set[str]()),
+    "moesaic_prompt_tokens_cached": ("counter", set[str]()),
+    "moesaic_generation_tokens": ("counter", set[str]()),
+    "moesaic_http_requests": ("counter", {"route", "code"}),
+    "moesaic_num_requests_in_flight": ("gauge", set[str]()),
+}
+_WORKER = {
+    "moesaic_num_requests_running": ("gauge", {"process"}),
+    "moesaic_num_requests_waiting": ("gauge", {"process"}),
+    "moesaic_kv_cache_usage_ratio": ("gauge", {"process"}),
+    "moesaic_expert_cache_hits": ("counter", {"process"}),
+    "moesaic_expert_cache_misses": ("counter", {"process", "tier"}),
+    "moesaic_expert_load_ratio": ("gauge", {"layer", "phase"}),
+}
 
+
+def _metrics(server: LiveServer) -> dict[str, Metric]:
+    answer = httpx.get(f"{server.url}/metrics", timeout=20).raise_for_status()
     assert answer.headers["content-type"].startswith("text/plain")
-    samples = [line for line in answer.text.splitlines() if line.startswith("moesaic_")]
-    assert samples
-    for sample in samples:
-        float(sample.rsplit(" ", 1)[1])
+    return {family.name: family for family in text_string_to_metric_families(answer.text)}
+
+
+def _total(family: Metric, suffix: str, **labels: str) -> float:
+    """Sum of the samples `name + suffix` that have these labels."""
+    return sum(s.value for s in family.samples if s.name == family.name + suffix and labels.items() <= s.labels.items())
+
+
+def test_metrics_have_their_names_types_and_labels(server: LiveServer) -> None:
+    body = {"model": "moesaic-demo", "prompt": "Once upon a time", "max_tokens": 4}
+    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    found = _metrics(server)
+
+    for name, (kind, labels) in (_FRONT_END | _WORKER).items():
+        family = found[name]
+        assert family.type == kind, name
+        assert family.documentation, name
+        assert family.samples, name
+        assert {label for sample in family.samples for label in sample.labels} - {"le"} == labels, name
+
+
+def test_metrics_move_with_requests(server: LiveServer) -> None:
+    """By exactly what was asked for: this server answers nobody else."""
+    prompt, num_tokens, num = "Metrics move with requests, once", 5, 3
+    body = {"model": "moesaic-demo", "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
+    before = _metrics(server)
+    usages = []
+    for _ in range(num):
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+        usages.append(answer.json()["usage"])
+    wrong = httpx.post(f"{server.url}/v1/completions", json={**body, "max_tokens": -1}, timeout=60)
+    assert wrong.status_code == 400
+    cached = sum((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0) for usage in usages)
+    expected = {
+        ("moesaic_request_success", "_total", ("finished_reason", "length")): num,
+        ("moesaic_generation_tokens", "_total"): num * num_tokens,
+        ("moesaic_prompt_tokens", "_total"): sum(usage["prompt_tokens"] for usage in usages),
+        ("moesaic_prompt_tokens_cached", "_total"): cached,
+        ("moesaic_time_to_first_token_seconds", "_count"): num,
+        ("moesaic_e2e_request_latency_seconds", "_count"): num,
+        ("moesaic_inter_token_latency_seconds", "_count"): num * (num_tokens - 1),
+        ("moesaic_http_requests", "_total", ("route", "/v1/completions"), ("code", "200")): num,
+        ("moesaic_http_requests", "_total", ("route", "/v1/completions"), ("code", "400")): 1,
+    }
+    moved: dict[Any, float] = {}
+
+    def have_moved() -> bool:
+        after = _metrics(server)
+        for name, suffix, *labels in expected:
+            now, then = (_total(page[name], suffix, **dict(labels)) for page in (after, before))
+            moved[name, suffix, *labels] = now - then
+        return moved == expected and _total(after["moesaic_num_requests_in_flight"], "") == 0
+
+    poll(have_moved, deadline_s=20, what=lambda: f"{expected}; there is {moved}")
+    misses, hits = (f"moesaic_expert_cache_{kind}" for kind in ("misses", "hits"))
+    after = _metrics(server)
+    assert sum(_total(after[name], "_total") - _total(before[name], "_total") for name in (hits, misses)) > 0
 
 
 def test_status_tells_of_a_healthy_worker(server: LiveServer) -> None:

@@ -248,10 +248,12 @@ def test_a_submission_that_comes_twice_runs_once() -> None:
         await _until(lambda: len(source.ticks) == 1)
         source.tick()
         await outbox.submit(_request("a"), await inbox.address())
-        await asyncio.sleep(0.1)
+        await _start(inbox, outbox, "b")
+        await _until(lambda: len(source.ticks) >= 2)  # begun after the second "a" would have been
         source.tick()
 
         assert [(await inbox.take(RequestId("a"))).token_ids for _ in range(2)] == [(0,), (1,)]
+        assert len(source.ticks) == 2
 
     _run(test)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from live_server import free_port
+from live_server import COMMAND, clean_environment, free_port
 from typer.testing import Result
 
 from actors.experts.learned_state import save_learned
@@ -139,6 +139,35 @@ def test_everything_wrong_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.
     for part in ("nosuch-model", port, "cert.pem", "redis.url"):
         assert sum(part in line for line in lines) == 1, part
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize("words", [["generate", "--prompt", "-"], ["bench", "serve", "--prompts", "-"]])
+def test_input_that_is_not_utf_8(tmp_path: Path, words: list[str]) -> None:
+    """Standard input and files alike; by the real program, since a runner decodes by itself."""
+    path = tmp_path / "input"
+    path.write_bytes(b"caf\xe9 \xff\n")
+    if words[0] == "bench":
+        words = [*words[:-1], str(path), "--url", "http://127.0.0.1:1"]
+    with path.open("rb") as file:
+        done = subprocess.run(
+            [str(COMMAND), *words],
+            stdin=file,
+            env=clean_environment(PYTHONUTF8="1", PYTHONIOENCODING="utf-8:strict"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "utf-8" in line.lower()
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_temporary_directory_with_a_long_name(run: Run, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """Names of sockets below it would have more bytes than the system takes."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, "/tmp/" + "x" * 90)
+    _assert_one_line(_serve(run), 2, variable, "x" * 90, "set RAY_TMPDIR", "107")
 
 
 @pytest.mark.parametrize(
