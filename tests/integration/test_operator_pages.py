@@ -67,6 +67,8 @@ def _total(family: Metric, suffix: str, **labels: str) -> float:
 def test_metrics_have_their_names_types_and_labels(server: LiveServer) -> None:
     body = {"model": "moesaic-demo", "prompt": "Once upon a time", "max_tokens": 4}
     httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    load = "moesaic_expert_load_ratio"  # of the cluster's counts, which come in batches
+    poll(lambda: _metrics(server)[load].samples, deadline_s=30, what=load)
     found = _metrics(server)
 
     for name, (kind, labels) in (_FRONT_END | _WORKER).items():
