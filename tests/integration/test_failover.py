@@ -250,7 +250,7 @@ def test_many_that_lose_their_worker_come_back_in_order_a_few_at_a_time(monkeypa
 
     async def test() -> None:
         dying, other = Worker("w0", pause_after=2), Slow("w1")
-        client = ServeWorkerClient(Handle(dying, other), namespace="test")  # type: ignore[arg-type]
+        client = ServeWorkerClient(Handle(dying, other), application=ApplicationId("test", "moesaic"))  # type: ignore[arg-type]
 
         async def whole(name: str) -> list[int]:
             sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
