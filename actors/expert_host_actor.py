@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.data_plane.channel import HostEndpoint
 from actors.expert_host_calls import RayPeers, expert_hosts, find_host, host_indices
@@ -27,6 +28,7 @@ from cluster.model_info import read_model_info
 from cluster.observability.logs import configure_logging
 from cluster.scheduler.migration import HostCommand, HostEpochs
 from cluster.scheduler.reports import HostReport
+from cluster.scheduler.spread import deal_nodes, usable_nodes
 from cluster.types import ExpertHostStatus, ExpertId, ExpertsReport, StartupPhase
 
 if TYPE_CHECKING:
@@ -110,16 +112,17 @@ class ExpertHostActor:
 def start_expert_hosts(spec: DeployedSpec) -> None:
     """Start the configured hosts, each in the place of one of another deployment, and end all others of one;
     returns at once."""
-    indices = range(spec.config.experts.hosts)
-    for index in indices:
-        start_expert_host(spec, index)
+    experts, resources = spec.config.experts, spec.config.ray.host_resources
+    for index, node in enumerate(deal_nodes(usable_nodes(ray.nodes(), resources), experts.hosts)):
+        start_expert_host(spec, index, node=node)
     hosts = expert_hosts(spec.application)  # load may have started more of them
-    hosts.keep_only(dict.fromkeys(hosts.list_keys(), _digest(spec)) if indices else {})
+    hosts.keep_only(dict.fromkeys(hosts.list_keys(), _digest(spec)) if experts.hosts else {})
 
 
-def start_expert_host(spec: DeployedSpec, index: int) -> None:
+def start_expert_host(spec: DeployedSpec, index: int, *, node: str | None = None) -> None:
     """Start host `index` if there is none of this deployment; returns at once. One beyond those configured owns nothing
-    until a placement gives it experts."""
+    until a placement gives it experts. Args: node: id of where it had better be; Ray's own spreading puts two on one
+    node now and then."""
     expert_hosts(spec.application).start(
         ExpertHostActor,
         str(index),
@@ -127,7 +130,7 @@ def start_expert_host(spec: DeployedSpec, index: int) -> None:
         spec,
         index,
         resources=spec.config.ray.host_resources or None,
-        scheduling_strategy="SPREAD",
+        scheduling_strategy="SPREAD" if node is None else NodeAffinitySchedulingStrategy(node, soft=True),
         max_concurrency=_THREADS,
     )
 

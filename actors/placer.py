@@ -25,7 +25,7 @@ from cluster.scheduler.placement.state import first_placement, placement_from_by
 from cluster.scheduler.plan import Placement, PlacementPlan
 from cluster.scheduler.roster import Roster
 from cluster.scheduler.status import PlacementLine
-from cluster.semantics.statistics import ExpertStatistics
+from cluster.semantics.statistics import ExpertStatistics, no_statistics
 from cluster.sizes import parse_size
 from cluster.types import StartupPhase
 
@@ -97,6 +97,7 @@ class HostPlacer:
         self._planned_for: frozenset[tuple[int, bool]] | None = None
         self._was_under_way = False
         self._line = PlacementLine(epoch=0)
+        self._planned_s: float | None = None
 
     @property
     def placement(self) -> Placement | None:
@@ -116,35 +117,51 @@ class HostPlacer:
         hosts = frozenset((report.index, roster.is_leaving(report)) for report, _ in roster.hosts(now_s))
         if (now_s < self._due_s and hosts == self._planned_for) or not self._all_started(roster, now_s):
             return
-        statistics = self._statistics()
-        if statistics is None or self._was_under_way:
+        if self._was_under_way:
+            return
+        statistics = self._or_nothing_counted(self._statistics(), roster, now_s)
+        if statistics is None:
             return
         self._due_s, self._planned_for = now_s + self._config.placement_interval_s, hosts
         self._unsaved = runner.placement  # once more: a store that was restarted has forgotten it
         self._apply(self._inputs(roster, statistics, now_s), roster, now_s)
 
-    def plan(self, roster: Roster, now_s: float) -> PlacementPlan:
-        """What would be done now.
+    def plan(self, roster: Roster, now_s: float, *, statistics: ExpertStatistics | None) -> PlacementPlan:
+        """What would be done now, by these statistics.
 
         Raises:
             Unavailable: not enough is known yet.
         """
-        statistics = self._statistics()
+        counted = statistics
+        statistics = self._or_nothing_counted(counted, roster, now_s)
         if self._runner is None or statistics is None:
             missing = "which hosts have which experts" if self._runner is None else "what requests use"
             raise Unavailable(f"the scheduler does not know yet {missing}; try again later")
         if not self._all_started(roster, now_s):
             raise Unavailable("expert hosts are starting; nothing is planned until they are ready")
-        return plan_placement(self._inputs(roster, statistics, now_s))
+        plan = plan_placement(self._inputs(roster, statistics, now_s))
+        if counted is None and not plan.applies:
+            raise Unavailable("the scheduler does not know yet what requests use; try again later")
+        return plan
 
-    def line(self) -> PlacementLine:
+    def line(self, now_s: float) -> PlacementLine:
         """For pages."""
-        return self._line
+        age_s = None if self._planned_s is None else now_s - self._planned_s
+        return replace(self._line, plan_age_s=age_s)
 
     def close(self) -> None:
         """End what runs in the background."""
         if self._runner is not None:
             self._runner.close()
+
+    def _or_nothing_counted(
+        self, statistics: ExpertStatistics | None, roster: Roster, now_s: float
+    ) -> ExpertStatistics | None:
+        """What was counted; zeros before anybody asked: a node is emptied, and a host filled, without any request."""
+        if statistics is not None:
+            return statistics
+        facts = next((report for report, _ in roster.workers(now_s) if report.layers), None)
+        return None if facts is None else no_statistics(0, 0, facts.layers, facts.num_experts)
 
     def _inputs(self, roster: Roster, statistics: ExpertStatistics, now_s: float) -> PlacementInputs:
         assert self._runner is not None
@@ -172,6 +189,7 @@ class HostPlacer:
             log_event(
                 _LOG, logging.INFO, "placement changes", begun=is_begun, moves=len(plan.moves), reason=plan.reason
             )
+        self._planned_s = now_s
         self._line = replace(
             self._line,
             num_plans=self._line.num_plans + 1,

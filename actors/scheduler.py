@@ -14,24 +14,27 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from actors.host_memories import HostMemories
 from actors.host_scaler import HostScaler
+from actors.scheduler_moment import Moment, Moments
 from actors.scheduler_parts import Learner, Placer
 from cluster.config_sections import SchedulerConfig
 from cluster.errors import Superseded, Unavailable
 from cluster.finite import with_finite_numbers
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
-from cluster.scheduler.diagnose import Diagnosis, diagnose
-from cluster.scheduler.live_inputs import diagnosis_inputs
+from cluster.scheduler.diagnose import Diagnosis
 from cluster.scheduler.plan import PlacementPlan
 from cluster.scheduler.reports import HostReport, RoutingView, WorkerDirectives, WorkerReport
 from cluster.scheduler.roster import Roster
+from cluster.scheduler.snapshot import Snapshot
 from cluster.scheduler.status import DrainLine, PlacementLine, SchedulerStatus
 from cluster.scheduler.status_lines import drain_line, host_line, knowledge_line, worker_line
 from cluster.semantics.knowledge import Knowledge
+from cluster.semantics.statistics import ExpertStatistics
 from cluster.types import StartupPhase
 
 _LOG = logging.getLogger(__name__)
@@ -71,7 +74,9 @@ class Scheduler:
         self._roster = Roster(silence_s=max(_SILENCE_S, _SILENCE_S * config.report_interval_s))
         self._began_s = clock()
         self._knowledge: Knowledge | None = None
+        self._known: ExpertStatistics | None = None  # what it was made from
         self._known_s = self._began_s
+        self._moments = Moments()
         self._seen_version = 0  # of knowledge that somebody has: numbers are not used twice
         self._seen_clusters = 0
         self._learn_s = self._began_s
@@ -142,22 +147,26 @@ class Scheduler:
             log_event(_LOG, logging.ERROR, "this scheduler decides nothing more", reason=error.message)
 
     def status(self) -> SchedulerStatus:
-        """What the scheduler knows, for pages."""
-        placer = self._placer
+        """What the scheduler knows, for pages: reports as they are, all else of the moment that `snapshot` names."""
         owned = self._owned()
-        now_s = self._clock()
+        by_host = {} if isinstance(owned, str) else owned
+        moment, now_s = self._moment(), self._clock()
+        knowledge, line = moment.knowledge, PlacementLine(epoch=0)
+        if self._placer is not None:
+            line = replace(self._placer.line(now_s), balance=self._moments.balance(moment), epoch=moment.stamp.epoch)
         with self._lock:
-            roster, knowledge = self._roster, self._knowledge
+            roster = self._roster
             return SchedulerStatus(
                 uptime_s=now_s - self._began_s,
                 routing=self._config.routing,
                 placement_mode=self._config.placement,
                 workers=tuple(worker_line(r, age_s, roster) for r, age_s in roster.workers(now_s)),
-                hosts=tuple(host_line(r, age_s, roster, owned.get(r.index)) for r, age_s in roster.hosts(now_s)),
+                hosts=tuple(host_line(r, age_s, roster, by_host.get(r.index)) for r, age_s in roster.hosts(now_s)),
                 knowledge=None if knowledge is None else knowledge_line(knowledge, now_s - self._known_s),
-                placement=PlacementLine(epoch=0) if placer is None else placer.line(),
+                placement=line,
                 drains=tuple(drain_line(node, roster, owned, now_s) for node in sorted(roster.draining)),
                 degraded=self._degraded(),
+                snapshot=moment.stamp,
             )
 
     def plan(self) -> PlacementPlan:
@@ -168,7 +177,7 @@ class Scheduler:
         """
         if self._placer is None:
             raise Unavailable("nothing is placed: there are no expert hosts, or scheduler.placement is fixed")
-        return self._placer.plan(self._snapshot(), self._clock())
+        return self._moments.plan(self._moment(), self._placer)
 
     def diagnose(self) -> Diagnosis:
         """What routing and placement could gain.
@@ -176,19 +185,7 @@ class Scheduler:
         Raises:
             Unavailable: no statistics yet.
         """
-        statistics = self._learner.statistics
-        if statistics is None:
-            raise Unavailable("there are no statistics yet; send some requests, or see why the store is away")
-        knowledge = self._knowledge
-        inputs = diagnosis_inputs(
-            self._snapshot(),
-            statistics,
-            None if self._placer is None else self._placer.placement,
-            half_life_s=self._config.half_life_s,
-            mutual_information=None if knowledge is None else knowledge.mutual_information,
-            now_s=self._clock(),
-        )
-        return diagnose(inputs)
+        return self._moments.diagnosis(self._moment())
 
     def drain(self, node_id: str) -> DrainLine:
         """Empty a node: its workers take nothing new, its hosts' experts move away."""
@@ -219,6 +216,7 @@ class Scheduler:
         if knowledge is not None:
             with self._lock:
                 self._knowledge, self._known_s = knowledge, self._clock()
+                self._known = self._learner.statistics
         return True
 
     def _share_hosts(self, now_s: float) -> None:
@@ -237,6 +235,23 @@ class Scheduler:
             with self._lock:
                 self._roster.leaving = self._scaler.leaving
         self._placer.turn(self._snapshot(), now_s)
+
+    def _moment(self) -> Moment:
+        """What is known now, or was a moment ago: plan, status and diagnosis of one moment have the same numbers."""
+        placement = self._placer.placement if self._placer is not None else None
+        now_s = self._clock()
+        with self._lock:
+            moment = Moment(
+                stamp=Snapshot(number=0, uptime_s=now_s - self._began_s, epoch=placement.epoch if placement else 0),
+                now_s=now_s,
+                roster=self._roster.copy(),
+                statistics=self._learner.statistics,
+                knowledge=self._knowledge,
+                known=self._known,
+                placement=placement,
+                half_life_s=self._config.half_life_s,
+            )
+        return self._moments.at(moment)
 
     def _snapshot(self) -> Roster:
         with self._lock:
@@ -272,10 +287,14 @@ class Scheduler:
                 self._drains_changed = True
                 raise
 
-    def _owned(self) -> dict[int, int]:
-        """Experts by host that the placement gives it; empty where nothing is placed."""
-        placement = self._placer.placement if self._placer is not None else None
-        return {} if placement is None else {i: sum(map(len, own.values())) for i, own in placement.hosts.items()}
+    def _owned(self) -> dict[int, int] | str:
+        """Experts by host that the placement gives it; or why hosts keep what they have."""
+        if self._placer is None:
+            return "its experts stay: scheduler.placement is fixed"
+        placement = self._placer.placement
+        if placement is None:
+            return "which experts it has is not known yet"
+        return {i: sum(map(len, own.values())) for i, own in placement.hosts.items()}
 
     def _degraded(self) -> tuple[str, ...]:
         problem = self._store_problem or (None if self._store.is_shared else self._store.description)

@@ -33,7 +33,8 @@ from cluster.scheduler.diagnose import Diagnosis
 from cluster.scheduler.nodes import find_node
 from cluster.scheduler.plan import Placement, PlacementPlan
 from cluster.scheduler.reports import HostReport, RoutingView, WorkerDirectives, WorkerReport
-from cluster.scheduler.scaling import host_rules
+from cluster.scheduler.scaling import ScalingRules, host_rules
+from cluster.scheduler.spread import usable_nodes
 from cluster.scheduler.status import DrainLine, SchedulerStatus
 from cluster.sizes import parse_size
 from cluster.stats.open_store import open_store
@@ -64,13 +65,13 @@ class SchedulerActor:
                 statistics=lambda: learner.statistics,
                 make_runner=partial(_make_runner, config),
             )
-            rules = host_rules(config)
-            if rules is not None:
-                scaler = HostScaler(
-                    rules,
-                    start=partial(_start_host, spec),
-                    stop=lambda index: expert_hosts(application).end(str(index)),
-                )
+            number = config.experts.hosts
+            scaler = HostScaler(
+                host_rules(config) or ScalingRules(least=number, most=number),
+                start=partial(_start_host, spec),
+                stop=lambda index: expert_hosts(application).end(str(index)),
+                nodes=lambda: usable_nodes(ray.nodes(), config.ray.host_resources),
+            )
         self._scheduler = Scheduler(
             config.scheduler, fingerprint=fingerprint, store=store, learner=learner, placer=placer, scaler=scaler
         )
@@ -109,8 +110,8 @@ class SchedulerActor:
         return self._scheduler.diagnose()
 
     def drain(self, node: str) -> DrainLine:
-        """Args: node: as a person names it (find_node)."""
-        return self._scheduler.drain(find_node(node, ray.nodes()))
+        """Args: node: as a person names it (find_node); one that is drained already may be gone."""
+        return self._scheduler.drain(find_node(node, ray.nodes(), known=self._scheduler.draining))
 
     def undrain(self, node: str) -> DrainLine:
         """Args: as of drain; the node may be gone."""
@@ -146,10 +147,10 @@ def _make_runner(
     )
 
 
-def _start_host(spec: DeployedSpec, index: int) -> None:
+def _start_host(spec: DeployedSpec, index: int, node: str | None) -> None:
     from actors.expert_host_actor import start_expert_host
 
-    start_expert_host(spec, index)
+    start_expert_host(spec, index, node=node)
 
 
 def begin_deployment(spec: DeployedSpec, served_as: str | None) -> None:

@@ -36,11 +36,11 @@ class Placer(Protocol):
         """Restore, plan and begin to migrate, whatever is due."""
         ...
 
-    def plan(self, roster: Roster, now_s: float) -> PlacementPlan:
-        """What would be done now. Raises Unavailable: not enough is known."""
+    def plan(self, roster: Roster, now_s: float, *, statistics: ExpertStatistics | None) -> PlacementPlan:
+        """What would be done now, by these statistics. Raises Unavailable: not enough is known."""
         ...
 
-    def line(self) -> PlacementLine:
+    def line(self, now_s: float) -> PlacementLine:
         """For pages."""
         ...
 

@@ -72,15 +72,21 @@ def print_diagnosis(found: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", *(str(phase["phase"]) for phase in found["phases"]))
-    for name, tell in _ROWS.items():
-        table.add_row(name, *(tell(phase) for phase in found["phases"]))
-    shares = sorted({share for phase in found["phases"] for share in phase["balance_then"]}, key=float)
-    for share in shares:
-        name = f"hosts, planned, {float(share):.1%} more room"
-        table.add_row(name, *(f"{phase['balance_then'][share]:.3f}" for phase in found["phases"]))
-    console = Console(width=120)
-    console.print(table)
+    from cluster.scheduler.placement.explain import snapshot_text
+
+    if found["phases"]:
+        table = Table("", *(str(phase["phase"]) for phase in found["phases"]))
+        for name, tell in {**_ROWS, **(_HOST_ROWS if found["num_hosts"] else {})}.items():
+            table.add_row(name, *(tell(phase) for phase in found["phases"]))
+        shares = sorted({share for phase in found["phases"] for share in phase["balance_then"]}, key=float)
+        for share in shares if found["num_hosts"] else ():
+            name = f"hosts, planned, {float(share):.1%} more room"
+            table.add_row(name, *(f"{phase['balance_then'][share]:.3f}" for phase in found["phases"]))
+        Console(width=120).print(table)
+    else:
+        typer.echo("no expert was used yet: send some requests")
+    if found["balance_now"] is not None:
+        typer.echo(f"largest over mean host load, all phases: {found['balance_now']:.3f}")
     semantic = found["semantic"]
     if semantic is not None:
         bits = semantic["mutual_information"]
@@ -89,6 +95,8 @@ def print_diagnosis(found: Mapping[str, Any]) -> None:
         typer.echo(f"{semantic['num_kinds']} kinds of prompt{told}; misses of {semantic['num_workers']} workers")
         typer.echo(f"that specialise, over those of workers that take all: {misses}")
     typer.echo("scored on what was not learned from" if found["scored"] else "of the period that was learned from")
+    if found.get("snapshot") is not None:
+        typer.echo(snapshot_text(found["snapshot"]))
     for line in found["advice"]:
         typer.echo(f"- {line}")
 
@@ -100,5 +108,7 @@ _ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "experts, Gini": lambda phase: f"{phase['gini']:.2f}",
     "spread that is not chance": lambda phase: f"{phase['reliability']:.0%}",
     "spread that lasts": lambda phase: "-" if phase["persistence"] is None else f"{phase['persistence']:.0%}",
+}
+_HOST_ROWS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "hosts now, max over mean": lambda phase: f"{phase['balance_now']:.3f}",
 }

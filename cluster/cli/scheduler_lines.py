@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from cluster.scheduler.placement.explain import snapshot_text
+
 
 def scheduler_lines(page: dict[str, Any] | None) -> list[str]:
     """What it knows, what it moves, what drains. Args: page: as /scheduler gives it; None: no scheduler answers."""
@@ -26,6 +28,8 @@ def scheduler_lines(page: dict[str, Any] | None) -> list[str]:
     for drain in cast("list[dict[str, Any]]", page["drains"]):
         left = "empty" if drain["is_empty"] else ", ".join(drain["left"])
         lines.append(f"  draining {drain['node_id'][:12]}: {left}")
+    if page.get("snapshot") is not None:
+        lines.append(f"  {snapshot_text(page['snapshot'])}")
     return lines
 
 
@@ -41,7 +45,8 @@ def _placement_lines(page: dict[str, Any]) -> list[str]:
         f"migrations of {placement['num_plans']} plans, {placement['bytes_moved'] / 2**20:.1f} MiB moved"
     ]
     if placement["reason"]:
-        lines.append(f"  last plan: {placement['reason']}")
+        age_s = placement.get("plan_age_s")
+        lines.append(f"  last plan: {placement['reason']}" + ("" if age_s is None else f" ({age_s:.0f} s ago)"))
     if placement["migration"]:
         lines.append(f"  migration: {placement['migration']}")
     return lines

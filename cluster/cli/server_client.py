@@ -14,6 +14,7 @@ from cluster.errors import (
     InvalidRequest,
     ModelNotFound,
     MoesaicError,
+    NothingToChange,
     Overloaded,
     Unavailable,
 )
@@ -25,6 +26,7 @@ _ERROR_BY_CODE: dict[int, type[MoesaicError]] = {
     400: InvalidRequest,
     401: AuthenticationFailed,
     404: ModelNotFound,
+    409: NothingToChange,
     413: BodyTooLarge,
     422: InvalidRequest,
     429: Overloaded,

@@ -18,8 +18,10 @@ from cluster.scheduler.placement.cost import PhaseLoad, PlacementHost, balance, 
 from cluster.scheduler.placement.forecast import forecast, persistence, reliability
 from cluster.scheduler.placement.inputs import PlacementInputs, own_limits, owned_array
 from cluster.scheduler.placement.layers import Layers
+from cluster.scheduler.placement.planner import present_balance, present_owners
 from cluster.scheduler.placement.rebuild import rebuild
 from cluster.scheduler.semantic_gain import predicted_misses
+from cluster.scheduler.snapshot import Snapshot
 from cluster.types import Phase
 
 _WORTH = 0.05  # of the time: less is within what loads change by themselves
@@ -29,6 +31,7 @@ _LASTS = 0.5  # of the deviations; below, a plan is out of date when it is done
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DiagnosisInputs:
     """One period's statistics. `placement`: hosts, rates and the present placement; `counts`: decayed activations.
+    has_hosts: else one host stands for the workers' own memories.
 
     later: the same of the period after, where it is known. kinds: (G, L, E) decode activations by kind of prompt, and
     kinds_later. mutual_information: bits per layer that the kind tells of the expert. spare: shares of more room for
@@ -36,6 +39,7 @@ class DiagnosisInputs:
     """
 
     placement: PlacementInputs
+    has_hosts: bool = True
     counts: Mapping[Phase, np.ndarray]
     later: Mapping[Phase, np.ndarray] | None = None
     kinds: np.ndarray | None = None
@@ -48,7 +52,7 @@ class DiagnosisInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseDiagnosis:
-    """One phase. Means over layers; `max_over_mean_worst` of the worst layer.
+    """One phase. Means over the layers that were used; `max_over_mean_worst` of the worst layer.
 
     reliability: of the spread, the share that is not chance. persistence: of it, what the next period repeats (None:
     not known). balance_now: hosts, as placed. balance_then: by share of spare room for replicas.
@@ -78,12 +82,19 @@ class SemanticDiagnosis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """What was found, and what to do about it in words. scored: on a period that was not planned on."""
+    """What was found, and what to do about it in words. scored: on a period that was not planned on.
+
+    num_hosts: 0: workers have the experts. balance_now: of all phases together, as the plan says it. snapshot: of a
+    running server.
+    """
 
     scored: bool
     phases: tuple[PhaseDiagnosis, ...]
     semantic: SemanticDiagnosis | None
     advice: tuple[str, ...]
+    num_hosts: int = 0
+    balance_now: float | None = None
+    snapshot: Snapshot | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON's types only."""
@@ -113,7 +124,14 @@ def diagnose(inputs: DiagnosisInputs) -> Diagnosis:
             },
         )
     advice = (*_placement_advice(inputs, phases), *_semantic_advice(inputs, semantic))
-    return Diagnosis(scored=inputs.later is not None, phases=phases, semantic=semantic, advice=advice)
+    return Diagnosis(
+        scored=inputs.later is not None,
+        num_hosts=len(inputs.placement.owners) if inputs.has_hosts else 0,
+        balance_now=present_balance(inputs.placement) if inputs.has_hosts else None,
+        phases=phases,
+        semantic=semantic,
+        advice=advice,
+    )
 
 
 def gini(counts: np.ndarray) -> float:
@@ -125,22 +143,23 @@ def gini(counts: np.ndarray) -> float:
 
 def _phase(inputs: DiagnosisInputs, phase: Phase) -> PhaseDiagnosis:
     counts = inputs.counts[phase]
-    ratios = counts.max(axis=1) / np.maximum(counts.mean(axis=1), 1e-12)
+    used = counts[counts.sum(axis=1) > 0]  # what was not asked says nothing of how evenly it is asked
+    ratios = used.max(axis=1) / used.mean(axis=1)
     later = None if inputs.later is None else inputs.later[phase]
     lasts = None if later is None else persistence(counts, later)
     load = inputs.placement.loads[phase]
     planned = replace(load, expected_LE=forecast(counts, 1.0 if lasts is None else lasts))
     scored = load if later is None else replace(load, expected_LE=later)
     found = demands_of({phase: scored}, inputs.placement.owners, inputs.placement.top_k)
-    present = owned_array(inputs.placement)
+    present = present_owners(inputs.placement, found)
     return PhaseDiagnosis(
         phase=phase,
         regime=str(found[0].regime) if found else "",
         activations=float(counts.sum()),
         max_over_mean=float(ratios.mean()),
         max_over_mean_worst=float(ratios.max()),
-        gini=float(np.mean([gini(row) for row in counts])),
-        reliability=float(reliability(counts).mean()),
+        gini=float(np.mean([gini(row) for row in used])),
+        reliability=float(reliability(used).mean()),
         persistence=lasts,
         balance_now=balance(found, present),
         balance_then={share: _planned_balance(inputs, phase, planned, scored, share) for share in inputs.spare},
@@ -205,7 +224,8 @@ def _semantic_advice(inputs: DiagnosisInputs, found: SemanticDiagnosis | None) -
     if inputs.num_workers < 2:
         return ["semantic routing: leave it off (scheduler.routing: least-loaded): there is one attention worker."]
     if found is None:
-        return ["semantic routing: not known: all prompts counted are of one kind."]
+        reason = "nothing was learned of prompts yet" if inputs.kinds is None else "all prompts counted are of one kind"
+        return [f"semantic routing: not known: {reason}."]
     best = min(found.misses, key=lambda share: found.misses[share])
     ratio = found.misses[best]
     bits = "" if found.mutual_information is None else f" ({found.mutual_information:.3f} bits of each layer's choice)"

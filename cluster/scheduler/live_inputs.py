@@ -50,6 +50,7 @@ def placement_inputs(
             row_s=report.row_s,
             miss_s=report.miss_s,
             is_draining=roster.is_leaving(report),
+            comes=report.node_id in roster.returning or report.index not in current.hosts,
         )
         for report, _ in roster.hosts(now_s)
         if report.phase is StartupPhase.READY
@@ -74,10 +75,17 @@ def diagnosis_inputs(
     current: Placement | None,
     *,
     half_life_s: float,
+    kinds: ExpertStatistics | None,
     mutual_information: float | None,
     now_s: float,
 ) -> DiagnosisInputs:
-    """A snapshot to diagnose. Args: current: None without hosts: then one stands for the workers' own memories."""
+    """A snapshot to diagnose.
+
+    Args:
+        current: None without hosts: then one stands for the workers' own memories.
+        kinds: what knowledge was made from: its kinds of prompt are those that are told of; None: there is none.
+    """
+    has_hosts = current is not None
     if current is None:
         everything = {layer: tuple(range(statistics.num_experts)) for layer in statistics.layers}
         size = len(statistics.layers) * statistics.num_experts
@@ -88,8 +96,9 @@ def diagnosis_inputs(
         placement=placement_inputs(
             roster, statistics, current, half_life_s=half_life_s, max_bytes=None, bytes_per_s=1e9, now_s=now_s
         ),
+        has_hosts=has_hosts,
         counts=_counts(statistics),
-        kinds=statistics.decode_counts()[:-1] if statistics.num_clusters else None,
+        kinds=kinds.decode_counts()[:-1] if kinds is not None and kinds.num_clusters else None,
         mutual_information=mutual_information,
         num_workers=len(roster.workers(now_s)),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from cluster.scheduler.snapshot import Snapshot
 from cluster.types import ExpertId, Tier
 
 
@@ -50,7 +51,7 @@ class PlacementPlan:
     """A placement to go to, or why to stay. `applies` False: `reason` says what was not worth it.
 
     balance_now, balance_then: largest over mean load of hosts, each layer weighed by its load. gain_s, cost_s: over the
-    horizon planned for.
+    horizon planned for. snapshot: what it was made of, where that has a name.
     """
 
     placement: Placement
@@ -61,6 +62,7 @@ class PlacementPlan:
     balance_then: float
     gain_s: float
     cost_s: float
+    snapshot: Snapshot | None = None
 
     @property
     def num_bytes(self) -> int:

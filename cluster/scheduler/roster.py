@@ -15,12 +15,14 @@ from cluster.semantics.knowledge import Knowledge
 class Roster:
     """Last reports by process. Times in seconds of the caller's clock.
 
-    draining: ids of nodes that are to be emptied. leaving: indices of hosts that are, wherever they run.
+    draining: ids of nodes that are to be emptied, returning: of those that were and are used again. leaving: indices of
+    hosts that are to be emptied, wherever they run.
     """
 
     def __init__(self, *, silence_s: float) -> None:
         """Args: silence_s: whoever reported nothing for so long is forgotten."""
         self.draining: frozenset[str] = frozenset()
+        self.returning: frozenset[str] = frozenset()
         self.leaving: frozenset[int] = frozenset()
         self._silence_s = silence_s
         self._workers: dict[str, tuple[WorkerReport, float]] = {}
@@ -66,7 +68,9 @@ class Roster:
 
     def set_draining(self, node_ids: Iterable[str]) -> None:
         """Empty these nodes from now on, and no others."""
-        self.draining = frozenset(node_ids)
+        draining = frozenset(node_ids)
+        self.returning = (self.returning | self.draining) - draining
+        self.draining = draining
 
     def routing_view(self, knowledge: Knowledge | None, now_s: float) -> RoutingView:
         """What routers decide by. Args: knowledge: None where the router has it already."""
@@ -76,6 +80,6 @@ class Roster:
     def copy(self) -> Roster:
         """As it is now, for whoever decides at leisure."""
         other = Roster(silence_s=self._silence_s)
-        other.draining, other.leaving = self.draining, self.leaving
+        other.draining, other.returning, other.leaving = self.draining, self.returning, self.leaving
         other._workers, other._hosts = dict(self._workers), dict(self._hosts)
         return other

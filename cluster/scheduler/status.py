@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.scheduler.snapshot import Snapshot
 from cluster.types import StartupPhase
 
 
@@ -62,8 +63,8 @@ class KnowledgeLine:
 class PlacementLine:
     """Placement and migration since this scheduler started, unless it says otherwise.
 
-    reason: of the last plan, why it was applied or not. balance: largest over mean load of hosts by that plan, None
-    before the first. migration: what is under way, in words; empty for nothing.
+    reason: of the last plan, why it was applied or not, `plan_age_s` ago. balance: largest over mean load of hosts now,
+    None before anything is known of it. migration: what is under way, in words; empty for nothing.
     """
 
     epoch: int
@@ -74,6 +75,7 @@ class PlacementLine:
     balance: float | None = None
     reason: str = ""
     migration: str = ""
+    plan_age_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ class DrainLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStatus:
-    """The scheduler now. `degraded` lists what works only in part, in words."""
+    """The scheduler now. `degraded` lists what works only in part, in words. snapshot: of knowledge and balance."""
 
     uptime_s: float
     routing: str
@@ -98,3 +100,4 @@ class SchedulerStatus:
     placement: PlacementLine
     drains: tuple[DrainLine, ...] = ()
     degraded: tuple[str, ...] = ()
+    snapshot: Snapshot | None = None

@@ -60,18 +60,22 @@ def knowledge_line(knowledge: Knowledge, age_s: float) -> KnowledgeLine:
     )
 
 
-def drain_line(node_id: str, roster: Roster, owned: Mapping[int, int], now_s: float) -> DrainLine:
-    """What is left on a node that is being emptied. Args: owned: experts by host, where hosts are placed."""
+def drain_line(node_id: str, roster: Roster, owned: Mapping[int, int] | str, now_s: float) -> DrainLine:
+    """What is left on a node that is being emptied. Args: owned: experts by host; or why hosts keep theirs."""
     left = [
         f"worker {report.worker_id}: {report.num_running} running, {report.num_waiting} waiting"
         for report, _ in roster.workers(now_s)
         if report.node_id == node_id and report.num_running + report.num_waiting
     ]
-    left += [
-        f"expert host {report.index}: {owned[report.index]} experts"
-        for report, _ in roster.hosts(now_s)
-        if report.node_id == node_id and owned.get(report.index)
-    ]
+    for report, _ in roster.hosts(now_s):
+        if report.node_id != node_id:
+            continue
+        if isinstance(owned, str):
+            left.append(f"expert host {report.index}: {owned}")
+        elif owned.get(report.index):
+            left.append(f"expert host {report.index}: {owned[report.index]} experts")
+        elif len(report.epochs) > 1:
+            left.append(f"expert host {report.index}: workers have not all left it")
     return DrainLine(node_id=node_id, is_empty=not left, left=tuple(left))
 
 

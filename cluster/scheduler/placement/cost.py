@@ -33,7 +33,8 @@ class PlacementHost:
 
     capacity: experts that its fast tier holds, host_capacity those of the tier below. expert_s: one distinct expert,
     row_s: one row of one. link_row_s: a row there and back. miss_s: getting an expert from a slower tier.
-    is_draining: it still serves, and is to own nothing.
+    is_draining: it still serves, and is to own nothing. comes: it has joined, or was emptied and is used again: its
+    share is not weighed.
     """
 
     index: int
@@ -45,6 +46,7 @@ class PlacementHost:
     link_row_s: float = 0.0
     miss_s: Mapping[Tier, float] = field(default_factory=dict[Tier, float])
     is_draining: bool = False
+    comes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

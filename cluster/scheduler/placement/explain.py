@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from cluster.scheduler.plan import Move, MoveKind, PlacementPlan
@@ -22,6 +23,7 @@ def plan_as_dict(plan: PlacementPlan) -> dict[str, Any]:
         "gain_s": plan.gain_s,
         "cost_s": plan.cost_s,
         "bytes": plan.num_bytes,
+        "snapshot": None if plan.snapshot is None else asdict(plan.snapshot),
         "moves": [_move_as_dict(move) for move in plan.moves],
         "hosts": {
             str(host): {str(layer): list(experts) for layer, experts in layers.items()}
@@ -33,6 +35,8 @@ def plan_as_dict(plan: PlacementPlan) -> dict[str, Any]:
 def plan_headline(plan: Mapping[str, Any]) -> list[str]:
     """What there is to know before the table of moves."""
     told = [("would apply: " if plan["applies"] else "stays: ") + str(plan["reason"])]
+    if plan.get("snapshot") is not None:
+        told.append(snapshot_text(plan["snapshot"]))
     if not plan["moves"]:
         return told
     kinds = Counter(str(move["kind"]) for move in plan["moves"])
@@ -42,6 +46,13 @@ def plan_headline(plan: Mapping[str, Any]) -> list[str]:
     )
     told.append(f"largest over mean host load: {plan['balance_now']:.3f} now, {plan['balance_then']:.3f} then")
     return told
+
+
+def snapshot_text(snapshot: Mapping[str, Any]) -> str:
+    """Which moment a page is of: those of one snapshot agree in every number."""
+    return (
+        f"snapshot {snapshot['number']}: scheduler up {snapshot['uptime_s']:.1f} s, placement epoch {snapshot['epoch']}"
+    )
 
 
 def plan_rows(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -16,17 +16,34 @@ from cluster.scheduler.placement.layers import Layers
 from cluster.scheduler.placement.moves import changes_between, moves_of
 from cluster.scheduler.placement.rebuild import rebuild
 from cluster.scheduler.placement.refine import StepPrice, refine
-from cluster.scheduler.placement.repair import adopt_orphans, relieve_full
+from cluster.scheduler.placement.repair import adopt_orphans, fill_newcomers, lacks_its_share, relieve_full
 from cluster.scheduler.placement.spare import add_failover_replicas, gather_pairs
 from cluster.scheduler.placement.tiering import tier_moves
 from cluster.scheduler.plan import PlacementPlan
 
 
+def present_owners(inputs: PlacementInputs, demands: list[Demand]) -> np.ndarray:
+    """Who owns what, (L, P, E) bool, experts of lost hosts with those that would take them in."""
+    shape = (len(inputs.layers), inputs.num_experts)
+    limits = own_limits([host.capacity for host in inputs.owners], *shape)
+    present = Layers.of(owned_array(inputs), limits, demands)
+    adopt_orphans(present)
+    return present.owned_LPE
+
+
+def present_balance(inputs: PlacementInputs) -> float | None:
+    """Largest over mean load of the hosts now, as `plan_placement` says it; None where none can own experts."""
+    if not inputs.owners:
+        return None
+    demands = demands_of(inputs.loads, inputs.owners, inputs.top_k)
+    return balance(demands, present_owners(inputs, demands))
+
+
 def plan_placement(inputs: PlacementInputs) -> PlacementPlan:
     """The placement to go to, or why to stay (`applies` False, the present placement, its `reason`).
 
-    Repairs (an expert without a living owner) are made whatever they cost; all else within `max_bytes` less these, and
-    only if it saves more than twice its cost within the horizon.
+    Repairs (an expert without a living owner, a host that comes with nothing) are made whatever they cost; all else
+    within `max_bytes` less these, and only if it saves more than twice its cost within the horizon.
     """
     owners = inputs.owners
     if not owners:
@@ -41,15 +58,16 @@ def plan_placement(inputs: PlacementInputs) -> PlacementPlan:
 
     mended = present.copy()
     num_orphans = adopt_orphans(mended)
-    budget = _transfers_allowed(inputs, num_orphans)
+    balance_now = balance(demands, mended.owned_LPE)
+    comes_P = np.array([host.comes for host in owners])
+    num_filled = fill_newcomers(mended, comes_P & lacks_its_share(mended))
+    budget = _transfers_allowed(inputs, num_orphans + num_filled)
     least_s = 2.0 * inputs.transfer_s / inputs.horizon_s
     relieved = mended.copy()
     budget -= relieve_full(relieved, stall_s_LPE, least_s, budget)
     relief_s = _overflow_s(mended, stall_s_LPE) - _overflow_s(relieved, stall_s_LPE)
-    balance_now = balance(demands, mended.owned_LPE)
-    better = (
-        _levelled(inputs, relieved, demands, budget) if balance_now >= inputs.balance_threshold else relieved.copy()
-    )
+    is_uneven = balance(demands, mended.owned_LPE) >= inputs.balance_threshold
+    better = _levelled(inputs, relieved, demands, budget) if is_uneven else relieved.copy()
     gathered_s = gather_pairs(inputs, demands, better, least_s, budget - _transfers(relieved, better))
     failover = add_failover_replicas(inputs, better, stall_s_LPE, least_s, budget - _transfers(relieved, better))
 
@@ -68,7 +86,9 @@ def plan_placement(inputs: PlacementInputs) -> PlacementPlan:
         placement=placement_of(inputs, better.owned_LPE, epoch) if changes else inputs.current,
         moves=tuple(moves),
         applies=True,
-        reason=_why_go(num_orphans, len(changes), len(moves), balance_now, balance(demands, better.owned_LPE)),
+        reason=_why_go(
+            (num_orphans, num_filled), len(changes), len(moves), balance_now, balance(demands, better.owned_LPE)
+        ),
         balance_now=balance_now,
         balance_then=balance(demands, better.owned_LPE),
         gain_s=gain_s + sum(move.gain_s for move in moves if move.to_tier is not None) * inputs.horizon_s,
@@ -128,12 +148,14 @@ def _overflow_s(layers: Layers, stall_s_LPE: np.ndarray) -> float:
     return total
 
 
-def _why_go(num_orphans: int, num_changes: int, num_moves: int, now: float, then: float) -> str:
+def _why_go(mended: tuple[int, int], num_changes: int, num_moves: int, now: float, then: float) -> str:
+    num_orphans, num_filled = mended
     told = [f"{num_orphans} experts have no living owner"] if num_orphans else []
-    if num_changes > num_orphans:
-        told.append(
-            f"{num_changes - num_orphans} changes level the hosts: largest over mean load {now:.3f} -> {then:.3f}"
-        )
+    if num_filled:
+        told.append(f"{num_filled} experts go to hosts that come (back)")
+    rest = num_changes - num_orphans - num_filled
+    if rest > 0:
+        told.append(f"{rest} changes level the hosts: largest over mean load {now:.3f} -> {then:.3f}")
     if num_moves > num_changes:
         told.append(f"{num_moves - num_changes} experts change their tier")
     return "; ".join(told)

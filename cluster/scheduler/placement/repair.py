@@ -1,4 +1,5 @@
-"""What has to be mended before anything is weighed: experts that nobody owns, and hosts that own more than they hold.
+"""What has to be mended before anything is weighed: experts that nobody owns, hosts that come (back) with nothing, and
+hosts that own more than they hold.
 
 Shapes: F demands, L MoE layers, P hosts, E experts of a layer.
 """
@@ -27,6 +28,58 @@ def adopt_orphans(layers: Layers) -> int:
         layers.give(row, expert, host)
         room[host] -= 1
     return len(orphans)
+
+
+def fill_newcomers(layers: Layers, is_new_P: np.ndarray) -> int:
+    """Give hosts their share of every layer, by room; how many experts change hosts.
+
+    Such a host joined, or is used again after it was emptied: to wait until its share pays means to wait for load that
+    the others take meanwhile. Those who own most for their room give, and of each layer what comes nearest to the
+    newcomer's share of its load.
+    """
+    num_layers, _, num_experts = layers.owned_LPE.shape
+    if is_new_P.all():
+        return 0
+    share_P = layers.limit_P / max(int(layers.limit_P.sum()), 1)
+    made = 0
+    for host in np.flatnonzero(is_new_P).tolist():
+        wanted = int(share_P[host] * num_layers * num_experts)
+        for row in range(num_layers):
+            quota = (row + 1) * wanted // num_layers - row * wanted // num_layers
+            made += _take_share(layers, row, host, quota - int(layers.owned_LPE[row, host].sum()), share_P)
+    return made
+
+
+def lacks_its_share(layers: Layers) -> np.ndarray:
+    """Which hosts own less than half of what their room calls for, (P,) bool."""
+    num_layers, _, num_experts = layers.owned_LPE.shape
+    share_P = layers.limit_P * (num_layers * num_experts / max(int(layers.limit_P.sum()), 1))
+    return layers.owned_LPE.sum(axis=(0, 2)) < share_P / 2
+
+
+def _take_share(layers: Layers, row: int, host: int, quota: int, share_P: np.ndarray) -> int:
+    """Let a host take so many experts of a layer from the others; how many it got."""
+    weight_E = (layers.amount_FLE[:, row] / layers.speed_FP.sum(axis=1, keepdims=True)).sum(axis=0)
+    left = float(weight_E.sum() * share_P[host])
+    made = 0
+    while made < quota:
+        owned_PE = layers.owned_LPE[row]
+        surplus_P = layers.owned_LPE.sum(axis=(0, 2)) - share_P * layers.owned_LPE.shape[0] * layers.owned_LPE.shape[2]
+        may_give = owned_PE.any(axis=1)
+        may_give[host] = False
+        candidates_PE = owned_PE & ~owned_PE[host] & may_give[:, None]
+        if not candidates_PE.any():
+            break
+        donor = int(np.where(candidates_PE.any(axis=1), surplus_P, -np.inf).argmax())
+        if surplus_P[donor] <= 0:
+            break
+        theirs = np.flatnonzero(candidates_PE[donor])
+        expert = int(theirs[np.abs(weight_E[theirs] - left / (quota - made)).argmin()])
+        layers.give(row, expert, host)
+        layers.take(row, expert, donor)
+        left -= float(weight_E[expert])
+        made += 1
+    return made
 
 
 def relieve_full(layers: Layers, stall_s_LPE: np.ndarray, least_s: float, max_transfers: int) -> int:

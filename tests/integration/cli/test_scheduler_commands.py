@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
+from live_server import poll
 from typer.testing import Result
 
 Run = Callable[..., Result]
@@ -46,6 +48,36 @@ def test_drain_tells_what_is_left_and_can_be_undone(run: Run, server: Any) -> No
     assert [body["undo"] for body in server.bodies] == [False, False, True]
     server.pages["/drain"] = {**line, "is_empty": True, "left": []}
     assert "is empty" in run("drain", "10.0.0.7", "--url", server.url).stdout
+
+
+def test_the_exit_code_of_drain_says_whether_the_node_is_empty(run: Run, server: Any) -> None:
+    line = {"node_id": "0123456789abcdef", "is_empty": False, "left": ["expert host 0: 12 experts"]}
+    server.pages["/drain"] = line
+
+    assert run("drain", "10.0.0.7", "--url", server.url).exit_code == 3
+    assert run("drain", "10.0.0.7", "--wait", "2", "--url", server.url).exit_code == 3
+    assert len(server.bodies) >= 3, "asked again until the time was over"
+    assert run("drain", "10.0.0.7", "--undo", "--url", server.url).exit_code == 0
+    server.pages["/drain"] = {**line, "is_empty": True, "left": []}
+    assert run("drain", "10.0.0.7", "--wait", "60", "--url", server.url).exit_code == 0
+
+
+def test_drain_waits_until_the_node_is_empty(run: Run, server: Any) -> None:
+    line = {"node_id": "0123456789abcdef", "is_empty": False, "left": ["expert host 0: 12 experts"]}
+    server.pages["/drain"] = line
+
+    def end() -> None:
+        poll(lambda: server.bodies, deadline_s=60, what="a first answer")
+        server.pages["/drain"] = {**line, "is_empty": True, "left": []}
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    result = run("drain", "10.0.0.7", "--wait", "60", "--url", server.url)
+
+    thread.join()
+    assert (result.exit_code, "is empty" in result.stdout) == (0, True)
+    names = [body["node"] for body in server.bodies]
+    assert names == ["10.0.0.7", *["0123456789abcdef"] * (len(names) - 1)], "then by its id: a name may be gone"
 
 
 def test_drain_of_an_unknown_node_is_one_line_and_a_code(run: Run, server: Any) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import hypothesis.strategies as st
 import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
 
+from cluster.cli.diagnose import print_diagnosis
 from cluster.scheduler.diagnose import DiagnosisInputs, diagnose, gini
-from cluster.scheduler.placement import PhaseLoad, PlacementHost, PlacementInputs, even_placement
+from cluster.scheduler.placement import PhaseLoad, PlacementHost, PlacementInputs, even_placement, plan_placement
 from cluster.scheduler.plan import Placement
 from cluster.scheduler.semantic_gain import deal_kinds, predicted_misses
 from cluster.types import Phase
@@ -111,3 +116,56 @@ def test_kinds_are_dealt_by_likeness_and_evenly() -> None:
 def test_gini() -> None:
     assert gini(np.full(8, 3.0)) == 0.0
     assert gini(np.array([0.0, 0.0, 0.0, 9.0])) == 0.75
+
+
+@given(
+    values=arrays(np.float64, (LAYERS, EXPERTS), elements=st.sampled_from([0.0, 0.0, 1.0, 3.0, 1e6, 1e-9])),
+    lost=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_number_is_impossible_whatever_was_counted(values: np.ndarray, lost: bool) -> None:
+    """Layers and experts that nobody used, experts whose host is lost, numbers far apart."""
+    inputs = inputs_of(values, None)
+    if lost:
+        inputs = replace(inputs, placement=replace(inputs.placement, hosts=inputs.placement.hosts[1:]))
+
+    found = diagnose(inputs)
+
+    assert len(found.phases) == int(values.sum() > 0)
+    assert found.balance_now is not None and found.balance_now >= 1.0 - 1e-9
+    assert found.num_hosts == HOSTS - lost
+    for phase in found.phases:
+        assert phase.activations == values.sum()
+        assert 1.0 - 1e-9 <= phase.max_over_mean <= phase.max_over_mean_worst + 1e-9 <= EXPERTS + 1e-6
+        assert 0.0 <= phase.gini < 1.0 and 0.0 <= phase.reliability <= 1.0
+        assert phase.balance_now >= 1.0 - 1e-9
+        assert all(then >= 1.0 - 1e-9 for then in phase.balance_then.values())
+    assert found.balance_now == pytest.approx(plan_placement(inputs.placement).balance_now)
+
+
+def test_layers_that_nobody_used_do_not_count() -> None:
+    values = counts(skewed(0), 0)
+    values[1:] = 0.0
+
+    (phase,) = diagnose(inputs_of(values, None)).phases
+
+    assert phase.max_over_mean == pytest.approx(values[0].max() / values[0].mean())
+    assert phase.max_over_mean == phase.max_over_mean_worst
+    assert phase.gini == pytest.approx(gini(values[0]))
+
+
+def test_without_anything_counted_no_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    empty = diagnose(inputs_of(np.zeros((LAYERS, EXPERTS)), None))
+    print_diagnosis(empty.as_dict())
+    told = capsys.readouterr().out
+
+    assert "no expert was used yet" in told
+    assert not any(char in told for char in "┏┓│┃"), told
+
+
+def test_workers_without_hosts_are_told_nothing_of_hosts(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = inputs_of(counts(skewed(0), 0), None)
+    print_diagnosis(diagnose(replace(alone, has_hosts=False, num_workers=1)).as_dict())
+    told = capsys.readouterr().out
+
+    assert "experts, max over mean" in told and "hosts" not in told.split("- ")[0]

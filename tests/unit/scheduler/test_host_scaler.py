@@ -25,7 +25,7 @@ class _Case:
         self.placement = first_placement(LAYERS, NUM_EXPERTS, num_hosts)
         self.scaler = HostScaler(
             RULES,
-            start=lambda index: self.calls.append(("start", index)),
+            start=lambda index, _: self.calls.append(("start", index)),
             stop=lambda index: self.calls.append(("stop", index)),
         )
 
@@ -74,3 +74,74 @@ def test_a_host_that_leaves_stays_if_load_comes_back() -> None:
 
     assert case.scaler.leaving == frozenset()
     assert case.calls == []
+
+
+class _Nodes:
+    """Hosts of a fixed number on several nodes; started hosts report at once, and placements follow as told."""
+
+    def __init__(self, number: int, nodes: set[str], hosts: dict[int, str]) -> None:
+        self.nodes, self.hosts = nodes, dict(hosts)
+        self.roster = Roster(silence_s=10.0)
+        self.now_s = 0.0
+        self.stopped: list[int] = []
+        self.scaler = HostScaler(
+            ScalingRules(least=number, most=number), start=self._start, stop=self._stop, nodes=lambda: self.nodes
+        )
+
+    def run(self, seconds: int) -> None:
+        for _ in range(seconds):
+            self.now_s += 1
+            self.roster.leaving = self.scaler.leaving
+            for index, node in self.hosts.items():
+                self.roster.note_host(host_report(index, node_id=node), self.now_s)
+            self.roster.forget_silent(self.now_s)
+            owners = [i for i, node in self.hosts.items() if i not in self.scaler.leaving and node not in self.draining]
+            hosts = {i: EVERYTHING if i == owners[0] else {} for i in owners} if owners else {}
+            left = {} if owners else dict.fromkeys(self.hosts, EVERYTHING)
+            self.scaler.turn(self.roster, Placement(epoch=2, hosts={**hosts, **left}), self.now_s)
+
+    @property
+    def draining(self) -> frozenset[str]:
+        return self.roster.draining
+
+    def _start(self, index: int, node: str | None) -> None:
+        assert node is not None and index not in self.hosts
+        self.hosts[index] = node
+
+    def _stop(self, index: int) -> None:
+        self.stopped.append(index)
+        self.hosts.pop(index, None)
+        self.roster._hosts.pop(index, None)
+
+
+def test_hosts_two_one_none_are_spread_once_a_node_joins() -> None:
+    case = _Nodes(3, {"a", "b"}, {0: "a", 1: "a", 2: "b"})
+    case.run(30)
+    assert case.hosts == {0: "a", 1: "a", 2: "b"}, "nowhere better"
+
+    case.nodes.add("c")
+    case.run(40)
+
+    assert sorted(case.hosts.values()) == ["a", "b", "c"]
+    case.run(60)
+    assert len(case.stopped) == 1, "and then all stay"
+
+
+def test_a_node_that_has_all_hosts_is_emptied_into_others_and_used_again() -> None:
+    case = _Nodes(2, {"a", "b", "c"}, {0: "a", 1: "a"})
+    case.roster.set_draining({"a"})
+    case.run(40)
+    assert sorted(case.hosts.values()) == ["a", "a", "b", "c"], "others take over; these may be used again"
+    assert case.stopped == []
+
+    case.roster.set_draining(())
+    case.run(80)
+    assert len(case.hosts) == 2 and len(set(case.hosts.values())) == 2
+
+
+def test_nothing_starts_where_it_may_not_stay() -> None:
+    case = _Nodes(2, {"a"}, {0: "a", 1: "a"})
+    case.roster.set_draining({"a"})
+    case.run(40)
+
+    assert case.hosts == {0: "a", 1: "a"}

@@ -134,7 +134,7 @@ def test_a_skewed_load_is_levelled_once_and_shown() -> None:
     case.report(61.0, 0, 1)
     case.turn(61.0)
     assert len(case.runner.targets) == 1, "a migration is under way"
-    line = case.placer.line()
+    line = case.placer.line(0.0)
     assert (line.num_plans, line.num_migrations, line.epoch) == (1, 1, 1)
     assert line.migration == "preparing: 500 of 2000 bytes, 1 epochs to come"
     assert line.balance is not None
@@ -143,7 +143,7 @@ def test_a_skewed_load_is_levelled_once_and_shown() -> None:
     case.runner.publish()
     case.turn(62.0)
 
-    line = case.placer.line()
+    line = case.placer.line(0.0)
     assert (line.epoch, line.bytes_moved, line.migration) == (2, 2000, "")
 
 
@@ -182,7 +182,7 @@ def test_nothing_is_planned_while_hosts_start_but_a_lost_one_is_given_up() -> No
     case.report(1.0, 1, phase=StartupPhase.LOADING)
     assert case.turn(1.0) == []
     with pytest.raises(Unavailable, match="starting"):
-        case.placer.plan(case.roster, 1.0)
+        case.placer.plan(case.roster, 1.0, statistics=case.statistics)
     case.report(100.0, 0)
     case.roster.forget_silent(100.0)
 
@@ -214,4 +214,28 @@ def test_without_statistics_there_is_no_plan() -> None:
 
     assert case.turn(0.0) == []
     with pytest.raises(Unavailable, match="what requests use"):
-        case.placer.plan(case.roster, 0.0)
+        case.placer.plan(case.roster, 0.0, statistics=case.statistics)
+
+
+@pytest.mark.parametrize("has_statistics", [True, False])
+def test_a_node_is_emptied_and_filled_again_at_once_without_any_request(has_statistics: bool) -> None:
+    case = _Case()
+    if has_statistics:  # level, so that there is nothing to gain
+        case.statistics = no_statistics(0, 0, LAYERS, NUM_EXPERTS)
+        case.statistics.values[-1, DECODE, :, :, COUNT] = 1.0
+    else:
+        case.statistics = None
+    case.report(0.0, 0, 1)
+    assert case.turn(0.0) == []
+
+    case.roster.set_draining({"node-1"})
+    emptied = case.turn(1.0)[-1]
+    assert set(emptied.hosts) == {0}
+    assert case.runner is not None
+    case.runner.publish()
+    case.roster.set_draining(())
+    case.turn(2.0)  # the migration has ended
+    filled = case.turn(3.0)[-1]
+
+    counts = {index: sum(map(len, layers.values())) for index, layers in filled.hosts.items()}
+    assert counts == {0: len(LAYERS) * NUM_EXPERTS // 2, 1: len(LAYERS) * NUM_EXPERTS // 2}

@@ -13,6 +13,7 @@ from cluster.config_sections import SchedulerConfig
 from cluster.errors import Superseded, Unavailable
 from cluster.finite import with_finite_numbers
 from cluster.protocols import StateStore, VersionedState
+from cluster.scheduler.plan import Placement
 from cluster.semantics.knowledge import Knowledge
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import StartupPhase, Tier
@@ -203,6 +204,33 @@ def test_a_drained_node_gets_nothing_new_until_it_is_used_again() -> None:
     scheduler.undrain("node-a")
     assert not scheduler.report_worker(on_a).is_draining
     assert len(scheduler.routing_view(0).workers) == 2
+
+
+class _Placed:
+    """A placer whose hosts own what the test says; None: not known yet."""
+
+    placement: Placement | None = None
+
+
+def test_a_node_is_empty_only_when_its_hosts_have_nothing_to_answer() -> None:
+    placed = _Placed()
+    scheduler = _scheduler(_Clock())
+    scheduler.report_host(host_report(0, epochs=(1, 2)))
+    fixed = scheduler.drain("node-a")
+    scheduler._placer = placed  # type: ignore[assignment]
+    unknown = scheduler.drain("node-a")
+    placed.placement = Placement(epoch=1, hosts={0: {0: (1, 2)}})
+    owns = scheduler.drain("node-a")
+    placed.placement = Placement(epoch=2, hosts={})
+    asked = scheduler.drain("node-a")
+    scheduler.report_host(host_report(0, epochs=(2,)))
+    empty = scheduler.drain("node-a")
+
+    assert fixed.left == ("expert host 0: its experts stay: scheduler.placement is fixed",)
+    assert unknown.left == ("expert host 0: which experts it has is not known yet",)
+    assert owns.left == ("expert host 0: 2 experts",)
+    assert asked.left == ("expert host 0: workers have not all left it",)
+    assert (empty.is_empty, empty.left) == (True, ())
 
 
 def test_a_drain_outlives_the_scheduler() -> None:

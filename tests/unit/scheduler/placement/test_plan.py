@@ -379,3 +379,33 @@ def test_no_host_left_is_a_reason_to_stay() -> None:
     plan: PlacementPlan = plan_placement(replace(inputs, hosts=()))
 
     assert not plan.applies and "no host" in plan.reason
+
+
+@pytest.mark.parametrize("has_load", [True, False])
+@pytest.mark.parametrize("owned", [(), (0,)])
+def test_a_host_that_comes_back_gets_its_share_without_a_gain(has_load: bool, owned: tuple[int, ...]) -> None:
+    """What an emptied node had is with the others; to bring it back costs more than it saves, and waits for nothing."""
+    rest = tuple(expert for expert in range(8) if expert not in owned)
+    current = placed({0: owned, 1: owned}, {0: rest[:4], 1: rest[:4]}, {0: rest[4:], 1: rest[4:]})
+    load = 1.0 if has_load else 0.0
+    inputs = replace(inputs_of({Phase.DECODE: [[load] * 8] * 2}, current, capacity=16), bytes_per_s=1e-3, max_bytes=0)
+    back = replace(inputs, hosts=(replace(inputs.hosts[0], comes=True), *inputs.hosts[1:]))
+
+    assert not plan_placement(inputs).applies
+    plan = plan_placement(back)
+
+    assert plan.applies
+    counts = [sum(map(len, layers.values())) for layers in plan.placement.hosts.values()]
+    assert sum(counts) == 16 and min(counts) >= 4, counts
+    assert "come (back)" in plan.reason
+    assert not plan_placement(replace(back, current=plan.placement)).applies, "and then it has it"
+
+
+def test_a_newcomer_takes_its_share_of_the_load_not_of_the_numbers_alone() -> None:
+    loads = {Phase.DECODE: [[16.0, 8.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0]]}
+    inputs = inputs_of(loads, placed({0: tuple(range(8))}, {0: ()}), capacity=8)
+    comes = replace(inputs, hosts=(inputs.hosts[0], replace(inputs.hosts[1], comes=True)), bytes_per_s=1e-3)
+
+    plan = plan_placement(comes)
+
+    assert plan.balance_then < 1.2 < plan.balance_now

@@ -1,0 +1,134 @@
+"""Expert hosts on several Ray nodes of this machine: spread when a node joins, emptied with one, filled again.
+
+Real hosts, a real scheduler; the one worker is this test, and nobody asks anything.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import ray
+from live_server import poll
+from model_builders import DEMO
+from ray.cluster_utils import Cluster
+from scheduler_values import worker_report
+
+from actors.expert_host_actor import start_expert_hosts, stop_expert_hosts
+from actors.scheduler_actor import start_scheduler, stop_scheduler
+from actors.scheduler_link import SCHEDULER_ACTOR
+from cluster.config import MoesaicConfig, load_config, to_tree
+from cluster.model_info import load_model_info
+from cluster.scheduler.status import SchedulerStatus
+
+pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
+
+_NAMESPACE = "drained-nodes"
+_STORE_BYTES = 100 * 2**20
+_DEADLINE_S = 150.0
+NUM_EXPERTS, NUM_LAYERS = 64, 6
+
+
+def _config() -> MoesaicConfig:
+    return load_config(
+        None,
+        {
+            "model": {"path": str(DEMO)},
+            "experts": {"hosts": 3, "host_cache": "100%", "host_threads": 1},
+            "scheduler": {"placement_interval_s": 600, "report_interval_s": 0.5},
+            "ray": {"namespace": _NAMESPACE},
+        },
+    )
+
+
+@dataclass
+class _Fleet:
+    """The scheduler, and a worker that follows whatever placement it publishes."""
+
+    cluster: Cluster
+    scheduler: Any
+    epoch: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def follow(self) -> None:
+        while not self.ended.wait(0.3):
+            report = worker_report(
+                layers=tuple(range(NUM_LAYERS)),
+                num_experts=NUM_EXPERTS,
+                node_id="elsewhere",
+                placement_epoch=self.epoch,
+            )
+            told = ray.get(self.scheduler.report_worker.remote(report), timeout=30)
+            if told.placement is not None:
+                self.epoch = told.placement.epoch
+
+    def status(self) -> SchedulerStatus:
+        return ray.get(self.scheduler.status.remote(), timeout=30)
+
+    def owned(self) -> dict[str, int]:
+        """Experts by node, of hosts that are ready."""
+        hosts = [host for host in self.status().hosts if host.phase == "ready"]
+        return {node: sum(h.owned or 0 for h in hosts if h.node_id == node) for node in {h.node_id for h in hosts}}
+
+    def until_owned(self, nodes: int, least: int) -> dict[str, int]:
+        """Experts by node once so many nodes have hosts with so many each."""
+        return poll(
+            lambda: (found := self.owned()) and sum(n >= least for n in found.values()) == nodes and found,
+            deadline_s=_DEADLINE_S,
+            what=lambda: f"{nodes} nodes with {least} experts each; {self.status()}",
+            every_s=0.5,
+        )
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[_Fleet]:
+    config, info = _config(), load_model_info(str(DEMO))
+    head = {"num_cpus": 1, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
+        ray.init(address=cluster.address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        start_expert_hosts(config, to_tree(config), info.fingerprint)
+        start_scheduler(config, to_tree(config), info.fingerprint, None)
+        fleet = _Fleet(cluster, ray.get_actor(SCHEDULER_ACTOR, namespace=_NAMESPACE))
+        thread = threading.Thread(target=fleet.follow)
+        thread.start()
+        yield fleet
+        fleet.ended.set()
+        thread.join()
+    finally:
+        with_ray = ray.is_initialized()
+        if with_ray:
+            stop_scheduler(_NAMESPACE)
+            stop_expert_hosts(_NAMESPACE)
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_hosts_spread_over_a_node_that_joins_and_leave_one_that_is_emptied_and_come_back(fleet: _Fleet) -> None:
+    total = NUM_LAYERS * NUM_EXPERTS
+    on_two = fleet.until_owned(2, total // 3)
+    assert sorted(on_two.values()) == [total // 3, 2 * total // 3], "dealt in turn"
+
+    joined = fleet.cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
+    on_three = fleet.until_owned(3, total // 4)
+    assert joined.node_id in on_three
+    poll(lambda: len(fleet.status().hosts) == 3, deadline_s=_DEADLINE_S, what=lambda: f"three hosts; {fleet.status()}")
+    assert len({host.node_id for host in fleet.status().hosts}) == 3, "one, one, one"
+
+    line = ray.get(fleet.scheduler.drain.remote(joined.node_id), timeout=30)
+    assert not line.is_empty and line.left
+    poll(
+        lambda: ray.get(fleet.scheduler.drain.remote(joined.node_id), timeout=30).is_empty,
+        deadline_s=_DEADLINE_S,
+        what=lambda: f"an empty node; {fleet.status()}",
+        every_s=0.5,
+    )
+    assert fleet.owned().get(joined.node_id, 0) == 0
+
+    ray.get(fleet.scheduler.undrain.remote(joined.node_id), timeout=30)
+    back = fleet.until_owned(3, total // 4)
+    assert back[joined.node_id] >= total // 4, "at once, and without a gain: nothing was asked of the experts"
