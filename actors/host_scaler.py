@@ -19,6 +19,7 @@ from cluster.types import StartupPhase
 
 _LOG = logging.getLogger(__name__)
 _LOOK_S = 10.0  # the load is what was done in so long
+_SETTLED = (StartupPhase.READY, StartupPhase.FAILED)
 _START_TIMEOUT_S = 120.0  # after which a host that was started and never reported is started anew
 
 
@@ -96,7 +97,7 @@ class HostScaler:
             usable = frozenset(self._nodes()) - roster.draining
             if usable or not drained:  # else it would start where it may not stay
                 self._start_on(emptiest_node(usable, node_of), there, target, now_s)
-        elif self._started or any(report.phase is not StartupPhase.READY for report in reporting.values()):
+        elif self._started or any(report.phase not in _SETTLED for report in reporting.values()):
             return  # whoever takes over is not there yet
         elif len(staying) > target:
             index = surplus_host(sorted(staying), node_of)
