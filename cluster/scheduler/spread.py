@@ -6,6 +6,7 @@ Nodes fail and are emptied as a whole, and their memory and processors are share
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 _UNEVEN = 2  # hosts between the fullest and the emptiest node: to move one of one would change nothing
 
@@ -34,10 +35,10 @@ def surplus_host(staying: Sequence[int], node_by_host: Mapping[int, str]) -> int
     return max(staying, key=lambda index: (placed.count(node_by_host.get(index)), index))
 
 
-def usable_nodes(nodes: Iterable[Mapping[str, object]], needed: Mapping[str, float]) -> frozenset[str]:
+def usable_nodes(nodes: Iterable[Mapping[str, Any]], needed: Mapping[str, float]) -> frozenset[str]:
     """Ids of living nodes that have what a host needs. Args: nodes: as ray.nodes() gives them."""
-    return frozenset(str(node["NodeID"]) for node in nodes if node["Alive"] and _has(node["Resources"], needed))
-
-
-def _has(resources: object, needed: Mapping[str, float]) -> bool:
-    return isinstance(resources, Mapping) and all(resources.get(name, 0) >= amount for name, amount in needed.items())  # pyright: ignore
+    return frozenset(
+        str(node["NodeID"])
+        for node in nodes
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
+    )
