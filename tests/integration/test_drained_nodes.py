@@ -17,11 +17,13 @@ from model_builders import DEMO
 from ray.cluster_utils import Cluster
 from scheduler_values import worker_report
 
-from actors.expert_host_actor import start_expert_hosts, stop_expert_hosts
-from actors.scheduler_actor import start_scheduler, stop_scheduler
-from actors.scheduler_link import SCHEDULER_ACTOR
-from cluster.config import MoesaicConfig, load_config, to_tree
-from cluster.model_info import load_model_info
+from actors.detached import DetachedActors, Kind
+from actors.expert_host_actor import start_expert_hosts
+from actors.expert_host_calls import expert_hosts
+from actors.scheduler_actor import start_scheduler
+from actors.scheduler_link import Claim, agreed_digest
+from cluster.config import MoesaicConfig, load_config
+from cluster.deployed_spec import specify
 from cluster.scheduler.status import SchedulerStatus
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
@@ -50,6 +52,7 @@ class _Fleet:
 
     cluster: Cluster
     scheduler: Any
+    claim: Claim
     epoch: int = 0
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -61,7 +64,7 @@ class _Fleet:
                 node_id="elsewhere",
                 placement_epoch=self.epoch,
             )
-            told = ray.get(self.scheduler.report_worker.remote(report), timeout=30)
+            told = ray.get(self.scheduler.report_worker.remote(report, self.claim), timeout=30)
             if told.placement is not None:
                 self.epoch = told.placement.epoch
 
@@ -85,25 +88,25 @@ class _Fleet:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[_Fleet]:
-    config, info = _config(), load_model_info(str(DEMO))
+    spec = specify(_config(), None)
+    schedulers = DetachedActors(spec.application, Kind.SCHEDULER)
     head = {"num_cpus": 1, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
         ray.init(address=cluster.address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
-        start_expert_hosts(config, to_tree(config), info.fingerprint)
-        start_scheduler(config, to_tree(config), info.fingerprint, None)
-        fleet = _Fleet(cluster, ray.get_actor(SCHEDULER_ACTOR, namespace=_NAMESPACE))
+        start_expert_hosts(spec)
+        start_scheduler(spec)
+        fleet = _Fleet(cluster, schedulers.find(), Claim("moesaic", agreed_digest(spec)))
         thread = threading.Thread(target=fleet.follow)
         thread.start()
         yield fleet
         fleet.ended.set()
         thread.join()
     finally:
-        with_ray = ray.is_initialized()
-        if with_ray:
-            stop_scheduler(_NAMESPACE)
-            stop_expert_hosts(_NAMESPACE)
+        if ray.is_initialized():
+            schedulers.end()
+            expert_hosts(spec.application).end()
         ray.shutdown()
         cluster.shutdown()
 
