@@ -14,6 +14,7 @@ import pytest
 import ray
 from live_server import poll
 from model_builders import DEMO
+from ray import serve
 from ray.cluster_utils import Cluster
 from scheduler_values import worker_report
 
@@ -32,6 +33,11 @@ _NAMESPACE = "drained-nodes"
 _STORE_BYTES = 100 * 2**20
 _DEADLINE_S = 150.0
 NUM_EXPERTS, NUM_LAYERS = 64, 6
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class _Nothing:
+    """What Serve knows of the application."""
 
 
 def _config() -> MoesaicConfig:
@@ -95,9 +101,11 @@ def fleet() -> Iterator[_Fleet]:
     try:
         cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
         ray.init(address=cluster.address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        serve.start(proxy_location="Disabled")  # a scheduler ends with Serve's application
+        serve.run(_Nothing.bind(), name=spec.application.name, route_prefix=None)
         start_expert_hosts(spec)
         start_scheduler(spec)
-        fleet = _Fleet(cluster, schedulers.find(), Claim("moesaic", agreed_digest(spec)))
+        fleet = _Fleet(cluster, schedulers.find(), Claim(spec.application.name, agreed_digest(spec)))
         thread = threading.Thread(target=fleet.follow)
         thread.start()
         yield fleet
@@ -107,14 +115,20 @@ def fleet() -> Iterator[_Fleet]:
         if ray.is_initialized():
             schedulers.end()
             expert_hosts(spec.application).end()
+            serve.shutdown()
         ray.shutdown()
         cluster.shutdown()
 
 
 def test_hosts_spread_over_a_node_that_joins_and_leave_one_that_is_emptied_and_come_back(fleet: _Fleet) -> None:
     total = NUM_LAYERS * NUM_EXPERTS
-    on_two = fleet.until_owned(2, total // 3)
-    assert sorted(on_two.values()) == [total // 3, 2 * total // 3], "dealt in turn"
+    dealt = [total // 3, 2 * total // 3]  # in turn
+    poll(
+        lambda: sorted(fleet.owned().values()) == dealt,
+        deadline_s=_DEADLINE_S,
+        what=lambda: f"one host on a node and two on the other; {fleet.status()}",
+        every_s=0.5,
+    )
 
     joined = fleet.cluster.add_node(num_cpus=1, object_store_memory=_STORE_BYTES)
     on_three = fleet.until_owned(3, total // 4)
