@@ -17,8 +17,8 @@ from cluster.frontend.request_fields import ClientModel
 
 _MAX_ROLE_CHARS = 64
 _MAX_TOOLS = 256
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_NEEDS_CONTENT = ("system", "developer", "user")
+TEXT_PARTS = ("text", "input_text", "output_text")
+NEEDS_CONTENT = ("system", "developer", "user")
 
 
 def _joined_text(content: object) -> object:
@@ -29,7 +29,7 @@ def _joined_text(content: object) -> object:
     for part in cast("list[object]", content):
         fields: dict[str, object] = cast("dict[str, object]", part) if isinstance(part, dict) else {}
         text = part if isinstance(part, str) else fields.get("text")
-        if not isinstance(text, str) or (fields and fields.get("type") not in _TEXT_PARTS):
+        if not isinstance(text, str) or (fields and fields.get("type") not in TEXT_PARTS):
             raise ValueError("content parts must be of type 'text' with a string 'text'; this model reads text only")
         texts.append(text)
     return "\n".join(texts)
@@ -54,7 +54,7 @@ class Message(ClientModel):
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
-        if self.content is None and self.role in _NEEDS_CONTENT:
+        if self.content is None and self.role in NEEDS_CONTENT:
             raise ValueError("a message needs content")
         return self
 

@@ -111,7 +111,10 @@ def echo(value: object) -> str:
         value = value[:MAX_ECHO_CHARS]
     elif isinstance(value, list):
         value = cast("list[object]", value)[:MAX_ECHO_CHARS]
-    return repr(value)[:MAX_ECHO_CHARS]
+    try:
+        return repr(value)[:MAX_ECHO_CHARS]
+    except RecursionError:
+        return "a value that is nested too deeply to show"
 
 
 def _is_same(value: object, neutral: object) -> bool:

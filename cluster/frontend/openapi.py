@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from cluster.frontend.chat_messages import NEEDS_CONTENT, TEXT_PARTS
 from cluster.frontend.openai_schema import (
     AbortRequest,
     ChatRequest,
@@ -42,8 +43,14 @@ _MEANINGS = {
     504: "The request's time ran out.",
 }
 _SHORT_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": 1024}
-_TEXT_PART = an_object({"type": {"const": "text"}, "text": {"type": "string"}})
-_CONTENT: Schema = {"anyOf": [{"type": "string"}, a_list(_TEXT_PART)]}
+_TEXT_PART = an_object({"type": {"enum": list(TEXT_PARTS)}, "text": {"type": "string"}})
+_CONTENT: Schema = {"anyOf": [{"type": "string"}, a_list({"anyOf": [{"type": "string"}, _TEXT_PART]})]}
+_NO_TOOLS_CALLED: Schema = {
+    "anyOf": [
+        {"properties": {"tools": {"enum": [None, []]}, "tool_choice": {"enum": [None, "none", "auto"]}}},
+        an_object({"tool_choice": {"const": "none"}}),
+    ]
+}
 _STOP = {"anyOf": [_SHORT_TEXT, {**a_list(_SHORT_TEXT), "maxItems": 16}, {"type": "null"}]}
 _BIAS = or_null(
     {
@@ -187,8 +194,10 @@ def _bodies(vocab_size: int, *, is_strict: bool) -> dict[str, Schema]:
     }
     schemas["DetokenizeRequest"]["properties"]["tokens"] = ids
     schemas["Message"]["properties"]["content"] = or_null(_CONTENT)
-    calls = {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}}
-    schemas["Message"]["anyOf"] = [an_object({"content": _CONTENT}), an_object(calls)]
+    silent_role = {"role": {"not": {"enum": list(NEEDS_CONTENT)}}}
+    schemas["Message"]["anyOf"] = [an_object({"content": _CONTENT}), an_object(silent_role)]
+    for model in ("ChatRequest", "TokenizeRequest"):
+        schemas[model]["allOf"] = [_NO_TOOLS_CALLED]
     schemas["TokenizeRequest"]["oneOf"] = [
         an_object({"prompt": {"type": "string"}}, {"messages": {"type": "null"}}),
         an_object({"messages": {"type": "array"}}, {"prompt": {"type": "null"}}),

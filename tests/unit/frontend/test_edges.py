@@ -184,6 +184,8 @@ def test_answers_are_as_described(make_app, call, path, stream, extra):
         {"logit_bias": {"five": 1}},
         {"logit_bias": {"5": 101}},
         {"tools": [{}]},
+        {"tools": [{}], "tool_choice": "auto"},
+        {"tool_choice": "required"},
         {"response_format": {"type": "json_object"}},
         {"n": 0},
     ],

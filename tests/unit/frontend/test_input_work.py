@@ -192,6 +192,17 @@ def test_deep_json_is_the_clients_mistake(make_app, call, body, depth):
     assert len(response.text) < 1000
 
 
+@pytest.mark.parametrize("depth", [101, 900, 1023, 1100])
+def test_deep_json_in_the_arguments_of_a_call_is_the_clients_mistake(make_app, call, depth):
+    for arguments in (_nested(depth), '{"a": ' + _nested(depth) + "}"):
+        message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+        response = asyncio.run(
+            call(make_app(), "POST", "/v1/chat/completions", json={"messages": [message], "max_tokens": 1})
+        )
+        assert response.status_code in (200, 400), response.text
+        assert len(response.text) < 2000
+
+
 def _render(source, **kwargs):
     return ChatTemplate(source, {}, origin="here").render([{"role": "user", "content": "hi"}], kwargs=kwargs)
 
