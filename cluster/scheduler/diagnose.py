@@ -138,7 +138,8 @@ def gini(counts: np.ndarray) -> float:
     """Gini's coefficient: 0 when all are equal, near 1 when one has all."""
     ordered = np.sort(counts.astype(np.float64))
     total, n = ordered.sum(), len(ordered)
-    return float((2.0 * np.arange(1, n + 1) - n - 1) @ ordered / (n * total)) if total > 0 else 0.0
+    # Not below 0 by rounding, where all are equal.
+    return max(0.0, float((2.0 * np.arange(1, n + 1) - n - 1) @ ordered / (n * total))) if total > 0 else 0.0
 
 
 def _phase(inputs: DiagnosisInputs, phase: Phase) -> PhaseDiagnosis:
