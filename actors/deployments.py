@@ -127,7 +127,7 @@ def worker_application(spec: DeployedSpec, *, max_open: int) -> Application:
         ray_actor_options=options,
         request_router_config=_router_config(config),
     )
-    return deployment(AttentionWorkerReplica).bind(spec)
+    return deployment(AttentionWorkerReplica).bind(spec.without_keys())
 
 
 def _router_config(config: MoesaicConfig) -> RequestRouterConfig:

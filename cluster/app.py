@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import signal
 import threading
 import time
@@ -17,7 +18,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster.addresses import join_address, local_host
-from cluster.config import MoesaicConfig, from_tree, load_config, to_tree, with_absolute_paths, with_overrides
+from cluster.config import (
+    MoesaicConfig,
+    from_tree,
+    load_config,
+    take_secrets_from,
+    to_tree,
+    with_absolute_paths,
+    with_overrides,
+)
 from cluster.config_check import check_possible
 from cluster.deployed_spec import specify
 from cluster.errors import ConfigError, MoesaicError, Unavailable
@@ -69,17 +78,17 @@ def build_as(config: MoesaicConfig, *, served_as: str | None) -> Application:
     gateways = Gateways(spec.application)
     if config.grpc.enabled:
         gateways.check_port(config.grpc)
-    begin_deployment(spec, served_as)
-    start_expert_hosts(spec)  # they take longest
+    begin_deployment(spec.without_keys(), served_as)
+    start_expert_hosts(spec.without_secrets())  # they take longest
     spec = replace(spec, redis_url=_store_url(config))
-    start_scheduler(spec)
+    start_scheduler(spec.without_keys())
     if config.grpc.enabled:
-        gateways.start(GrpcGateway, spec)
+        gateways.start(GrpcGateway, spec.without_store())
     else:
         gateways.stop()
-    start_shelves(spec)
+    start_shelves(spec.without_keys())
     worker = worker_application(spec, max_open=max_open)
-    return ingress_application(HttpIngress, spec, worker, max_open=max_open)
+    return ingress_application(HttpIngress, spec.without_store(), worker, max_open=max_open)
 
 
 def settle_length(config: MoesaicConfig, on_notice: Callable[[str], None] | None = None) -> MoesaicConfig:
@@ -150,6 +159,7 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
     address, frontend = config.ray.address, config.frontend
     on_progress(f"joining Ray at {address}" if address else "starting a local Ray")
+    take_secrets_from(os.environ)  # or every process of a Ray that is started here would have them
     application = config.ray.application_id
     runtime = RayRuntime(address=address, application=application, environment=PROXY_ENVIRONMENT)
     signal.signal(signal.SIGTERM, _setter(stop))  # `ray.init` has put a handler there that exits at once
@@ -231,6 +241,8 @@ def _wait_until_ready(
 
 
 def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progress: Callable[[str], None]) -> None:
+    from cluster.frontend.cross_site import exposure_notices
+
     frontend = config.frontend
     info = read_model_info(config.model)
     url = f"http://{join_address(local_host(frontend.host), frontend.port)}"
@@ -244,6 +256,8 @@ def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progre
     if chosen := info.sampling.given():
         values = ", ".join(f"{name} {value}" for name, value in chosen.items())
         on_progress(f"the model's author samples with {values}; --generation-config none leaves that out")
+    for notice in exposure_notices(config):
+        on_progress(f"warning: {notice}")
     for address in grpc_addresses:
         on_progress(f"ready: moesaic.v1 over gRPC{' with TLS' if config.grpc.tls_cert else ''} at {address}")
     on_progress(f"try: curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")

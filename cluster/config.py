@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from cluster.config_problems import describe_problems, unknown_in_environment, unknown_section
@@ -24,6 +25,9 @@ from cluster.config_sections import (
     Section,
 )
 from cluster.errors import ConfigError
+
+KEY_FIELDS = ("api_key", "operator_key")  # of the section frontend
+CLI_KEYS = ("MOESAIC_API_KEY", "MOESAIC_OPERATOR_KEY")  # of commands that talk to a server
 
 
 class MoesaicConfig(BaseSettings):
@@ -127,11 +131,30 @@ def _read_tree(path: Path) -> dict[str, Any]:
 
 
 def to_tree(config: MoesaicConfig) -> dict[str, Any]:
-    """Plain nested values, secrets revealed: what travels to Ray Serve as application arguments."""
+    """Plain nested values, secrets revealed: for front ends, which check keys, and for nobody else."""
     tree = config.model_dump(mode="json")
-    key = config.frontend.api_key
-    tree["frontend"]["api_key"] = key.get_secret_value() if key else None
+    for name in KEY_FIELDS:
+        key: SecretStr | None = getattr(config.frontend, name)
+        tree["frontend"][name] = key.get_secret_value() if key else None
     return tree
+
+
+def without_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree for processes that check nobody's key."""
+    return {**tree, "frontend": {**tree["frontend"], **dict.fromkeys(KEY_FIELDS)}}
+
+
+def without_store(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree for processes that need no store: its URL may have a password in it."""
+    return {**tree, "redis": {**tree["redis"], "url": None}}
+
+
+def take_secrets_from(environment: MutableMapping[str, str]) -> None:
+    """Remove what is secret from an environment that children would inherit; it has been read."""
+    prefix = str(MoesaicConfig.model_config.get("env_prefix"))
+    secrets = {*(f"{prefix}FRONTEND__{name.upper()}" for name in KEY_FIELDS), f"{prefix}REDIS__URL", *CLI_KEYS}
+    for name in [name for name in environment if name.upper() in secrets]:
+        del environment[name]
 
 
 def from_tree(tree: dict[str, Any]) -> MoesaicConfig:

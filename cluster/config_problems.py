@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_SECRETS = frozenset({"api_key", "url"})  # a password may be in them
+_SECRETS = frozenset({"api_key", "operator_key", "url"})  # a password may be in them
 
 
 def describe_problems(

@@ -174,6 +174,18 @@ class FrontendConfig(Section):
     api_key: SecretStr | None = Field(
         default=None, description="clients must send it, as a bearer token or as X-Api-Key"
     )
+    operator_key: SecretStr | None = Field(
+        default=None, description="operators must send it to see or change how the server works; it opens all else, too"
+    )
+    operator_origins: tuple[str, ...] = Field(
+        default=(), description="web pages that may call operator routes: https://console.example; default: none"
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="names under which operator routes are called; default: without keys no public name"
+    )
+    status_max_age_s: float = Field(
+        default=1.0, ge=0, le=60, description="/status, /ready and /metrics tell at most this old a state"
+    )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1024, description="of one request, decompressed")
     max_arriving_bytes: int = Field(
         default=256 * 2**20, ge=1024, description="of all request bodies that are still arriving; more are answered 429"

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.application import ApplicationId
-from cluster.config import MoesaicConfig, from_tree, to_tree
+from cluster.config import MoesaicConfig, from_tree, to_tree, without_keys, without_store
 from cluster.errors import CheckpointError
 from cluster.fingerprint import text_fingerprint
 from cluster.model_info import ModelInfo, read_model_info
@@ -53,6 +53,18 @@ class DeployedSpec:
             (self.fingerprint, self.text_fingerprint if texts else "", self.redis_url if store else "", place),
         ]
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:_DIGEST_DIGITS]
+
+    def without_keys(self) -> DeployedSpec:
+        """For workers, scheduler and shelves: they check nobody."""
+        return replace(self, config_tree=without_keys(self.config_tree))
+
+    def without_store(self) -> DeployedSpec:
+        """For front ends: the store's URL may have a password in it, and they count nothing."""
+        return replace(self, config_tree=without_store(self.config_tree), redis_url=None)
+
+    def without_secrets(self) -> DeployedSpec:
+        """For hosts, which neither check nor count."""
+        return self.without_keys().without_store()
 
     def read_model(self) -> ModelInfo:
         """The deployed model, as it is on this machine.

@@ -6,6 +6,7 @@ MoesaicError
  |   |- BodyTooLarge      the request body exceeds its bound         413
  |   `- UnsupportedEncoding  the body is compressed in another way   415
  |- AuthenticationFailed  missing or wrong API key                   401
+ |- PermissionDenied      a client's key where an operator's belongs 403
  |- ModelNotFound         the model named is not served              404
  |- NothingToChange       what is to be changed is not there         409
  |- Overloaded            the queue is full                          429  retry
@@ -58,6 +59,10 @@ class UnsupportedEncoding(InvalidRequest):
 
 class AuthenticationFailed(MoesaicError):
     """The API key is missing or wrong."""
+
+
+class PermissionDenied(MoesaicError):
+    """Who asks is known, or comes from another site, and may not do this."""
 
 
 class ModelNotFound(MoesaicError):
@@ -151,6 +156,7 @@ _TABLE: dict[type[MoesaicError], ErrorCodes] = {
     UnsupportedEncoding: ErrorCodes(415, "INVALID_ARGUMENT", "invalid_request_error", False),
     InvalidRequest: ErrorCodes(400, "INVALID_ARGUMENT", "invalid_request_error", False),
     AuthenticationFailed: ErrorCodes(401, "UNAUTHENTICATED", "authentication_error", False),
+    PermissionDenied: ErrorCodes(403, "PERMISSION_DENIED", "permission_error", False),
     ModelNotFound: ErrorCodes(404, "NOT_FOUND", "invalid_request_error", False),
     NothingToChange: ErrorCodes(409, "FAILED_PRECONDITION", "invalid_request_error", False),
     Overloaded: ErrorCodes(429, "RESOURCE_EXHAUSTED", "rate_limit_error", True),

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.config import MoesaicConfig
 
 SCHEMA = Path(__file__).resolve().parent / "moesaic" / "values.schema.json"
-SET_BY_CHART = {"ray": None, "frontend": ("host", "port", "api_key")}
+SET_BY_CHART = {"ray": None, "frontend": ("host", "port", "api_key", "operator_key")}
 
 
 def config_schema() -> dict[str, Any]:

@@ -45,6 +45,7 @@ def make_app(
 ) -> Callable[..., FastAPI]:
     def make(worker: FakeAttentionWorker | None = None, **config: Any) -> FastAPI:
         worker = worker or FakeAttentionWorker()
+        config.setdefault("status_max_age_s", 0.0)  # what a test has changed shows at once
         return create_app(make_service(worker, **config), worker, info, FrontendConfig(**config), metrics)
 
     return make

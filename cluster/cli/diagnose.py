@@ -26,13 +26,14 @@ def diagnose(
     row_ms: flags.PlanRowMs = 0.01,
     url: Annotated[str, typer.Option(help="Server to ask.")] = "http://127.0.0.1:8000",
     api_key: flags.ApiKey = None,
+    operator_key: flags.OperatorKey = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Skew, persistence, predicted gains and advice; "leave it off" is an answer."""
     if trace is None:
         from cluster.cli.server_client import fetch_json
 
-        found: Mapping[str, Any] = fetch_json(url, "/diagnose", api_key=api_key)
+        found: Mapping[str, Any] = fetch_json(url, "/diagnose", api_key=operator_key or api_key)
     else:
         rates = flags.trace_rates(
             tokens_per_s=tokens_per_s, rows=rows, prefill_rows=prefill_rows, expert_ms=expert_ms, row_ms=row_ms

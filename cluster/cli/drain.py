@@ -24,6 +24,7 @@ def drain(
     ] = 0.0,
     url: Annotated[str, typer.Option(help="Server to ask.")] = "http://127.0.0.1:8000",
     api_key: flags.ApiKey = None,
+    operator_key: flags.OperatorKey = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Empty NODE: its workers take no new requests, its expert hosts' experts move away.
@@ -32,12 +33,14 @@ def drain(
     """
     from cluster.cli.server_client import post_json
 
-    end_s = time.monotonic() + wait
-    line = post_json(url, "/drain", {"node": node, "undo": undo}, api_key=api_key)
+    key, end_s = operator_key or api_key, time.monotonic() + wait
+    line = post_json(url, "/drain", {"node": node, "undo": undo}, api_key=key)
     while not undo and not line["is_empty"] and time.monotonic() < end_s:
         time.sleep(min(_POLL_S, max(0.0, end_s - time.monotonic())))
         with contextlib.suppress(Unavailable):  # the scheduler is being restarted; what it drains it remembers
-            line = post_json(url, "/drain", {"node": str(line["node_id"]), "undo": False}, api_key=api_key)
+            line = post_json(
+                url, "/drain", {"node": str(line["node_id"]), "undo": False}, api_key=operator_key or api_key
+            )
     typer.echo(json.dumps(line) if as_json else drain_text(line, undo=undo))
     if not undo and not line["is_empty"]:
         raise typer.Exit(_NOT_EMPTY)

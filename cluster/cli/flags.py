@@ -51,6 +51,10 @@ LearnedState = Annotated[
 ]
 Url = Annotated[str | None, typer.Option(help="Use the server at this URL instead of this process.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="MOESAIC_API_KEY", help="Bearer token of the server.")]
+OperatorKey = Annotated[
+    str | None,
+    typer.Option(envvar="MOESAIC_OPERATOR_KEY", help="Operator key of the server, where it has one; opens all."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Overrides = dict[str, dict[str, Any]]

@@ -30,13 +30,14 @@ def plan(
     limit: Annotated[int, typer.Option(min=1, help="Moves shown.")] = 20,
     url: Annotated[str, typer.Option(help="Server to ask.")] = "http://127.0.0.1:8000",
     api_key: flags.ApiKey = None,
+    operator_key: flags.OperatorKey = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Every move with its reason, bytes and expected gain: a dry run."""
     if trace is None:
         from cluster.cli.server_client import fetch_json
 
-        found: Mapping[str, Any] = fetch_json(url, "/plan", api_key=api_key)
+        found: Mapping[str, Any] = fetch_json(url, "/plan", api_key=operator_key or api_key)
     else:
         rates = flags.trace_rates(
             tokens_per_s=tokens_per_s,

@@ -33,6 +33,9 @@ def serve(
         str | None, typer.Option(metavar="sampled|full", help="How weights are told apart; full reads all bytes.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Clients must send it as a bearer token.")] = None,
+    operator_key: Annotated[
+        str | None, typer.Option(help="Operators must send it to see or change the server.")
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait; more are answered 429.")] = None,
     redis_url: Annotated[str | None, typer.Option(help="redis://host:port/db; default: one of our own.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join; default: a local one.")] = None,
@@ -65,7 +68,7 @@ def serve(
     overrides.setdefault("model", {}).update(served_name=served_name, fingerprint=fingerprint)
     overrides.setdefault("attention", {}).update(max_queue=max_queue, workers=attention_workers)
     overrides.setdefault("experts", {}).update(hosts=expert_hosts, host_cache=host_cache)
-    overrides["frontend"] = {"host": host, "port": port, "api_key": api_key}
+    overrides["frontend"] = {"host": host, "port": port, "api_key": api_key, "operator_key": operator_key}
     overrides["grpc"] = {"port": grpc_port, "enabled": grpc}
     overrides["redis"] = {"url": redis_url}
     overrides["ray"] = {"address": ray_address}

@@ -16,6 +16,7 @@ from cluster.errors import (
     MoesaicError,
     NothingToChange,
     Overloaded,
+    PermissionDenied,
     Unavailable,
 )
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _ERROR_BY_CODE: dict[int, type[MoesaicError]] = {
     400: InvalidRequest,
     401: AuthenticationFailed,
+    403: PermissionDenied,
     404: ModelNotFound,
     409: NothingToChange,
     413: BodyTooLarge,

@@ -23,12 +23,13 @@ _SHADES = "·░▒▓█"
 def status(
     url: Annotated[str, typer.Option(help="Server to ask.")] = "http://127.0.0.1:8000",
     api_key: flags.ApiKey = None,
+    operator_key: flags.OperatorKey = None,
     as_json: flags.AsJson = False,
     watch: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.1, help="Ask again this often.")] = None,
 ) -> None:
     """Show workers, memory and experts of the server at --url."""
     if watch is None:
-        state = fetch_state(url, api_key)
+        state = fetch_state(url, operator_key or api_key)
         if as_json:
             typer.echo(json.dumps(state))
         else:
@@ -37,7 +38,7 @@ def status(
             Console().print(render_state(url, state))
         return
     try:
-        _watch(url, api_key, watch, as_json=as_json)
+        _watch(url, operator_key or api_key, watch, as_json=as_json)
     except KeyboardInterrupt:  # the way to end it, not a failure
         return
 
@@ -76,6 +77,7 @@ def render_state(url: str, state: dict[str, Any]) -> RenderableType:
     hosts = cast("list[dict[str, Any]]", state.get("hosts", []))
     if hosts:
         parts.append(_process_table({str(host.get("host_id")): _host_rows(host) for host in hosts}))
+    parts += [Text(f"warning: {notice}", style="yellow") for notice in state.get("notices", [])]
     for worker in workers:
         for reason in cast("list[str]", worker.get("degraded") or []):
             parts.append(Text(f"degraded ({worker.get('worker_id')}): {reason}", style="yellow"))

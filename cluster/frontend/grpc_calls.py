@@ -16,8 +16,8 @@ from typing import Any, TypeAlias, TypeVar, cast
 import grpc
 from grpc_status import rpc_status
 
-from cluster.errors import AuthenticationFailed, DeadlineExceeded, Unavailable
-from cluster.frontend.api_keys import has_key, presented_keys, refusal
+from cluster.errors import DeadlineExceeded, MoesaicError, Unavailable
+from cluster.frontend.api_keys import Keys, Level, presented_keys
 from cluster.frontend.grpc_convert import field_path
 from cluster.frontend.grpc_errors import status_of
 from cluster.frontend.open_requests import OpenRequests
@@ -28,6 +28,7 @@ from cluster.observability.metrics import FrontendMetrics
 REQUEST_ID_KEY = "x-request-id"
 IGNORED_FIELDS_KEY = "x-moesaic-ignored-fields"
 
+_OPERATOR_PREFIX = "/moesaic.v1.ClusterService/"
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
 Answer = TypeVar("Answer")
@@ -51,9 +52,8 @@ class Call:
 class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
     """Lets calls through only with the right key; health stays open, because probes send none."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
-        self._refusal: Handler = grpc.stream_stream_rpc_method_handler(_refuse)  # takes calls of every arity
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
 
     async def intercept_service(
         self,
@@ -62,10 +62,13 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """The handler of the call if its key is right, else one that refuses it."""
         method = str(handler_call_details.method)
-        presented = _presented_keys(handler_call_details.invocation_metadata)
-        if method.startswith(_HEALTH_PREFIX) or has_key(presented, self._key):
+        if method.startswith(_HEALTH_PREFIX):
             return await continuation(handler_call_details)
-        return self._refusal
+        presented = _presented_keys(handler_call_details.invocation_metadata)
+        level = Level.OPERATOR_READS if method.startswith(_OPERATOR_PREFIX) else Level.CLIENT
+        how = "metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'"
+        error = self._keys.refusal(level, presented, how)
+        return await continuation(handler_call_details) if error is None else _refusing(error)
 
 
 class Calls:
@@ -151,10 +154,13 @@ async def _within(timeout_s: float, work: Awaitable[Answer]) -> Answer:
         raise DeadlineExceeded(f"the request's time ran out after {timeout_s:.3f} s; it was stopped") from error
 
 
-async def _refuse(_requests: object, context: Context) -> None:
-    presented = _presented_keys(context.invocation_metadata())
-    message = refusal(presented, "metadata 'authorization: Bearer KEY' or 'x-api-key: KEY'")
-    await context.abort_with_status(grpc_status_of(AuthenticationFailed(message, code="invalid_api_key")))
+def _refusing(error: MoesaicError) -> Handler:
+    """A handler that ends every call with an error, whatever its arity."""
+
+    async def refuse(_requests: object, context: Context) -> None:
+        await context.abort_with_status(grpc_status_of(error))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _ignored(call: Call) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from cluster.addresses import join_address
 from cluster.config_sections import FrontendConfig, GrpcConfig
 from cluster.errors import ConfigError, MoesaicError
+from cluster.frontend.api_keys import Keys
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.grpc_calls import ApiKeyInterceptor, Calls
 from cluster.frontend.grpc_health import ListedHealth
@@ -68,9 +69,9 @@ class GrpcServer:
         self._requests = OpenRequests(metrics.set_in_flight)
         self._health = ListedHealth()
         self._readiness: asyncio.Task[None] | None = None
-        key = frontend.api_key
+        keys = Keys.of(frontend)
         self._server = grpc.aio.server(
-            interceptors=[] if key is None else [ApiKeyInterceptor(key.get_secret_value())],
+            interceptors=[ApiKeyInterceptor(keys)] if keys.are_set else [],
             options=_channel_options(config),
             maximum_concurrent_rpcs=max_open,
         )
@@ -78,7 +79,9 @@ class GrpcServer:
         add_GenerationServiceServicer_to_server(
             GenerationServicer(service, info, calls, refuses_unknown=frontend.strict), self._server
         )
-        add_ClusterServiceServicer_to_server(ClusterServicer(worker, self._requests, calls), self._server)
+        add_ClusterServiceServicer_to_server(
+            ClusterServicer(worker, self._requests, calls, max_age_s=frontend.status_max_age_s), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if config.reflection:
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)

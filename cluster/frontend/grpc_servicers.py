@@ -22,6 +22,7 @@ from cluster.frontend.grpc_convert import (
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.operator_routes import cluster_activations
 from cluster.frontend.sequence import TextChunk
+from cluster.frontend.snapshots import Snapshots
 from cluster.model_info import ModelInfo
 from cluster.protocols import AttentionWorkerClient
 from cluster.rpc import cluster_pb2, generation_pb2
@@ -111,7 +112,11 @@ class GenerationServicer(GenerationServiceServicer):
 class ClusterServicer(ClusterServiceServicer):
     """`moesaic.v1.ClusterService`."""
 
-    def __init__(self, worker: AttentionWorkerClient, requests: OpenRequests, calls: Calls) -> None:
+    def __init__(
+        self, worker: AttentionWorkerClient, requests: OpenRequests, calls: Calls, *, max_age_s: float = 0.0
+    ) -> None:
+        """Args: max_age_s: of what workers said; who asks within it is told the same."""
+        self._snapshots = Snapshots(max_age_s, timeout_s=_WORKER_TIMEOUT_S)
         self._worker = worker
         self._requests = requests
         self._calls = calls
@@ -125,9 +130,9 @@ class ClusterServicer(ClusterServiceServicer):
             response = cluster_pb2.GetStatusResponse(
                 draining=self._requests.draining, num_in_flight=self._requests.num_in_flight
             )
-            for worker in await _answer(self._worker.worker_statuses()):
+            for worker in await _answer(self._snapshots.get("workers", self._worker.worker_statuses)):
                 fill(response.workers.add(), worker)
-            for host in await _answer(self._worker.host_statuses()):
+            for host in await _answer(self._snapshots.get("hosts", self._worker.host_statuses)):
                 fill(response.hosts.add(), host)
             return response
 
@@ -140,7 +145,7 @@ class ClusterServicer(ClusterServiceServicer):
 
         async def work(_call: Call) -> cluster_pb2.GetExpertsResponse:
             response = cluster_pb2.GetExpertsResponse()
-            reports = await _answer(self._worker.experts_reports())
+            reports = await _answer(self._snapshots.get("experts", self._worker.experts_reports))
             for report in reports:
                 fill(response.reports.add(), report)
             if (activations := cluster_activations(reports)) is not None:

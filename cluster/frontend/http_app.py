@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from cluster.config_sections import FrontendConfig
+from cluster.frontend.api_keys import Keys, Level
 from cluster.frontend.api_routes import ApiRoutes
+from cluster.frontend.cross_site import CrossSite
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_body import BodyReader
 from cluster.frontend.http_errors import install_error_responses
-from cluster.frontend.http_middleware import IGNORED_FIELDS_HEADER, Admission, ApiKey, BodyLimit, RequestContext
+from cluster.frontend.http_middleware import (
+    IGNORED_FIELDS_HEADER,
+    Admission,
+    ApiKey,
+    BodyLimit,
+    RequestContext,
+    SameSite,
+)
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_routes import OpenAIRoutes
 from cluster.frontend.operator_routes import OperatorRoutes
@@ -25,9 +36,14 @@ from cluster.protocols import AttentionWorkerClient, FrontEnds, SchedulerClient
 _GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 _TEXT_PATHS = ("/tokenize", "/detokenize", "/tokenizer_info", "/abort_requests")
 _SCHEDULER_PATHS = ("/scheduler", "/plan", "/diagnose", "/drain")
-_GUARDED_PATHS = ("/v1", "/experts", "/status", *_SCHEDULER_PATHS, *_TEXT_PATHS)
 _READ = ["GET", "HEAD"]
 _EXPOSED_HEADERS = ("x-request-id", "retry-after", IGNORED_FIELDS_HEADER)
+_OPERATOR_PATHS = ("/experts", "/status", *_SCHEDULER_PATHS)
+_GUARDED_PATHS = {
+    Level.CLIENT: ("/v1", *_TEXT_PATHS),
+    Level.OPERATOR_READS: _OPERATOR_PATHS,
+    Level.OPERATOR_CHANGES: ("/experts/cache", "/drain"),
+}
 
 
 def create_app(
@@ -40,17 +56,30 @@ def create_app(
     scheduler: SchedulerClient | None = None,
     peers: FrontEnds | None = None,
     per_expert_metrics: bool = False,
+    notices: Sequence[str] = (),
 ) -> FastAPI:
-    """Build the application. `app.state.requests` is its `OpenRequests`: `begin_drain()`, `num_in_flight`."""
+    """Build the application. Args: notices: what operators should know of the configuration; /status shows it.
+
+    `app.state.requests` is its `OpenRequests`: `begin_drain()`, `num_in_flight`."""
     app = FastAPI(title="Moesaic", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     requests = OpenRequests(metrics.set_in_flight)
     app.state.requests = requests
     app.state.bodies = BodyReader(service.inputs, max_bytes=config.max_body_bytes, refuses_unknown=config.strict)
     openai = OpenAIRoutes(service, info, config, peers)
     text = TokenizeRoutes(service, info)
-    operator = OperatorRoutes(worker, requests, metrics, scheduler=scheduler, per_expert_metrics=per_expert_metrics)
+    keys = Keys.of(config)
+    operator = OperatorRoutes(
+        worker,
+        requests,
+        metrics,
+        scheduler=scheduler,
+        per_expert_metrics=per_expert_metrics,
+        max_age_s=config.status_max_age_s,
+        notices=notices,
+    )
     central = SchedulerRoutes(scheduler)
-    guarded = _GUARDED_PATHS if config.api_key else None
+    levels = [level for level in _GUARDED_PATHS if level is not Level.CLIENT or keys.client is not None]
+    guarded = tuple(path for level in levels for path in _GUARDED_PATHS[level]) if keys.are_set else None
     api = ApiRoutes(guarded=guarded, is_strict=config.strict, vocab_size=info.vocab_size, root_path=config.root_path)
     app.add_api_route("/v1/chat/completions", openai.chat, methods=["POST"])
     app.add_api_route("/v1/completions", openai.complete, methods=["POST"])
@@ -79,8 +108,10 @@ def create_app(
     # The last one added sees a request first.
     app.add_middleware(Admission, requests=requests, paths=_GENERATION_PATHS, metrics=metrics)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, max_arriving_bytes=config.max_arriving_bytes)
-    if config.api_key is not None:
-        app.add_middleware(ApiKey, key=config.api_key.get_secret_value(), guarded=_GUARDED_PATHS)
+    if keys.are_set:
+        app.add_middleware(ApiKey, keys=keys, guarded=_GUARDED_PATHS)
+    allowed = CrossSite((*config.allowed_hosts,), (*config.operator_origins,), has_keys=keys.are_set)
+    app.add_middleware(SameSite, allowed=allowed, paths=(*_OPERATOR_PATHS, "/abort_requests"))
     routes = [
         *_GENERATION_PATHS,
         *_TEXT_PATHS,

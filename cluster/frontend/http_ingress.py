@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import MoesaicConfig
 from cluster.deployed_spec import DeployedSpec
+from cluster.frontend.cross_site import exposure_notices
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_app import create_app
 from cluster.frontend.prompt_embedder import PromptEmbedder
 from cluster.frontend.tokenizer import Tokenizer
 from cluster.model_info import ModelInfo
-from cluster.observability.logs import configure_logging
+from cluster.observability.logs import configure_logging, log_event
 from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient, FrontEnds, SchedulerClient
 from cluster.types import ExpertHostStatus, WorkerStatus
@@ -44,6 +46,7 @@ def build_front_end(
         scheduler=scheduler,
         peers=peers,
         per_expert_metrics=config.metrics.per_expert,
+        notices=exposure_notices(config),
     )
 
 
@@ -57,6 +60,8 @@ class HttpIngress:
 
         configure_logging()
         config, application, info = spec.config, spec.application, spec.read_model()
+        for notice in exposure_notices(config):
+            log_event(logging.getLogger(__name__), logging.WARNING, notice)
         self._worker = ServeWorkerClient(workers, application=application, num_hosts=config.experts.hosts)
         scheduler, embedder = SchedulerLink(application), PromptEmbedder(info.path, info.vocab_size)
         peers = ServeFrontEnds(application)

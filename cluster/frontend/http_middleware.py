@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import AuthenticationFailed, BodyTooLarge, Overloaded, Unavailable
-from cluster.frontend.api_keys import has_key, presented_keys, refusal
+from cluster.errors import BodyTooLarge, Overloaded, PermissionDenied, Unavailable
+from cluster.frontend.api_keys import Keys, Level, presented_keys
+from cluster.frontend.cross_site import CrossSite
 from cluster.frontend.http_errors import error_response
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.request_id import choose_request_id
@@ -84,23 +85,42 @@ class RequestContext:
 class ApiKey:
     """Lets guarded paths through only with the right key."""
 
-    def __init__(self, app: ASGIApp, *, key: str, guarded: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, guarded: Mapping[Level, Iterable[str]]) -> None:
+        """Args: guarded: paths by who may use them; of several that fit, the last counts."""
         self._app = app
-        self._key = key
-        self._guarded = tuple(guarded)
+        self._keys = keys
+        self._guarded = {level: tuple(paths) for level, paths in guarded.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _is_below(route_path(scope), self._guarded):
+        levels = [level for level, paths in self._guarded.items() if _is_below(route_path(scope), paths)]
+        if scope["type"] != "http" or not levels:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         # Starlette reads header bytes as Latin-1; keys are UTF-8.
         values = [headers.get(name, "").encode("latin-1").decode(errors="replace") for name in _KEY_HEADERS]
-        presented = presented_keys(*values)
-        if has_key(presented, self._key):
+        how = "'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"
+        error = self._keys.refusal(levels[-1], presented_keys(*values), how)
+        if error is None:
             return await self._app(scope, receive, send)
-        message = refusal(presented, "'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
-        error = AuthenticationFailed(message, code="invalid_api_key")
         await error_response(error)(scope, receive, send)
+
+
+class SameSite:
+    """Keeps pages of other sites from using a person's browser on operator routes."""
+
+    def __init__(self, app: ASGIApp, *, allowed: CrossSite, paths: Iterable[str]) -> None:
+        self._app = app
+        self._allowed = allowed
+        self._paths = tuple(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _is_below(route_path(scope), self._paths):
+            return await self._app(scope, receive, send)
+        changes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        reason = self._allowed.reason(Headers(scope=scope), changes=changes)
+        if reason is None:
+            return await self._app(scope, receive, send)
+        await error_response(PermissionDenied(reason, code="cross_site"))(scope, receive, send)
 
 
 class BodyLimit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import orjson
@@ -15,6 +15,7 @@ from cluster.frontend.http_body import read_body
 from cluster.frontend.open_requests import OpenRequests
 from cluster.frontend.openai_schema import ExpertCacheBody
 from cluster.frontend.root_page import program_version
+from cluster.frontend.snapshots import Snapshots
 from cluster.observability.metrics import FrontendMetrics
 from cluster.observability.scheduler_metrics import scheduler_metrics_text
 from cluster.observability.worker_metrics import worker_metrics_text
@@ -38,7 +39,12 @@ class OperatorRoutes:
         *,
         scheduler: SchedulerClient | None = None,
         per_expert_metrics: bool = False,
+        max_age_s: float = 0.0,
+        notices: Sequence[str] = (),
     ) -> None:
+        """Args: max_age_s: of what workers and scheduler said; who asks within it is told the same."""
+        self._snapshots = Snapshots(max_age_s, timeout_s=_WORKER_TIMEOUT_S)
+        self._notices = tuple(notices)
         self._worker = worker
         self._requests = requests
         self._metrics = metrics
@@ -62,7 +68,7 @@ class OperatorRoutes:
     async def ready(self) -> Response:
         """GET /ready: requests would be answered; otherwise 503 with the start-up phase."""
         try:
-            phase, error = readiness(await self._worker_answer(self._worker.worker_statuses()))
+            phase, error = readiness(await self._snapshot("workers", self._worker.worker_statuses))
         except MoesaicError as failure:
             phase, error = StartupPhase.FAILED, failure.message
         if self._requests.draining:
@@ -75,9 +81,9 @@ class OperatorRoutes:
         """GET /metrics: ours, the workers' and hosts', the cluster's expert load, and the scheduler's."""
         try:
             workers = worker_metrics_text(
-                await self._worker_answer(self._worker.worker_statuses()),
-                await self._worker_answer(self._worker.host_statuses()),
-                cluster_activations(await self._worker_answer(self._worker.experts_reports())),
+                await self._snapshot("workers", self._worker.worker_statuses),
+                await self._snapshot("hosts", self._worker.host_statuses),
+                cluster_activations(await self._snapshot("experts", self._worker.experts_reports)),
                 per_expert=self._per_expert,
             )
         except MoesaicError as failure:
@@ -87,9 +93,9 @@ class OperatorRoutes:
 
     async def experts(self) -> Response:
         """GET /experts: residency and activation by layer, of each process and of the cluster."""
-        workers = await self._worker_answer(self._worker.worker_statuses())
-        hosts = await self._worker_answer(self._worker.host_statuses())
-        reports = {r.owner_id: r for r in await self._worker_answer(self._worker.experts_reports())}
+        workers = await self._snapshot("workers", self._worker.worker_statuses)
+        hosts = await self._snapshot("hosts", self._worker.host_statuses)
+        reports = {r.owner_id: r for r in await self._snapshot("experts", self._worker.experts_reports)}
         page: dict[str, list[object]] = {"workers": [], "hosts": []}
         for kind, owner_id, memory in (
             *(("workers", worker.worker_id, worker.expert_memory) for worker in workers),
@@ -104,15 +110,20 @@ class OperatorRoutes:
         body = await read_body(request, ExpertCacheBody)
         try:
             workers = await self._worker_answer(self._worker.set_expert_cache(body.cache))
+            self._snapshots.forget()
         except ConfigError as error:  # here it is the client's mistake
             raise InvalidRequest(error.message, param="cache") from error
         return _json({"workers": [{"id": w.worker_id, "memory": w.expert_memory} for w in workers]})
 
     async def status(self) -> Response:
         """GET /status: what the workers say of themselves."""
-        workers = await self._worker_answer(self._worker.worker_statuses())
-        hosts = await self._worker_answer(self._worker.host_statuses())
-        facts = {"draining": self._requests.draining, "num_in_flight": self._requests.num_in_flight}
+        workers = await self._snapshot("workers", self._worker.worker_statuses)
+        hosts = await self._snapshot("hosts", self._worker.host_statuses)
+        facts = {
+            "draining": self._requests.draining,
+            "num_in_flight": self._requests.num_in_flight,
+            "notices": self._notices,
+        }
         return _json({"workers": workers, "hosts": hosts, **facts})
 
     async def load(self) -> Response:
@@ -127,9 +138,13 @@ class OperatorRoutes:
         if self._scheduler is None:
             return ""
         try:
-            return scheduler_metrics_text(await self._worker_answer(self._scheduler.status()))
+            return scheduler_metrics_text(await self._snapshot("scheduler", self._scheduler.status))
         except MoesaicError:
             return scheduler_metrics_text(None)
+
+    async def _snapshot(self, name: str, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        """What many may ask for at the same time."""
+        return await self._worker_answer(self._snapshots.get(name, ask))
 
     async def _worker_answer(self, call: Awaitable[Answer], *, timeout_s: float = _WORKER_TIMEOUT_S) -> Answer:
         try:

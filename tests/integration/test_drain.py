@@ -3,12 +3,14 @@ asks too early or too late is told to come again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import httpx
@@ -17,7 +19,7 @@ import pytest
 from answer_watch import AnswerWatch
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_status import rpc_status
-from live_server import LiveServer, launched, poll
+from live_server import LiveServer, launched, poll, processes_of
 
 from cluster.rpc import generation_pb2 as pb
 from cluster.rpc.generation_pb2_grpc import GenerationServiceStub
@@ -25,6 +27,7 @@ from cluster.rpc.generation_pb2_grpc import GenerationServiceStub
 pytestmark = pytest.mark.ray
 
 PROMPT = "Once upon a time"
+OPERATOR = {"Authorization": "Bearer the-key-of-the-operators"}
 
 
 @contextmanager
@@ -34,8 +37,24 @@ def half_sent_request(server: LiveServer) -> Iterator[socket.socket]:
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body[:-1])
-        poll(lambda: server.get("/status")["num_in_flight"], deadline_s=30, what="the request is in flight")
+
+        def num_in_flight() -> int:
+            page = httpx.get(f"{server.url}/status", headers=OPERATOR, timeout=20)
+            return page.json()["num_in_flight"] if page.status_code == 200 else 0  # or too busy to say
+
+        poll(num_in_flight, deadline_s=30, what="the request is in flight")
         yield connection
+
+
+def holders_of(server: LiveServer, secret: str) -> set[int]:
+    """Processes of the server that have a secret in their environment or arguments."""
+    found: set[int] = set()
+    for process in processes_of(server.root):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            facts = [Path(f"/proc/{process.pid}/{name}").read_bytes() for name in ("environ", "cmdline")]
+            if any(secret.encode() in fact for fact in facts):
+                found.add(process.pid)
+    return found
 
 
 def last_byte_answered(connection: socket.socket) -> bytes:
@@ -59,7 +78,8 @@ def refusal_by_grpc(server: LiveServer) -> tuple[grpc.StatusCode, bool]:
 
 
 def test_interrupt_finishes_what_runs_and_every_refusal_says_to_come_again() -> None:
-    with launched() as server, AnswerWatch(server.port) as watch:
+    key = OPERATOR["Authorization"].removeprefix("Bearer ")
+    with launched(MOESAIC__FRONTEND__OPERATOR_KEY=key) as server, AnswerWatch(server.port) as watch:
 
         def is_refused_by_grpc() -> bool:
             code, has_retry_info = refusal_by_grpc(server)
@@ -69,6 +89,8 @@ def test_interrupt_finishes_what_runs_and_every_refusal_says_to_come_again() -> 
 
         poll(is_refused_by_grpc, deadline_s=120, what="gRPC refuses while the server starts")
         server.wait_ready()
+        assert httpx.get(f"{server.url}/status", timeout=20).status_code == 401
+        assert holders_of(server, key) == {server.process.pid}, "nobody inherits a key"
         with (
             half_sent_request(server) as held,
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client,

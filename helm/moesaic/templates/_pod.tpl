@@ -105,6 +105,7 @@ spec:
 {{/* Secrets reach the configuration by its environment variables, never as arguments. */}}
 {{- define "moesaic.env" -}}
 {{- include "moesaic.keyEnv" . }}
+{{- include "moesaic.secretEnv" (dict "name" "MOESAIC__FRONTEND__OPERATOR_KEY" "from" .Values.operatorKey) }}
 {{- include "moesaic.secretEnv" (dict "name" "MOESAIC__REDIS__URL" "from" .Values.redis) }}
 {{- include "moesaic.secretEnv" (dict "name" "HF_TOKEN" "from" .Values.hfToken) }}
 {{- /* Ray's own priority for its processes lets every other program preempt the engine. */}}

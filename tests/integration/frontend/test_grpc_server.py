@@ -39,7 +39,7 @@ def serve(make_service, info, metrics):
     async def running(worker, *, grpc_config=None, max_open=None, **frontend):
         config = GrpcConfig(port=free_port(), **(grpc_config or {}))
         service = make_service(worker, **frontend)
-        frontend_config = FrontendConfig(**frontend)
+        frontend_config = FrontendConfig(**{"status_max_age_s": 0.0, **frontend})
         server = GrpcServer(service, worker, info, frontend_config, config, metrics, max_open=max_open)
         await server.start()
         try:
@@ -349,6 +349,38 @@ def test_messages_and_calls_are_bounded(serve, run):
     assert "5006" in large.details() or "4096" in large.details()
     assert crowd.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert len(worker.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "status", "serves"),
+    [
+        ({"api_key": "c"}, "c", "OK", "OK"),
+        ({"api_key": "c", "operator_key": "o"}, "c", "PERMISSION_DENIED", "OK"),
+        ({"api_key": "c", "operator_key": "o"}, "o", "OK", "OK"),
+        ({"api_key": "c", "operator_key": "o"}, "x", "UNAUTHENTICATED", "UNAUTHENTICATED"),
+        ({"operator_key": "o"}, "x", "UNAUTHENTICATED", "OK"),
+    ],
+)
+def test_state_of_the_cluster_is_for_operators(serve, run, keys, key, status, serves):
+    async def code(call):
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+        return "OK"
+
+    async def scenario():
+        async with serve(FakeAttentionWorker(), **keys) as (_, address), grpc.aio.insecure_channel(address) as channel:
+            metadata = (("authorization", f"Bearer {key}"),)
+            cluster = cluster_pb2_grpc.ClusterServiceStub(channel)
+            request = pb.GenerateRequest(prompt=prompt(), sampling=pb.SamplingOptions(max_tokens=1))
+            return (
+                await code(cluster.GetStatus(cluster_pb2.GetStatusRequest(), metadata=metadata)),
+                await code(cluster.GetExperts(cluster_pb2.GetExpertsRequest(), metadata=metadata)),
+                await code(GenerationServiceStub(channel).Generate(request, metadata=metadata)),
+            )
+
+    assert run(scenario) == (status, status, serves)
 
 
 def test_key_is_wanted_everywhere_but_for_health(serve, run):
