@@ -30,6 +30,7 @@ STOP_DEADLINE_S = 60.0
 
 _GONE_DEADLINE_S = 10.0
 _LOG_TAIL_LINES = 30
+_AT_ONCE = {"MOESAIC__FRONTEND__STATUS_MAX_AGE_S": "0"}  # pages show what a test has just done
 
 Found = TypeVar("Found")
 
@@ -115,7 +116,7 @@ def launch(
         process = subprocess.Popen(
             [*prefix, str(COMMAND), "serve", "--port", str(port), "--grpc-port", str(grpc_port), *flags],
             cwd=root,
-            env=clean_environment(RAY_TMPDIR=str(root), **environment),
+            env=clean_environment(**({"RAY_TMPDIR": str(root)} | _AT_ONCE | environment)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -44,6 +44,7 @@ class OperatorRoutes:
     ) -> None:
         """Args: max_age_s: of what workers and scheduler said; who asks within it is told the same."""
         self._snapshots = Snapshots(max_age_s, timeout_s=_WORKER_TIMEOUT_S)
+        self._fresh = Snapshots(0.0, timeout_s=_WORKER_TIMEOUT_S)  # for people who look at experts
         self._notices = tuple(notices)
         self._worker = worker
         self._requests = requests
@@ -54,7 +55,9 @@ class OperatorRoutes:
     async def health(self) -> Response:
         """GET /health: the process lives; 503 where every worker that could answer only fails."""
         try:
-            workers = await self._worker_answer(self._worker.worker_statuses(), timeout_s=_PROBE_TIMEOUT_S)
+            workers = await self._worker_answer(
+                self._snapshots.get("workers", self._worker.worker_statuses), timeout_s=_PROBE_TIMEOUT_S
+            )
         except MoesaicError:  # starting, busy or away: that is for /ready
             workers = ()
         ready = [worker for worker in workers if worker.phase is StartupPhase.READY]
@@ -93,9 +96,11 @@ class OperatorRoutes:
 
     async def experts(self) -> Response:
         """GET /experts: residency and activation by layer, of each process and of the cluster."""
-        workers = await self._snapshot("workers", self._worker.worker_statuses)
-        hosts = await self._snapshot("hosts", self._worker.host_statuses)
-        reports = {r.owner_id: r for r in await self._snapshot("experts", self._worker.experts_reports)}
+        workers = await self._worker_answer(self._fresh.get("workers", self._worker.worker_statuses))
+        hosts = await self._worker_answer(self._fresh.get("hosts", self._worker.host_statuses))
+        reports = {
+            r.owner_id: r for r in await self._worker_answer(self._fresh.get("experts", self._worker.experts_reports))
+        }
         page: dict[str, list[object]] = {"workers": [], "hosts": []}
         for kind, owner_id, memory in (
             *(("workers", worker.worker_id, worker.expert_memory) for worker in workers),

