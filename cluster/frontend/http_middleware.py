@@ -92,8 +92,10 @@ class ApiKey:
         self._guarded = {level: tuple(paths) for level, paths in guarded.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
         levels = [level for level, paths in self._guarded.items() if _is_below(route_path(scope), paths)]
-        if scope["type"] != "http" or not levels:
+        if not levels:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         # Starlette reads header bytes as Latin-1; keys are UTF-8.

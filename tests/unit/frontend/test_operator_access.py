@@ -154,3 +154,22 @@ def test_notices_show_in_status(make_service, info, metrics, call):
     worker = FakeAttentionWorker()
     app = create_app(make_service(worker), worker, info, FrontendConfig(), metrics, notices=["listens on 0.0.0.0"])
     assert asyncio.run(call(app, "GET", "/status")).json()["notices"] == ["listens on 0.0.0.0"]
+
+
+def test_server_with_keys_starts(make_app):
+    """Serve begins with a lifespan scope, which has no path."""
+
+    async def scenario():
+        sent = []
+        messages = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            sent.append(message["type"])
+
+        await make_app(api_key=CLIENT, operator_key=OPERATOR)({"type": "lifespan", "state": {}}, receive, send)
+        return sent
+
+    assert asyncio.run(scenario()) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
