@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 from fakes import AsgiCall
+from ray.serve._private import constants
 from ray.serve._private.common import DeploymentID
-from ray.serve._private.constants import RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
 from ray.serve._private.http_util import (
     call_function_from_import_path,  # the name under which Serve calls us
     get_http_response_status,
@@ -190,6 +190,7 @@ def test_answers_of_applications_pass_untouched(path, status):
 
 def test_serve_finds_the_middleware_where_the_environment_names_it():
     path = PROXY_ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
-    assert RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH is None  # Serve reads this name; misspelt it would be ignored
+    (name,) = PROXY_ENVIRONMENT
+    assert hasattr(constants, name), "Serve reads this name; misspelt it would be ignored"
     made = validate_http_proxy_callback_return(call_function_from_import_path(path))
-    assert [middleware.cls for middleware in made] == [ProxyAnswers]
+    assert ProxyAnswers in [middleware.cls for middleware in made]
