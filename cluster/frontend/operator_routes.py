@@ -66,7 +66,7 @@ class OperatorRoutes:
             reasons = [worker.degraded[0] for worker in ready if worker.degraded]
             body = {"status": "failing", "failed_steps": failed_steps, "reasons": reasons}
             return _json(body, 503, {"Retry-After": "2"})
-        return _json({"status": "ok", **({"failed_steps": failed_steps} if failed_steps else {})})
+        return _json({"status": "ok", "failed_steps": failed_steps})
 
     async def ready(self) -> Response:
         """GET /ready: requests would be answered; otherwise 503 with the start-up phase."""
