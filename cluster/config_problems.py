@@ -51,7 +51,7 @@ def _describe(path: tuple[int | str, ...], detail: Mapping[str, Any], sections: 
         if len(path) == 1:
             return unknown_section(name, sections)
         fields = list(sections[str(path[0])].model_fields) if len(path) == 2 else []
-        hint = _nearest(name, fields, str(path[0])) or _elsewhere(name, sections)
+        hint = _namesake(name, sections) or _nearest(name, fields, str(path[0])) or _elsewhere(name, sections)
         return f"config field {_dotted(path)}: there is no such field{hint}"
     got = "" if name in _SECRETS else f" (got {detail.get('input')!r:.80})"
     return f"config field {_dotted(path)}: {str(detail['msg']).removeprefix('Value error, ')}{got}"
@@ -66,8 +66,14 @@ def _nearest(name: str, names: Iterable[str], section: str = "") -> str:
     return f"; did you mean {section}{'.' if section else ''}{found[0]}?" if found else ""
 
 
+def _namesake(name: str, sections: Mapping[str, type[BaseModel]]) -> str:
+    """The very same name in another section."""
+    section = next((section for section, model in sections.items() if name in model.model_fields), None)
+    return f"; did you mean {section}.{name}?" if section else ""
+
+
 def _elsewhere(name: str, sections: Mapping[str, type[BaseModel]]) -> str:
-    """The same name, or one like it, in another section."""
+    """A name like it in another section."""
     paths = {field: f"{section}.{field}" for section, model in sections.items() for field in model.model_fields}
     found = difflib.get_close_matches(name.lower().replace("-", "_"), list(paths), n=1)
     return f"; did you mean {paths[found[0]]}?" if found else ""

@@ -26,7 +26,7 @@ GenerationConfig = Annotated[
     str | None,
     typer.Option(metavar="auto|none", help="Where a request says nothing: sample as the model's author did, or not."),
 ]
-Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(help="Compute threads; 0: all cores but one.")]
 Eviction = Annotated[
     str | None,

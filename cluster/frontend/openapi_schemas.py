@@ -135,7 +135,7 @@ ANSWERS: dict[str, Schema] = {
     ),
     "DetokenizedPrompt": an_object({"prompt": _TEXT}),
     "TokenizerInfo": an_object({"tokenizer_class": _TEXT}, {"chat_template": or_null(_TEXT)}),
-    "Health": an_object({"status": {"enum": ["ok", "failing"]}, "failed_steps": _COUNT}, {"reasons": a_list(_TEXT)}),
+    "Health": an_object({"status": {"enum": ["ok", "failing"]}}, {"failed_steps": _COUNT, "reasons": a_list(_TEXT)}),
     "Readiness": an_object({"phase": _TEXT, "error": or_null(_TEXT)}),
     "Load": an_object({"server_load": _COUNT}),
     "Version": an_object({"version": _TEXT}),
