@@ -49,7 +49,7 @@ _WITHOUT_VALUE: dict[str, str | None] = {
     "--return-tokens-as-token-ids": "frontend.return_tokens_as_token_ids",
     "--enable-force-include-usage": "frontend.force_include_usage",
     "--enable-server-load-tracking": None,
-    "--enable-per-request-metrics": "frontend.per_request_metrics",
+    "--enable-per-request-metrics": None,
     "--enable-request-id-headers": None,
     "--enable-tokenizer-info-endpoint": None,
     "--enable-prompt-tokens-details": None,

@@ -37,6 +37,9 @@ class BodyReader:
             InvalidRequest: as `parse_body`. BodyTooLarge: as `decoded`. UnsupportedEncoding: names it.
             Overloaded: too many are being read. DeadlineExceeded: it does not arrive.
         """
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media and media != "application/json" and not media.endswith("+json"):
+            raise UnsupportedEncoding(f"Content-Type {media[:64]!r} is not supported; send application/json")
         given = ",".join(request.headers.getlist("content-encoding")).lower()
         encodings = [
             name for part in given.split(",") if (name := part.strip().removeprefix("x-")) not in ("", "identity")

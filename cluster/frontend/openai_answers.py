@@ -115,20 +115,19 @@ class ChatAnswer:
         return self._envelope.event(choice, extra, self._usage.of(index))
 
     def event(self, index: int, chunk: TextChunk) -> bytes:
-        events = b""
         usage = self._usage.take(index, chunk)
         ids = _token_ids_field(chunk) if self.facts.gives_token_ids else b""
-        if chunk.text or chunk.logprobs or (ids and chunk.token_ids):
-            logprobs = b"null" if chunk.logprobs is None else orjson.dumps(self._logprobs.chat(chunk.logprobs))
-            fields = (index, orjson.dumps(chunk.text), logprobs, ids)
-            choice = b'{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s}' % fields
-            events = self._envelope.event(choice, usage=usage)
+        shows = bool(chunk.text or chunk.logprobs or (ids and chunk.token_ids))
+        if not shows and chunk.finish_reason is None:
+            return b""
+        delta = b'{"content":%s}' % orjson.dumps(chunk.text) if shows else b"{}"
+        logprobs = b"null" if chunk.logprobs is None else orjson.dumps(self._logprobs.chat(chunk.logprobs))
+        reason = b"null"
         if chunk.finish_reason is not None:
-            no_ids = _NO_TOKEN_IDS if ids else b""
-            fields = (index, chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason), no_ids)
-            choice = b'{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s","stop_reason":%s%s}' % fields
-            events += self._envelope.event(choice, usage=usage)
-        return events
+            reason = b'"%s","stop_reason":%s' % (chunk.finish_reason.encode(), orjson.dumps(chunk.stop_reason))
+        fields = (index, delta, logprobs, reason, ids)
+        choice = b'{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":%s%s}' % fields
+        return self._envelope.event(choice, usage=usage)
 
     def usage_event(self, usage: Usage) -> bytes:
         return self._envelope.usage_event(usage)

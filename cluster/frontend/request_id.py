@@ -11,4 +11,4 @@ def choose_request_id(given: str | None) -> str:
     """`given` if it is short and plain ASCII without spaces, else a new id."""
     if given and len(given) <= MAX_ID_CHARS and given.isascii() and given.isprintable() and " " not in given:
         return given
-    return f"req-{uuid.uuid4().hex}"
+    return uuid.uuid4().hex

@@ -59,6 +59,9 @@ def resolve_sampling(
         raise InvalidRequest("logprob_token_ids is only allowed with logprobs", param="logprob_token_ids")
     bound = min(max_logprobs, limit)
     num_logprobs = _num_logprobs(options.num_logprobs, bound, max_logprobs, logprobs_param)
+    if options.num_prompt_logprobs == -1 and bound < limit:
+        message = f"prompt_logprobs of -1 asks for all {limit} tokens at every place, at most {max_logprobs} are given"
+        raise InvalidRequest(f"{message} (frontend.max_logprobs)", param="prompt_logprobs")
     num_prompt_logprobs = _num_logprobs(options.num_prompt_logprobs, bound, max_logprobs, "prompt_logprobs")
     chosen = _chosen(options, info.sampling)
     max_tokens = _max_tokens(info, num_prompt, options, prompt_param)
@@ -138,7 +141,7 @@ def check_token_ids(ids: Sequence[int], limit: int, param: str) -> None:
     """
     if ids and not (min(ids) >= 0 and max(ids) < limit):
         wrong = next(token_id for token_id in ids if not 0 <= token_id < limit)
-        raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {limit} tokens", param=param)
+        raise InvalidRequest(f"token id {wrong} is out of vocabulary, which has {limit} tokens", param=param)
 
 
 def _chosen(options: SamplingOptions, defaults: SamplingDefaults) -> dict[str, Any]:

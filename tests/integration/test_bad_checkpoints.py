@@ -31,7 +31,7 @@ DENSE = "model.layers.2.self_attn.k_proj.weight"
 def _refused_at_once(monkeypatch: pytest.MonkeyPatch, model: Path) -> str:
     """The one line of `moesaic serve`, which must not come as far as starting Ray."""
     monkeypatch.setattr("cluster.app.run_server", lambda *_: pytest.fail("the server was started"))
-    monkeypatch.setattr("cluster.cli.serve.check_port_is_free", lambda *_, **__: None)
+    monkeypatch.setattr("cluster.cli.serve_checks._check_ports", lambda *_: None)
     result = CliRunner().invoke(app, ["serve", str(model)])
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.strip().splitlines()

@@ -112,7 +112,7 @@ def test_generate_in_this_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     experts = configs[0].experts
     assert (experts.cache, experts.eviction, experts.prediction) == ("25%", "lru", "none")
     prompt, options = service.seen[0]
-    assert (prompt, options.seed, options.max_tokens, options.temperature) == ("p", 4, 128, 1.0)
+    assert (prompt, options.seed, options.max_tokens, options.temperature) == ("p", 4, 128, None)
 
 
 def test_interrupted_answer_stays_in_the_chat(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

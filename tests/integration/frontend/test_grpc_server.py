@@ -297,7 +297,7 @@ def test_wrong_fields_are_named(serve, run):
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert details[BadRequest].field_violations[0].field == path
         assert details[ErrorInfo].domain == "moesaic"
-        assert dict(error.trailing_metadata())["x-request-id"].startswith("req-")
+        assert dict(error.trailing_metadata())["x-request-id"].isalnum()
     assert worker.requests == []
 
 
@@ -436,7 +436,7 @@ def test_a_bad_request_id_is_replaced(serve, run):
                 ids.append(dict(await call.trailing_metadata())["x-request-id"])
             return ids
 
-    assert all(len(request_id) == 36 and request_id.startswith("req-") for request_id in run(scenario))
+    assert all(len(request_id) == 32 and request_id.isalnum() for request_id in run(scenario))
 
 
 @pytest.mark.parametrize("by", ["client", "server", "answer"])

@@ -100,4 +100,4 @@ def test_an_answer_has_one_request_id(monkeypatch, given, kept):
 
     (request_id,) = asyncio.run(scenario())
     assert (request_id == given) is kept
-    assert request_id.startswith(b"req-") or kept
+    assert request_id.isalnum() or kept

@@ -67,3 +67,17 @@ def test_load_counts_the_requests_being_answered(make_app, call):
         return before, during, (await call(app, "GET", "/load")).json()
 
     assert asyncio.run(scenario()) == ({"server_load": 0}, {"server_load": 1}, {"server_load": 0})
+
+
+@pytest.mark.parametrize("media", ["application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
+def test_a_body_that_says_it_is_no_json_is_refused(make_app, call, media):
+    body = {"content": json.dumps(CHAT), "headers": {"Content-Type": media}}
+    answer = asyncio.run(call(make_app(), "POST", "/v1/chat/completions", **body))
+    assert answer.status_code == 415
+    assert media.partition(";")[0] in answer.json()["error"]["message"]
+
+
+def test_the_last_words_of_a_stream_come_with_its_end(make_app):
+    choices = [choice for chunk in chunks_of(make_app(FakeAttentionWorker())) for choice in chunk["choices"]]
+    assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"]
+    assert choices[-1]["finish_reason"] == "length" and choices[-1]["delta"]["content"]

@@ -90,11 +90,20 @@ def test_top_logprobs_of_zero_asks_for_nothing_more(post):
 @pytest.mark.parametrize("cap", [3, 5000])
 def test_all_log_probabilities_up_to_the_cap(post, info, cap):
     given = min(cap, info.vocab_size)
-    asked = {"logprobs": True, "top_logprobs": -1, "prompt_logprobs": -1}
+    asked = {"logprobs": True, "top_logprobs": -1}
     sampling = post("chat/completions", CHAT | asked, max_logprobs=cap)[2].requests[0].sampling
-    assert (sampling.num_logprobs, sampling.num_prompt_logprobs) == (given, given)
+    assert sampling.num_logprobs == given
     sampling = post("completions", COMPLETION | {"logprobs": -1}, max_logprobs=cap)[2].requests[0].sampling
     assert sampling.num_logprobs == given
+
+
+@pytest.mark.parametrize("cap", [3, 10**6])
+def test_all_of_a_prompt_are_given_where_the_cap_allows_them(post, info, cap):
+    status, answer, worker = post("chat/completions", CHAT | {"prompt_logprobs": -1}, max_logprobs=cap)
+    if cap < info.vocab_size:
+        assert (status, answer["error"]["param"]) == (400, "prompt_logprobs")
+    else:
+        assert worker.requests[0].sampling.num_prompt_logprobs == info.vocab_size
 
 
 @pytest.mark.parametrize("value", [-2, 4])
