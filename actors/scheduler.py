@@ -22,7 +22,7 @@ from actors.host_scaler import HostScaler
 from actors.scheduler_moment import Moment, Moments
 from actors.scheduler_parts import Learner, Placer
 from cluster.config_sections import SchedulerConfig
-from cluster.errors import Superseded, Unavailable
+from cluster.errors import NothingToChange, Superseded
 from cluster.finite import with_finite_numbers
 from cluster.observability.logs import log_event
 from cluster.protocols import StateStore
@@ -173,10 +173,10 @@ class Scheduler:
         """What placement would change now; nothing is changed.
 
         Raises:
-            Unavailable: there are no expert hosts, or not enough is known yet.
+            NothingToChange: there are no expert hosts. Unavailable: not enough is known yet.
         """
         if self._placer is None:
-            raise Unavailable("nothing is placed: there are no expert hosts, or scheduler.placement is fixed")
+            raise NothingToChange("nothing is placed: there are no expert hosts, or scheduler.placement is fixed")
         return self._moments.plan(self._moment(), self._placer)
 
     def diagnose(self) -> Diagnosis:

@@ -133,7 +133,9 @@ def _schemathesis(bin_: Path, server: Server) -> list[str]:
     paths = httpx.get(f"{server.url}/openapi.json", timeout=30).raise_for_status().json()["paths"]
     operations = sum(len(methods) for methods in paths.values())
     each = str(math.ceil(server.examples / operations))
-    return [str(bin_ / "schemathesis"), "run", f"{server.url}/openapi.json", "--max-examples", each]
+    # A schema cannot say that two fields need each other, nor which nodes there are: such a 400 is right.
+    rules = ("--exclude-checks", "positive_data_acceptance", "--request-timeout", "60")
+    return [str(bin_ / "schemathesis"), "run", f"{server.url}/openapi.json", "--max-examples", each, *rules]
 
 
 CLIENTS = (

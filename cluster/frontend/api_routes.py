@@ -84,7 +84,7 @@ OPERATIONS = (
     ),
     Operation(path="/status", summary="What workers and hosts say of themselves.", answer="StatusPage"),
     Operation(path="/scheduler", summary="What the scheduler knows.", answer="SchedulerStatus"),
-    Operation(path="/plan", summary="What placement would move now, and why.", answer="Page", errors=(403,)),
+    Operation(path="/plan", summary="What placement would move now, and why.", answer="Page", errors=(403, 409)),
     Operation(path="/diagnose", summary="What routing and placement could gain.", answer="Page"),
     Operation(
         path="/drain",

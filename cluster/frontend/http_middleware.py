@@ -118,7 +118,7 @@ class SameSite:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _is_below(route_path(scope), self._paths):
             return await self._app(scope, receive, send)
-        changes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        changes = scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
         reason = self._allowed.reason(Headers(scope=scope), changes=changes)
         if reason is None:
             return await self._app(scope, receive, send)

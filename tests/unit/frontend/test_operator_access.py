@@ -173,3 +173,8 @@ def test_server_with_keys_starts(make_app):
         return sent
 
     assert asyncio.run(scenario()) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+@pytest.mark.parametrize("method", ["TRACE", "PURGE"])
+def test_a_method_that_no_route_has_is_told_so(make_app, call, method):
+    assert asyncio.run(call(make_app(), method, "/status", headers={"Host": "127.0.0.1"})).status_code == 405

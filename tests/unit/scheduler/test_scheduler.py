@@ -10,7 +10,7 @@ from scheduler_values import TOP_K, host_report, knowledge, worker_report
 
 from actors.scheduler import Scheduler
 from cluster.config_sections import SchedulerConfig
-from cluster.errors import Superseded, Unavailable
+from cluster.errors import NothingToChange, Superseded
 from cluster.finite import with_finite_numbers
 from cluster.protocols import StateStore, VersionedState
 from cluster.scheduler.plan import Placement
@@ -272,7 +272,7 @@ def test_what_somebody_said_while_the_store_was_away_wins() -> None:
 
 
 def test_without_hosts_there_is_no_plan() -> None:
-    with pytest.raises(Unavailable, match="no expert hosts"):
+    with pytest.raises(NothingToChange, match="no expert hosts"):
         _scheduler(_Clock()).plan()
 
 
