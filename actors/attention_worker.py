@@ -65,6 +65,7 @@ class _Stream:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     num_cached: int = 0
+    queued_s: float = 0.0
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: BaseException | None = None
 
@@ -75,6 +76,7 @@ class _Stream:
             logprobs=tuple(self.logprobs) if self.request.sampling.num_logprobs is not None else None,
             finish_reason=self.finish_reason,
             num_cached_tokens=self.num_cached,
+            queued_s=self.queued_s,
             prompt_logprobs=self.prompt_logprobs,
         )
         self.token_ids, self.logprobs, self.prompt_logprobs = [], [], None
@@ -320,6 +322,7 @@ class AttentionWorker:
                 stream.logprobs.append(output.logprob)
             stream.finish_reason = output.finish_reason
             stream.num_cached = output.num_cached
+            stream.queued_s = output.queued_s
             if output.prompt_logprobs is not None:
                 stream.prompt_logprobs = output.prompt_logprobs
             stream.ready.set()

@@ -1,8 +1,9 @@
 """Frames of the token stream as bytes: MessagePack, checked field by field. Nothing in them is ever run.
 
 A frame is `[version, [stalled_s, allowed_s, silence_s], [item, ...]]`. An item is a chunk, `[request id, token ids,
-finish reason, cached tokens, logprobs, prompt logprobs]`, or an error, `[request id, class, message, param, code,
-retry after, expert]`. A token's log-probabilities are `[id, logprob, rank, ids of the likeliest, their logprobs]`.
+finish reason, [cached tokens, seconds queued], logprobs, prompt logprobs]`, or an error, `[request id, class, message,
+param, code, retry after, expert]`. A token's log-probabilities are `[id, logprob, rank, ids of the likeliest, their
+logprobs]`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _plain(request_id: RequestId, item: Item) -> tuple[object, ...]:
             request_id,
             item.token_ids,
             item.finish_reason,
-            item.num_cached_tokens,
+            (item.num_cached_tokens, float(item.queued_s)),
             None if scores is None else [_plain_logprob(entry) for entry in scores],
             None if prompt is None else [_plain_logprob(entry) for entry in prompt],
         )
@@ -91,7 +92,8 @@ def _item(value: object) -> tuple[RequestId, Item]:
 
 
 def _chunk(fields: tuple[Any, ...]) -> TokenChunk:
-    _, ids, reason, num_cached, scores, prompt = fields
+    _, ids, reason, before, scores, prompt = fields
+    num_cached, queued_s = _fields(before, 2, "what came before")
     if reason is not None and (type(reason) is not str or reason not in _REASONS):
         raise CodecError(f"a finish reason {reason!r:.40}")
     return TokenChunk(
@@ -99,6 +101,7 @@ def _chunk(fields: tuple[Any, ...]) -> TokenChunk:
         logprobs=None if scores is None else tuple([_logprob(entry) for entry in _tuple(scores, "logprobs")]),
         finish_reason=None if reason is None else _REASONS[reason],
         num_cached_tokens=_id(num_cached),
+        queued_s=_duration(queued_s),
         prompt_logprobs=None if prompt is None else tuple([_logprob(entry) for entry in _tuple(prompt, "logprobs")]),
     )
 

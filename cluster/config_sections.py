@@ -211,6 +211,9 @@ class FrontendConfig(Section):
     force_include_usage: bool = Field(
         default=False, description="every chunk of every stream has usage, whatever the request says"
     )
+    per_request_metrics: bool = Field(
+        default=False, description="answers of one choice tell how long they waited and took, in `metrics`"
+    )
     return_tokens_as_token_ids: bool = Field(
         default=False, description="log probabilities name tokens as token_id:N, whatever the request says"
     )

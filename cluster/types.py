@@ -138,7 +138,8 @@ class TokenChunk:
     """Tokens that became known together; the last chunk of a sequence carries the finish reason.
 
     `prompt_logprobs`, where asked for, come once, with the first token: one for each prompt token but the first.
-    A chunk without tokens may come first: it tells that the sequence was taken.
+    A chunk without tokens may come first: it tells that the sequence was taken. `queued_s`: seconds that the sequence
+    waited in its worker until its first rows were computed.
     """
 
     token_ids: tuple[int, ...]
@@ -146,6 +147,7 @@ class TokenChunk:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    queued_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,9 @@ class FakeAttentionWorker:
         fail_with: Exception | None = None,
         fail_after: int = 0,
         num_cached_tokens: int = 0,
+        queued_s: float = 0.0,
     ) -> None:
+        self.queued_s = queued_s
         self.script = tuple(script)
         self.chunk_size = chunk_size
         self.end_token = end_token
@@ -200,6 +202,7 @@ class FakeAttentionWorker:
             logprobs=entries,
             finish_reason=reason,
             num_cached_tokens=self.num_cached_tokens,
+            queued_s=self.queued_s,
             prompt_logprobs=scored,
         )
 

@@ -42,6 +42,7 @@ class StepOutput:
     num_cached: int
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: MoesaicError | None = None
+    queued_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ class Engine:
             raise InvalidRequest(f"the request has its {len(request.emitted_ids)} tokens already")
         if request.request_id in self._sequences:
             raise InvalidRequest(f"request id {request.request_id} is in use")
-        sequence = Sequence(request)
+        sequence = Sequence(request, arrived_s=time.perf_counter())
         self.batcher.add(sequence)
         if self._recorder is not None:
             sequence.cluster = self._recorder.take_in(request.embedding)
@@ -145,6 +146,9 @@ class Engine:
         if not planned:
             return []
         began_s = time.perf_counter()
+        for sequence in (rows.sequence for rows in planned):
+            if sequence.queued_s is None:
+                sequence.queued_s = began_s - sequence.arrived_s
         done = execute(self.runner, planned)
         failures, logits_RV = done.failures, done.logits_RV
         sampling: list[tuple[ScheduledRows, int]] = []  # with the row of its logits
@@ -226,7 +230,8 @@ class Engine:
         if sequence.num_generated == 1:
             self.counters.cached_prompt_tokens += sequence.num_cached or 0
         self.counters.generated_tokens += 1
-        return StepOutput(request_id, token, logprob, reason, sequence.num_cached or 0, prompt_logprobs)
+        cached, queued_s = sequence.num_cached or 0, sequence.queued_s or 0.0
+        return StepOutput(request_id, token, logprob, reason, cached, prompt_logprobs, queued_s=queued_s)
 
     def _fail(self, request_id: RequestId, error: MoesaicError) -> StepOutput:
         """The sequence is over. What one that is not finite has left in the KV cache is nobody's prefix."""

@@ -31,6 +31,7 @@ class Sequence:
     prompt_logprobs: those of the prompt tokens scored so far, until the first token takes them along.
     expected, overtaken: for co-batching, see cluster/scheduler/cobatching.py.
     rules: what the request says of tokens, prepared; None when it says nothing.
+    arrived_s, queued_s: by the engine's clock, when it came; and how long it waited for its first rows, None before.
     cluster: kind of prompt that its rows are counted for (actors/experts/recorder.py), -1 for none.
     """
 
@@ -48,6 +49,8 @@ class Sequence:
     expected: np.ndarray | None = None
     overtaken: int = 0
     cluster: int = -1
+    arrived_s: float = 0.0
+    queued_s: float | None = None
     rules: TokenRules | None = field(init=False, default=None)
     _longest_word: int = field(init=False, default=1)
 

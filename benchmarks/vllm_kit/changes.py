@@ -52,6 +52,8 @@ class Change:
 
 _CHAT = "openai/chat_completion/test_chat.py"
 _COMPLETION = "openai/completion/test_completion.py"
+_ECHO = "openai/chat_completion/test_chat_echo.py"
+_ROOT = "openai/chat_completion/test_root_path.py"
 _TOKEN_IDS = "openai/test_return_token_ids.py"
 _REPEAT = '"Repeat after me: I love cats \U0001f431"'  # what the demonstration model does when asked, whatever the seed
 
@@ -63,15 +65,20 @@ CHANGES: tuple[Change, ...] = (
     # Its vocabulary has 4,096 tokens, its context 2,048.
     Change(_COMPLETION, "5000", "3000", "length"),
     Change("openai/chat_completion/test_logprob_token_ids.py", "5000", "3000", "length"),
-    Change("openai/chat_completion/test_chat_echo.py", '"151936"', '"4096"', "length"),
+    Change(_ECHO, '"151936"', '"4096"', "length"),
     Change("openai/test_chunked_prompt.py", "* 400", "* 150", "length"),
     Change("serve/tokenize/test_tokenization.py", "== 8192", "== 2048", "length"),
     Change("serve/instrumentator/test_basic.py", "=10000", "=2000", "length"),
     Change("serve/instrumentator/test_basic.py", '"min_tokens": 10000', '"min_tokens": 2000', "length"),
     # What that model answers, its template and its end of text.
+    Change(_CHAT, "prompt_logprobs[3]", "prompt_logprobs[4]", "model"),  # a place where it foresees the prompt
+    Change(_ECHO, '"Here is a common saying about apple. An apple a day, keeps"', '" Cats"', "model"),
+    Change(_ECHO, '"tell me a common saying"', _REPEAT, "model"),
+    Change(_ROOT, '"Here is a common saying about apple. An apple a day, keeps"', '" Cats"', "model"),
+    Change(_ROOT, '"tell me a common saying"', _REPEAT, "model"),
     Change(_COMPLETION, "[0, 0, 0, 0, 0]", "[70, 70, 70, 70, 70]", "model"),  # its 0 is a special token: no text
     Change(_CHAT, '"what is 1+1? please provide the result without any other text."', _REPEAT, "model"),
-    Change(_CHAT, 'content == "2"', 'content == " I love cats \U0001f431"', "model"),
+    Change(_CHAT, 'content == "2"', 'content == " Cats \U0001f431"', "model"),
     Change(
         _TOKEN_IDS,
         '"<|im_start|>system\\nYou like to use emojis in your responses."',

@@ -19,7 +19,9 @@ from typing import Any
 import httpx
 import openai
 
-MODEL = "moesaic-demo"
+MODEL = (
+    "moesaic-demo"  # a folder of that name beside the tests: the demonstration model, greedy where a request is silent
+)
 MODEL_LENGTH = 2048
 _MAX_QUEUE = 256  # vLLM queues without a bound
 _READY_S = 300.0
@@ -49,7 +51,7 @@ _WITHOUT_VALUE: dict[str, str | None] = {
     "--return-tokens-as-token-ids": "frontend.return_tokens_as_token_ids",
     "--enable-force-include-usage": "frontend.force_include_usage",
     "--enable-server-load-tracking": None,
-    "--enable-per-request-metrics": None,
+    "--enable-per-request-metrics": "frontend.per_request_metrics",
     "--enable-request-id-headers": None,
     "--enable-tokenizer-info-endpoint": None,
     "--enable-prompt-tokens-details": None,
@@ -84,8 +86,8 @@ def translated(arguments: list[str], environment: dict[str, str]) -> tuple[list[
             continue
         if flag == "--max-model-len":
             value = str(min(int(value), MODEL_LENGTH))
-        if flag == "--dtype" and value == "float16":
-            value = "bfloat16"
+        if flag == "--dtype":
+            value = "float32"  # what the small model answers is sure in it
         (flags if name.startswith("--") else settings)[name] = value
     if key := environment.get("VLLM_API_KEY"):
         flags["--api-key"] = key

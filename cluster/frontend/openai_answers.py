@@ -6,13 +6,13 @@ costs one small JSON string.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import orjson
 
 from cluster.errors import MoesaicError, codes_of
+from cluster.frontend.answer_facts import AnswerFacts
 from cluster.frontend.openai_logprobs import (
     Echo,
     LogprobFormat,
@@ -26,48 +26,6 @@ from cluster.types import FinishReason
 DONE_EVENT = b"data: [DONE]\n\n"
 _NO_TOKEN_IDS = b',"token_ids":[]'
 KEEP_ALIVE_EVENT = b": keep-alive\n\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerFacts:
-    """What is the same in every part of one answer, and which extras its client asked for.
-
-    `prompts` are the token ids of each prompt; choice i belongs to prompt i // n.
-    """
-
-    answer_id: str
-    model: str
-    fingerprint: str
-    created_s: int
-    prompts: Sequence[Sequence[int]]
-    n: int = 1
-    include_usage: bool = False
-    continuous_usage: bool = False
-    gives_token_ids: bool = False
-    names_token_ids: bool = False
-
-    def head(self, kind: str) -> dict[str, object]:
-        """The fields that every JSON object of the answer begins with."""
-        return {
-            "id": self.answer_id,
-            "object": kind,
-            "created": self.created_s,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
-
-    def prompt_of(self, index: int) -> Sequence[int]:
-        """Token ids of the prompt that choice `index` answers."""
-        return self.prompts[index // self.n]
-
-    def total_usage(self, usage_by_choice: Mapping[int, Usage]) -> Usage:
-        """Sum over the choices; a prompt counts once, whatever the number of its choices."""
-        firsts = [usage for index, usage in usage_by_choice.items() if index % self.n == 0]
-        return Usage(
-            prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
-            completion_tokens=sum(usage.completion_tokens for usage in usage_by_choice.values()),
-            cached_tokens=sum(usage.cached_tokens for usage in firsts),
-        )
 
 
 class AnswerFormat(Protocol):
@@ -144,6 +102,7 @@ class ChatAnswer:
             choice["token_ids"] = _token_ids(chunks) if self.facts.gives_token_ids else None
             answers.append(choice)
         body = {**self.facts.head("chat.completion"), "choices": answers, "usage": _usage_json(usage)}
+        body |= self.facts.metrics(usage)
         scored = prompt_entries_of(choices[0])
         body["prompt_logprobs"] = None if scored is None else prompt_logprobs_json(scored)
         body["prompt_token_ids"] = list(self.facts.prompt_of(0)) if self.facts.gives_token_ids else None
@@ -193,6 +152,7 @@ class CompletionAnswer:
     def body(self, choices: Sequence[Sequence[TextChunk]], usage: Usage) -> bytes:
         answers = [self._choice(index, chunks) for index, chunks in enumerate(choices)]
         body = {**self.facts.head("text_completion"), "choices": answers, "usage": _usage_json(usage)}
+        body |= self.facts.metrics(usage)
         return orjson.dumps(body)
 
     def _choice(self, index: int, chunks: Sequence[TextChunk]) -> dict[str, object]:
@@ -240,6 +200,7 @@ class _Envelope:
     """The constant text around the choice of every event of one stream."""
 
     def __init__(self, facts: AnswerFacts, kind: str) -> None:
+        self._facts = facts
         self._head = b"data: " + orjson.dumps(facts.head(kind))[:-1] + b',"choices":['
         self._tail = b',"usage":null}\n\n' if facts.include_usage else b"}\n\n"
 
@@ -249,7 +210,8 @@ class _Envelope:
         return self._head + choice + b"]" + extra + tail
 
     def usage_event(self, usage: Usage) -> bytes:
-        return self._head + b'],"usage":' + orjson.dumps(_usage_json(usage)) + b"}\n\n"
+        last = {"usage": _usage_json(usage), **self._facts.metrics(usage)}
+        return self._head + b"]," + orjson.dumps(last)[1:] + b"\n\n"
 
 
 def error_json(error: BaseException) -> dict[str, object]:

@@ -13,10 +13,11 @@ from starlette.responses import Response
 
 from cluster.config_sections import FrontendConfig
 from cluster.errors import ModelNotFound
+from cluster.frontend.answer_facts import AnswerFacts
 from cluster.frontend.generation import GenerationService
 from cluster.frontend.http_body import read_body
 from cluster.frontend.http_stream import EventStream, run_while_connected
-from cluster.frontend.openai_answers import DONE_EVENT, AnswerFacts, AnswerFormat, ChatAnswer, CompletionAnswer
+from cluster.frontend.openai_answers import DONE_EVENT, AnswerFormat, ChatAnswer, CompletionAnswer
 from cluster.frontend.openai_logprobs import Echo
 from cluster.frontend.openai_sampling import SamplingFields
 from cluster.frontend.openai_schema import AbortRequest, ChatRequest, CompletionRequest
@@ -183,6 +184,7 @@ class OpenAIRoutes:
             include_usage=body.include_usage or self._config.force_include_usage,
             continuous_usage=body.continuous_usage or self._config.force_include_usage,
             gives_token_ids=bool(body.return_token_ids),
+            gives_metrics=self._config.per_request_metrics,
             names_token_ids=bool(body.return_tokens_as_token_ids) or self._config.return_tokens_as_token_ids,
         )
 

@@ -5,7 +5,7 @@ Knows JSON fields and their bounds; knows no endpoint. Every refusal is an `Inva
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -96,6 +96,7 @@ class SamplingFields(KnownFields):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    truncation_side: Literal["left", "right"] | None = None
     prompt_logprobs: int | None = Field(None, ge=-1)
     logprob_token_ids: list[int] | None = None
     return_token_ids: bool | None = None
@@ -152,4 +153,5 @@ class SamplingFields(KnownFields):
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
             truncate_prompt_tokens=self.truncate_prompt_tokens,
+            truncation_side=self.truncation_side or "left",
         )

@@ -71,6 +71,19 @@ ANSWERS: dict[str, Schema] = {
         {"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT},
         {"prompt_tokens_details": or_null(an_object({"cached_tokens": _COUNT}))},
     ),
+    "Metrics": an_object(
+        {},
+        {
+            name: {"type": "number", "minimum": 0}
+            for name in (
+                "time_to_first_token_ms",
+                "generation_time_ms",
+                "queue_time_ms",
+                "mean_itl_ms",
+                "tokens_per_second",
+            )
+        },
+    ),
     "ChatCompletion": an_object(
         {
             **_HEAD,
@@ -88,7 +101,7 @@ ANSWERS: dict[str, Schema] = {
             ),
             "usage": named("Usage"),
         },
-        _SCORED,
+        {"metrics": named("Metrics"), **_SCORED},
     ),
     "ChatCompletionChunk": an_object(
         {
@@ -101,7 +114,7 @@ ANSWERS: dict[str, Schema] = {
                 )
             ),
         },
-        {"usage": or_null(named("Usage")), **_SCORED},
+        {"usage": or_null(named("Usage")), "metrics": named("Metrics"), **_SCORED},
     ),
     "Completion": an_object(
         {
@@ -114,7 +127,7 @@ ANSWERS: dict[str, Schema] = {
                 )
             ),
         },
-        {"usage": or_null(named("Usage"))},
+        {"usage": or_null(named("Usage")), "metrics": named("Metrics")},
     ),
     "Model": an_object(
         {

@@ -113,7 +113,7 @@ def check_lengths(options: SamplingOptions, config: FrontendConfig) -> None:
 
 
 def truncated_prompt(prompt_ids: Sequence[int], options: SamplingOptions, max_model_len: int) -> Sequence[int]:
-    """The end of the prompt that `truncate_prompt_tokens` keeps; all of it if that is not given.
+    """The part of the prompt that `truncate_prompt_tokens` keeps: its end, or its beginning where the right is cut.
 
     Raises:
         ContextTooLong: max_tokens leaves no room for a prompt.
@@ -130,7 +130,7 @@ def truncated_prompt(prompt_ids: Sequence[int], options: SamplingOptions, max_mo
                 param="max_tokens",
                 code=_CONTEXT_CODE,
             )
-    return prompt_ids[-keep:]
+    return prompt_ids[:keep] if options.truncation_side == "right" else prompt_ids[-keep:]
 
 
 def check_token_ids(ids: Sequence[int], limit: int, param: str) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from cluster.frontend.detokenizer import Detokenizer
 from cluster.frontend.token_offsets import TokenOffsets
@@ -26,7 +27,8 @@ class SamplingOptions:
     None is the model author's choice where there is one; else `max_tokens` None is the rest of the context, `seed` None
     a random one, and the others have the defaults of `SamplingParams`. `n` answers are given to each prompt.
     `bad_words` are text. -1 for log-probabilities is as many as the server gives. `max_tokens` 0 needs those of the
-    prompt. `truncate_prompt_tokens` keeps that many last tokens of the prompt; -1 what the context has room for.
+    prompt. `truncate_prompt_tokens` keeps that many last tokens of the prompt, -1 what the context has room for;
+    with `truncation_side` right the first ones.
     """
 
     max_tokens: int | None = None
@@ -52,6 +54,7 @@ class SamplingOptions:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] = "left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +81,22 @@ class LogprobEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceTimes:
+    """Seconds of one sequence: waiting in its worker, from there to its first token, and on to its last one."""
+
+    queued_s: float
+    first_token_s: float
+    generation_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens of one sequence: `cached_tokens` of the prompt needed no computing."""
+    """Tokens of one sequence: `cached_tokens` of the prompt needed no computing. Of several sequences: no times."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    times: SequenceTimes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +147,12 @@ class RunningSequence:
         self._num_cached = 0
         self._started_s = time.perf_counter()
         self._last_token_s = self._started_s
+        self._first_token_s: float | None = None
+        self._queued_s = 0.0
 
     def take(self, chunk: TokenChunk) -> TextChunk:
         """Text of the worker's next tokens; the result has a finish reason if the sequence ends here."""
-        self._observe_wait(len(chunk.token_ids))
+        self._observe_wait(len(chunk.token_ids), chunk.queued_s)
         self._num_cached = max(self._num_cached, chunk.num_cached_tokens)
         if self._only_scores:
             return self._scores(chunk)
@@ -198,13 +213,29 @@ class RunningSequence:
         )
 
     def _usage(self) -> Usage:
-        return Usage(prompt_tokens=self._num_prompt, completion_tokens=self._num_tokens, cached_tokens=self._num_cached)
+        return Usage(
+            prompt_tokens=self._num_prompt,
+            completion_tokens=self._num_tokens,
+            cached_tokens=self._num_cached,
+            times=self._times(),
+        )
 
-    def _observe_wait(self, num_tokens: int) -> None:
+    def _times(self) -> SequenceTimes | None:
+        first_s = self._first_token_s
+        if first_s is None:
+            return None
+        return SequenceTimes(
+            queued_s=self._queued_s,
+            first_token_s=max(first_s - self._started_s - self._queued_s, 0.0),  # two processes' clocks
+            generation_s=self._last_token_s - first_s,
+        )
+
+    def _observe_wait(self, num_tokens: int, queued_s: float) -> None:
         if not num_tokens:
             return
         now_s = time.perf_counter()
-        if self._num_tokens == 0:
+        if self._first_token_s is None:
+            self._first_token_s, self._queued_s = now_s, queued_s
             self._metrics.observe_first_token(now_s - self._started_s)
         else:
             self._metrics.observe_tokens(num_tokens, now_s - self._last_token_s)

@@ -41,6 +41,7 @@ chunks = st.builds(
     logprobs=st.none() | st.lists(logprobs, max_size=3).map(tuple),
     finish_reason=st.none() | st.sampled_from(FinishReason),
     num_cached_tokens=ids,
+    queued_s=st.floats(0, 1e9),
     prompt_logprobs=st.none() | st.lists(logprobs, max_size=3).map(tuple),
 )
 durations = st.floats(0, 1e9)
@@ -91,7 +92,8 @@ def frame(*item: Any, life: Any = (0.0, 2.0, 2.0), version: Any = 1) -> bytes:
     return packed
 
 
-GOOD = ("a", [1], None, 0, None, None)
+BEFORE = [0, 0.0]
+GOOD = ("a", [1], None, BEFORE, None, None)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +119,16 @@ GOOD = ("a", [1], None, 0, None, None)
         frame("a", [2**31], *GOOD[2:]),
         frame("a", "12", *GOOD[2:]),
         frame("a", {"1": 2}, *GOOD[2:]),
-        frame("a", [1], "finished", 0, None, None),
-        frame("a", [1], 5, 0, None, None),
+        frame("a", [1], "finished", BEFORE, None, None),
+        frame("a", [1], 5, BEFORE, None, None),
         frame("a", [1], None, None, None, None),
-        frame("a", [1], None, 0, [[1, -0.5, None, [2], []]], None),
-        frame("a", [1], None, 0, [[1, "x", None, [], []]], None),
-        frame("a", [1], None, 0, None, 7),
-        frame("a", [1], None, 0, None),
+        frame("a", [1], None, 0, None, None),
+        frame("a", [1], None, [None, 0.0], None, None),
+        frame("a", [1], None, [0, -1.0], None, None),
+        frame("a", [1], None, BEFORE, [[1, -0.5, None, [2], []]], None),
+        frame("a", [1], None, BEFORE, [[1, "x", None, [], []]], None),
+        frame("a", [1], None, BEFORE, None, 7),
+        frame("a", [1], None, BEFORE, None),
         frame("a", "SystemExit", "m", None, None, None, None),
         frame("a", "dataclass", "m", None, None, None, None),
         frame("a", "Overloaded", 5, None, None, None, None),

@@ -296,3 +296,11 @@ def test_scored_and_other_prompts_share_a_step() -> None:
 
     assert {name: _tokens(o) for name, o in outputs.items()} == {"plain": [5, 6], "scored": [10, 11], "other": [21, 22]}
     assert [o[0].prompt_logprobs is None for o in outputs.values()] == [True, False, True]
+
+
+def test_a_sequence_knows_how_long_it_waited_for_its_first_rows() -> None:
+    outputs = _run(make_engine(max_running=1), *(make_request(name, prompt=(3,), max_tokens=3) for name in "ab"))
+
+    waited = {name: {output.queued_s for output in of} for name, of in outputs.items()}
+    assert all(len(values) == 1 for values in waited.values()), "it is known once and stays"
+    assert max(waited["b"]) > max(waited["a"]) > 0

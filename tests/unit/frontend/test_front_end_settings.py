@@ -29,9 +29,11 @@ def test_another_prefix_is_no_root_path(make_app, call):
     assert asyncio.run(call(app, "GET", "/other/v1/models")).status_code == 404
 
 
-def chunks_of(app):
+def chunks_of(app, **extra):
     async def scenario():
-        answer = AsgiCall(app, "/v1/chat/completions", CHAT | {"stream": True, "logprobs": True, "top_logprobs": 1})
+        answer = AsgiCall(
+            app, "/v1/chat/completions", CHAT | {"stream": True, "logprobs": True, "top_logprobs": 1} | extra
+        )
         await answer.run()
         return answer.text
 
@@ -81,3 +83,23 @@ def test_the_last_words_of_a_stream_come_with_its_end(make_app):
     choices = [choice for chunk in chunks_of(make_app(FakeAttentionWorker())) for choice in chunk["choices"]]
     assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["length"]
     assert choices[-1]["finish_reason"] == "length" and choices[-1]["delta"]["content"]
+
+
+def test_an_answer_tells_how_long_it_waited_and_took(make_app, call):
+    app = make_app(FakeAttentionWorker(queued_s=0.25), per_request_metrics=True)
+    metrics = asyncio.run(call(app, "POST", "/v1/chat/completions", json=CHAT)).json()["metrics"]
+    assert metrics["queue_time_ms"] == 250
+    assert metrics["generation_time_ms"] == pytest.approx(metrics["mean_itl_ms"] * (CHAT["max_tokens"] - 1))
+    assert metrics["tokens_per_second"] > 0 and metrics["time_to_first_token_ms"] >= 0
+
+
+@pytest.mark.parametrize(("settings", "extra"), [({}, {}), ({"per_request_metrics": True}, {"n": 2})])
+def test_times_are_told_where_they_are_wanted_and_of_one_choice(make_app, call, settings, extra):
+    answer = asyncio.run(call(make_app(**settings), "POST", "/v1/chat/completions", json=CHAT | extra))
+    assert answer.status_code == 200 and "metrics" not in answer.json()
+
+
+def test_a_stream_tells_its_times_with_its_usage(make_app):
+    asked = {"stream_options": {"include_usage": True}}
+    chunks = chunks_of(make_app(FakeAttentionWorker(), per_request_metrics=True), **asked)
+    assert ["metrics" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

@@ -53,6 +53,7 @@ SAMPLING = {
     "include_stop_str_in_output": (True, True),
     "skip_special_tokens": (False, False),
     "truncate_prompt_tokens": (-1, -1),
+    "truncation_side": ("right", "right"),
 }
 STATUS_PAIRS = [
     (types.WorkerStatus, cluster_pb2.WorkerStatus),

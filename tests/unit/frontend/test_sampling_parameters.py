@@ -90,6 +90,15 @@ def test_prompts_are_truncated_from_the_left(answered, tokenizer, keep, num_left
     assert answer["usage"]["prompt_tokens"] == len(worker.requests[0].prompt_ids)
 
 
+def test_prompts_are_truncated_from_the_right_where_that_is_asked_for(answered, tokenizer):
+    worker = FakeAttentionWorker()
+    ids = tokenizer.encode("one two three four")
+    answered(
+        worker, "/v1/completions", COMPLETION | {"prompt": ids, "truncate_prompt_tokens": 2, "truncation_side": "right"}
+    )
+    assert worker.requests[0].prompt_ids == tuple(ids[:2])
+
+
 def test_truncation_to_the_context_leaves_room_for_the_answer(answered):
     worker = FakeAttentionWorker()
     answered(worker, "/v1/completions", COMPLETION | {"prompt": [5] * 3000, "truncate_prompt_tokens": -1})
