@@ -106,8 +106,3 @@ def valkey_url(application: ApplicationId) -> str:
         return ray.get(start_valkey_actor(application), timeout=60)
     except (RayActorError, RayTaskError, GetTimeoutError) as error:
         raise ConnectionError(f"the embedded Valkey did not start: {error}") from error
-
-
-def stop_valkey_actor(application: ApplicationId) -> None:
-    """End the embedded Valkey of an application, if there is one."""
-    DetachedActors(application, Kind.VALKEY).end()
