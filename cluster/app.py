@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from actors.ray_runtime import RunningApplication
     from cluster.frontend.generation import GenerationService
 
+_LOG = logging.getLogger(__name__)
 _START_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
 
@@ -122,7 +123,7 @@ def settle_length(config: MoesaicConfig, on_notice: Callable[[str], None] | None
     if on_notice is not None:
         on_notice(plan.notice)
     else:
-        log_event(logging.getLogger(__name__), logging.WARNING, "sequence length lowered", reason=plan.notice)
+        log_event(_LOG, logging.WARNING, "sequence length lowered", reason=plan.notice)
     return with_overrides(config, {"model": {"max_model_len": plan.max_model_len}})
 
 
@@ -196,7 +197,8 @@ def _store_url(config: MoesaicConfig) -> str | None:
         return config.redis.url
     try:
         return valkey_url(config.ray.application_id)
-    except ConnectionError:
+    except ConnectionError as error:
+        log_event(_LOG, logging.ERROR, "statistics are shared with nobody and end with each worker", reason=str(error))
         return None
 
 

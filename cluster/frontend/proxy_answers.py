@@ -157,8 +157,11 @@ class ProxyAnswers:
 
     async def _own_response(self, scope: Scope, answer: _Answer) -> Response:
         """In the place of what the proxy says, or does not say."""
-        if answer.own_status == 404 and await self._routes(scope):  # others are served here; this is nobody's
-            return unknown_route_response(scope["method"], scope["path"])
+        if answer.own_status == 404:
+            routes = await self._routes(scope)
+            # Others are served here and this is nobody's. One that has its route by now is starting.
+            if routes and not _prefix_of(routes, scope["path"]):
+                return unknown_route_response(scope["method"], scope["path"])
         if answer.own_status == 408:
             return error_response(DeadlineExceeded("the request's time ran out before a front end answered it"))
         if answer.own_text.startswith(_BACK_PRESSURE):

@@ -115,6 +115,16 @@ def test_path_outside_every_application_is_not_found():
     assert_error(ask(ServeProxy("/llm"), "/other"), 404, "invalid_request_error")
 
 
+def test_route_that_comes_just_after_the_proxy_had_none_is_one_that_is_starting():
+    class Late(ServeProxy):
+        async def __call__(self, scope, receive, send):
+            await super().__call__(scope, receive, send)
+            self.routes = {"/": "app"}
+
+    assert_error(ask(Late(), "/v1/models"), 503, "service_unavailable_error")
+    assert_error(ask(Late("/other"), "/v1/models"), 503, "service_unavailable_error")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "kind"),
     [
