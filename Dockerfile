@@ -42,7 +42,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
 # HF_HUB_CACHE is not set: give a volume at /home/moesaic/.cache if models are named by hub id.
 # The second is for the proxies of Ray Serve: their own answers (no application yet, or any more) take our form.
 ENV PYTHONUNBUFFERED=1 \
-    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=cluster.frontend.proxy_answers:middlewares \
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=cluster.frontend.serve_proxy.answers:middlewares \
     RAY_USAGE_STATS_ENABLED=0
 USER 1000:1000
 WORKDIR /home/moesaic

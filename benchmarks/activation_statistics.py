@@ -23,14 +23,14 @@ import numpy as np
 from harness import DEMO, Report, arguments, median, one_thread, progress, prompts_of_domains, wide_model
 from transformers import AutoTokenizer
 
-from actors.engine.build import EngineParts, build_engine
-from actors.experts.dispatch import ExpertWork
-from actors.experts.recorder import ActivationRecorder
+from actors.attention.build import build_engine
+from actors.engine.parts import EngineParts
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.gates.work import ExpertWork
 from actors.kernels.native import load_native
-from actors.statistics_loop import StatisticsLoop
 from cluster.application import DEFAULT_APPLICATION
-from cluster.config import load_config
-from cluster.model_info import load_model_info
+from cluster.config.load import load_config
+from cluster.model.info import load_model_info
 from cluster.protocols import StateStore
 from cluster.semantics.clusters import Clusters
 from cluster.semantics.expectation import make_knowledge
@@ -38,6 +38,7 @@ from cluster.semantics.knowledge import Knowledge
 from cluster.semantics.statistics import COUNT, ExpertStatistics, no_statistics
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.open_store import open_store
+from cluster.stats.statistics_loop import StatisticsLoop
 from cluster.types import GenerationRequest, Phase, RequestId, SamplingParams
 
 CONCURRENCY = (1, 8)

@@ -32,12 +32,13 @@ import torch.distributed as dist
 from harness import Report, arguments, median, progress, prompts_of_domains, wide_model
 from transformers import AutoTokenizer
 
+from actors.attention.build import HostAccess, build_engine
 from actors.data_plane.channel import ExpertChannel, Hello, HostEndpoint, Welcome
 from actors.data_plane.connect import Connector
 from actors.data_plane.frames import Answer, CombineFrame, DispatchFrame, combine_bytes, decode_dispatch, encode_answer
-from actors.engine.build import EngineParts, HostAccess, build_engine
-from cluster.config import MoesaicConfig, load_config
-from cluster.model_info import load_model_info
+from actors.engine.parts import EngineParts
+from cluster.config.load import MoesaicConfig, load_config
+from cluster.model.info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams, StartupPhase
 
 DIM = 1024  # 4 KB of float32 a row
@@ -76,9 +77,9 @@ class EchoHost:
 
     def __init__(self) -> None:
         from actors.data_plane.grpc_stream import ExpertServer
-        from actors.host.batching_pool import BatchingPool
-        from actors.host.device_owner import DeviceOwner
-        from actors.host.handler import HostHandler
+        from actors.expert_host.batching_pool import BatchingPool
+        from actors.expert_host.device_owner import DeviceOwner
+        from actors.expert_host.handler import HostHandler
 
         torch.set_num_threads(1)
         self._secret = secrets.token_hex(8)
@@ -106,7 +107,7 @@ class EchoHost:
 
     def dispatch(self, data: bytes) -> bytes:
         """One frame of the actor call."""
-        from actors.host.batching_pool import DispatchTask
+        from actors.data_plane.task import DispatchTask
 
         answered: Future[Answer] = Future()
         frame = decode_dispatch(memoryview(bytearray(data)))
@@ -320,7 +321,7 @@ def _config(path: Path, *, hosts: int, cache: str = "0") -> MoesaicConfig:
 
 
 def _host_process(path: Path, commands: Connection) -> None:
-    from actors.expert_host import ExpertHost
+    from actors.expert_host.host import ExpertHost
 
     host = ExpertHost(_config(path, hosts=1), load_model_info(str(path)), 0)
     host.start("127.0.0.1")

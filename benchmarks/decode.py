@@ -17,9 +17,10 @@ import torch
 from harness import Report, arguments, median, memory_bandwidth, one_thread, progress, prompts_of_domains, wide_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.engine.build import EngineParts, build_engine
-from cluster.config import load_config
-from cluster.model_info import load_model_info
+from actors.attention.build import build_engine
+from actors.engine.parts import EngineParts
+from cluster.config.load import load_config
+from cluster.model.info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 CONCURRENCY = (1, 8)

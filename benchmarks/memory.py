@@ -16,9 +16,9 @@ import numpy as np
 from harness import Report, arguments, one_thread, progress, prompts_of_domains, wide_model
 from transformers import AutoTokenizer
 
-from actors.engine.build import build_engine
-from cluster.config import load_config
-from cluster.model_info import load_model_info
+from actors.attention.build import build_engine
+from cluster.config.load import load_config
+from cluster.model.info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 CACHE = "25%"

@@ -24,19 +24,20 @@ import ray
 from harness import Report, arguments, progress, prompts_of_domains, wide_model
 from transformers import AutoTokenizer
 
-from actors.engine.build import EngineParts, HostAccess, build_engine
-from actors.expert_host_actor import locate_host, start_expert_hosts
-from actors.expert_host_calls import RayHosts, expert_hosts, find_host
-from actors.experts.remote_dispatch import HostDispatcher
-from actors.migration import MigrationRunner, MigrationStatus
+from actors.attention.build import HostAccess, build_engine
+from actors.engine.parts import EngineParts
+from actors.expert_client.dispatch import HostDispatcher
+from actors.ray_shells.host_actor import locate_host, start_expert_hosts
+from actors.ray_shells.host_calls import RayHosts, expert_hosts, find_host
 from cluster.application import ApplicationId
-from cluster.config import MoesaicConfig, load_config
+from cluster.config.load import MoesaicConfig, load_config
+from cluster.control.migrator import MigrationRunner, MigrationStatus
 from cluster.deployed_spec import specify
-from cluster.model_info import read_model_info
-from cluster.scheduler.migration import MigrationPhase
-from cluster.scheduler.placement import even_placement
-from cluster.scheduler.plan import Placement
-from cluster.scheduler.reports import HostReport
+from cluster.model.info import read_model_info
+from cluster.placement import even_placement
+from cluster.placement.migration import MigrationPhase
+from cluster.placement.plan import Placement
+from cluster.status.reports import HostReport
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 SEQUENCES = 4

@@ -12,7 +12,7 @@ import numpy as np
 from harness import Report, median, progress
 from offload_steps import Figures
 
-from actors.experts.trace import GateTrace
+from cluster.policies.trace import GateTrace
 from cluster.replay.machine import Processor
 from cluster.replay.sweep import Past, Sweep, learn_past, replay_cells
 

@@ -15,13 +15,14 @@ from unittest.mock import patch
 
 import numpy as np
 
-from actors.deployments import SWITCH_INTERVAL_S
-from actors.engine.build import EngineParts, build_engine
-from actors.experts.conductor import LayerTimes
+from actors.attention.build import build_engine
+from actors.engine.parts import EngineParts
 from actors.experts.memory.store import ExpertStore
-from actors.experts.signals import GateSignal, StepSignal
-from cluster.config import load_config
-from cluster.model_info import ModelInfo
+from actors.experts.policy_runner import LayerTimes
+from actors.ray_shells.deployments import SWITCH_INTERVAL_S
+from cluster.config.load import load_config
+from cluster.model.info import ModelInfo
+from cluster.policies.signals import GateSignal, StepSignal
 from cluster.replay.schedule import ReplayStep
 from cluster.replay.sweep import show
 

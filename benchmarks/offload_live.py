@@ -19,11 +19,11 @@ from offload_agreement import Agreement, ComputeTimes, Key, RunTimes
 from offload_engine import MAX_LEN, engine, fill_host, keep_loading, learn, make_resident, timed_forecasts
 from offload_steps import Figures, MemoryUse, Step, drive, read_bytes_of_process
 
-from actors.engine.build import EngineParts
+from actors.engine.parts import EngineParts
 from actors.engine.trace_recorder import record_trace
-from actors.experts.gate_tap import gate_modules
-from actors.experts.trace import GateTrace, TracedRequest
-from cluster.model_info import load_model_info
+from actors.gates.reader import gate_modules
+from cluster.model.info import load_model_info
+from cluster.policies.trace import GateTrace, TracedRequest
 from cluster.replay.schedule import ReplayStep, build_steps, mixed_order
 from cluster.types import SamplingParams, Tier
 

@@ -20,11 +20,11 @@ from offload_runs import Run, execute
 from offload_side import MAX_LEN, Task
 from offload_steps import Figures, drive
 
-from actors.engine.build import build_engine
-from actors.experts.learned_state import save_learned
-from actors.learned_state_loop import LearnedParts
-from cluster.config import load_config
-from cluster.model_info import load_model_info
+from actors.attention.build import build_engine
+from cluster.config.load import load_config
+from cluster.model.info import load_model_info
+from cluster.policies.learned_state import save_learned
+from cluster.stats.learned_state_loop import LearnedParts
 
 FACTOR = 8
 OURS = "moesaic"
@@ -278,7 +278,7 @@ def _program(side: str) -> str:
 
 def _weight_bytes(model: Path) -> tuple[int, int]:
     """Bytes of dense weights and of routed experts in the checkpoint."""
-    from actors.model.safetensors_index import read_index
+    from cluster.model.safetensors_index import read_index
 
     routed = dense = 0
     for name, tensor in read_index(model).items():

@@ -81,11 +81,11 @@ def main() -> int:
 
 
 def _ours(task: Task) -> Loaded:
-    from actors.engine.build import build_engine
-    from actors.experts.learned_state import load_learned
-    from actors.learned_state_loop import LearnedParts
-    from cluster.config import load_config
-    from cluster.model_info import load_model_info
+    from actors.attention.build import build_engine
+    from cluster.config.load import load_config
+    from cluster.model.info import load_model_info
+    from cluster.policies.learned_state import load_learned
+    from cluster.stats.learned_state_loop import LearnedParts
 
     eviction, _, prediction = task.policy.partition("+")
     config = load_config(

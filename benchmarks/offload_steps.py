@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from actors.engine.build import EngineParts
+    from actors.engine.parts import EngineParts
     from actors.experts.memory.counters import MemoryCounters
 
 

@@ -27,7 +27,7 @@ from placement_methods import (
 from placement_sources import Periods, demo_periods, published_periods
 from policy_traces import both_traces
 
-from actors.experts.trace import load_trace
+from cluster.policies.trace import load_trace
 
 HOSTS = (4, 8)
 SPARES = (0.0, 0.125, 0.25)

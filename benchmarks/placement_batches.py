@@ -17,15 +17,15 @@ from harness import Report
 from placement_methods import TOKENS_PER_S, as_copies, contiguous, inputs_for, ours, transfers
 from placement_sources import counts_of, pair_chances
 
-from actors.experts.trace import GateTrace
-from cluster.scheduler.placement import PhaseLoad, plan_placement
-from cluster.scheduler.placement.replica_choice import (
+from cluster.execution.replica_choice import (
     LayerReplicas,
     ReplicaCosts,
     choose_fewest_experts,
     choose_replicas,
     split_rows,
 )
+from cluster.placement import PhaseLoad, plan_placement
+from cluster.policies.trace import GateTrace
 from cluster.types import Phase
 
 _HOSTS, _SPARE = 4, 0.25

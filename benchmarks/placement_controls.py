@@ -9,9 +9,9 @@ from harness import Report
 from placement_methods import as_copies, inputs_for
 from placement_sources import Periods
 
-from cluster.scheduler.placement import PhaseLoad, PlacementInputs, plan_placement
-from cluster.scheduler.placement.cost import balance, demands_of
-from cluster.scheduler.plan import Placement
+from cluster.placement import PhaseLoad, PlacementInputs, plan_placement
+from cluster.placement.cost import balance, demands_of
+from cluster.placement.plan import Placement
 from cluster.types import Phase
 
 _SHAPE = (12, 32)  # layers, experts of a layer

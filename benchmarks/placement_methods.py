@@ -13,15 +13,15 @@ from dataclasses import replace
 import numpy as np
 from placement_sources import Periods
 
-from cluster.scheduler.placement import (
+from cluster.placement import (
     PhaseLoad,
     PlacementHost,
     PlacementInputs,
     forecast,
     plan_placement,
 )
-from cluster.scheduler.placement.inputs import owned_array
-from cluster.scheduler.plan import Placement, PlacementPlan
+from cluster.placement.inputs import owned_array
+from cluster.placement.plan import Placement, PlacementPlan
 from cluster.types import Phase
 
 EXPERT_BYTES = 32 * 102_400  # of the demo model widened 32 times

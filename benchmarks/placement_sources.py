@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from harness import REPOSITORY
 
-from actors.experts.trace import GateTrace
 from cluster.cli.trace_loads import count_chosen
+from cluster.policies.trace import GateTrace
 from cluster.types import Phase
 
 PUBLISHED = REPOSITORY.parent / "shared" / "data" / "traces" / "olmoe_paper_routing"

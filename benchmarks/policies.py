@@ -21,9 +21,9 @@ from policy_tables import prefetch_rows, print_caching
 from policy_targets import CACHE_OF_PREFETCH, CACHING, PREFETCHING, caching_targets, null_targets, prefetch_targets
 from policy_traces import both_traces, first_of_each_domain
 
-from actors.experts.map_search import MapSearch
-from actors.experts.policies.build import PolicySettings
-from actors.experts.trace import GateTrace, load_trace
+from cluster.policies.build import PolicySettings
+from cluster.policies.expert_maps.search import MapSearch
+from cluster.policies.trace import GateTrace, load_trace
 from cluster.replay.plot import draw
 from cluster.replay.result import BOUND_CACHE, BOUND_PREFETCH, ReplayCell, with_bounds
 from cluster.replay.schedule import build_steps, grid_of

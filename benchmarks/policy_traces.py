@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import SHARED_PROMPTS, progress
 
-from actors.experts.trace import GateTrace
+from cluster.policies.trace import GateTrace
 
 _PROMPTS_PER_DOMAIN = 24
 

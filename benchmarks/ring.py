@@ -12,8 +12,8 @@ from harness import Report, arguments, median, progress, prompts_of_domains, wid
 from offload_engine import engine, fill_host
 from transformers import AutoTokenizer
 
-from actors.experts import conductor
-from cluster.model_info import load_model_info
+from actors.experts import policy_runner as conductor
+from cluster.model.info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 POLICY, CACHE, GB_PER_S, FACTOR = "moesaic+moesaic", 0.25, 1.0, 32

@@ -2,7 +2,7 @@
 
 Which domains belong together is searched for with what their requests are known to use: groups of equal size, domains
 exchanged as long as that lowers the loads that the groups are expected to make (an expert is resident as
-cluster/scheduler/request_mix.py says).
+cluster/semantics/request_mix.py says).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
-from cluster.scheduler.request_mix import RequestMix
-from cluster.scheduler.routing import RouterState, RoutingRequest
+from cluster.routing.router import RouterState, RoutingRequest
+from cluster.semantics.request_mix import RequestMix
 
 _STARTS = 6
 

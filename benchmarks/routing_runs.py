@@ -10,13 +10,13 @@ import numpy as np
 from routing_groups import FixedGroups, group_domains
 from routing_traces import Workload, fresh
 
-from actors.experts.policies.build import PolicyContext, build_policies
-from cluster.replay.fleet import Fleet, FleetSettings
-from cluster.replay.fleet_learner import DomainLearner, OnlineLearner
-from cluster.replay.fleet_worker import FleetRequest, FleetWorker
+from cluster.policies.build import PolicyContext, build_policies
+from cluster.replay.fleet.fleet import Fleet, FleetSettings
+from cluster.replay.fleet.learner import DomainLearner, OnlineLearner
+from cluster.replay.fleet.worker import FleetRequest, FleetWorker
 from cluster.replay.machine import Machine
-from cluster.scheduler.cobatching import CoBatching
-from cluster.scheduler.routing import RouterState
+from cluster.routing.router import RouterState
+from cluster.semantics.co_batching import CoBatching
 
 NUM_WORKERS = 4
 DOMAIN = "true domain"  # the semantic router, told the domain of every prompt and what each domain uses

@@ -8,7 +8,7 @@ import numpy as np
 from routing_runs import Cell, run_stream
 from routing_traces import Workload
 
-from cluster.replay.fleet_worker import FleetRequest
+from cluster.replay.fleet.worker import FleetRequest
 
 _WINDOW = 16  # requests
 _NEARLY = 1.1

@@ -13,11 +13,11 @@ import numpy as np
 from harness import DEMO
 from policy_traces import both_traces, first_of_each_domain
 
-from actors.experts.next_use import NextUse
-from actors.experts.signals import Grid
-from actors.experts.trace import GateTrace, load_trace
-from cluster.frontend.prompt_embedder import PromptEmbedder
-from cluster.replay.fleet_worker import FleetRequest
+from cluster.frontend.generation.prompt_embedder import PromptEmbedder
+from cluster.policies.next_use.estimate import NextUse
+from cluster.policies.signals import Grid
+from cluster.policies.trace import GateTrace, load_trace
+from cluster.replay.fleet.worker import FleetRequest
 from cluster.replay.schedule import grid_of, part_of
 from cluster.replay.sweep import Sweep, learn_past
 

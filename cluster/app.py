@@ -17,8 +17,8 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from cluster.addresses import join_address, local_host
-from cluster.config import (
+from cluster.config.check import check_possible
+from cluster.config.load import (
     MoesaicConfig,
     from_tree,
     load_config,
@@ -27,12 +27,12 @@ from cluster.config import (
     with_absolute_paths,
     with_overrides,
 )
-from cluster.config_check import check_possible
 from cluster.deployed_spec import specify
 from cluster.errors import ConfigError, MoesaicError, Unavailable
-from cluster.kv_budget import SHARE, plan_kv, value_bytes, values_per_token
-from cluster.model_info import read_model_info
-from cluster.observability.logs import log_event
+from cluster.logs import log_event
+from cluster.model.info import read_model_info
+from cluster.model.kv_budget import SHARE, plan_kv, value_bytes, values_per_token
+from cluster.network.addresses import join_address, local_host
 from cluster.process_environment import settle_environment
 from cluster.stats.redis_connection import check_redis
 from cluster.types import StartupPhase
@@ -40,8 +40,8 @@ from cluster.types import StartupPhase
 if TYPE_CHECKING:
     from ray.serve import Application
 
-    from actors.ray_runtime import RunningApplication
-    from cluster.frontend.generation import GenerationService
+    from actors.ray_shells.runtime import RunningApplication
+    from cluster.frontend.generation.service import GenerationService
 
 _LOG = logging.getLogger(__name__)
 _START_TIMEOUT_S = 3600.0
@@ -63,13 +63,13 @@ def build(args: dict[str, Any] | MoesaicConfig | None = None) -> Application:
 
 def build_as(config: MoesaicConfig, *, served_as: str | None) -> Application:
     """As `build`. Args: served_as: the name that Serve will know it by, None: not known here."""
-    from actors.deployments import ingress_application, worker_application
-    from actors.expert_host_actor import start_expert_hosts
-    from actors.expert_shelf import start_shelves
-    from actors.gateway import Gateways
-    from actors.scheduler_actor import begin_deployment, start_scheduler
-    from cluster.frontend.grpc_gateway import GrpcGateway
-    from cluster.frontend.http_ingress import HttpIngress
+    from actors.ray_shells.deployments import ingress_application, worker_application
+    from actors.ray_shells.gateway_actors import Gateways
+    from actors.ray_shells.grpc_gateway import GrpcGateway
+    from actors.ray_shells.host_actor import start_expert_hosts
+    from actors.ray_shells.http_ingress import HttpIngress
+    from actors.ray_shells.scheduler_actor import begin_deployment, start_scheduler
+    from actors.ray_shells.shelf_actor import start_shelves
 
     check_possible(config)
     if config.redis.url is not None:
@@ -100,7 +100,7 @@ def settle_length(config: MoesaicConfig, on_notice: Callable[[str], None] | None
     Raises:
         ConfigError: not even one sequence of the length asked for fits.
     """
-    from actors.node_memory.limits import free_memory_bytes
+    from cluster.node_memory.limits import free_memory_bytes
 
     attention, model = config.attention, config.model
     info = read_model_info(model)
@@ -129,8 +129,8 @@ def settle_length(config: MoesaicConfig, on_notice: Callable[[str], None] | None
 
 def local_service(config: MoesaicConfig) -> GenerationService:
     """An engine and its generation service in this process, without Ray; blocks until it is ready."""
-    from actors.attention_worker import AttentionWorker
-    from cluster.frontend.http_ingress import build_front_end
+    from actors.attention.worker import AttentionWorker
+    from cluster.frontend.build import build_front_end
     from cluster.stats.memory_store import MemoryStore
 
     config = settle_length(config)
@@ -151,8 +151,8 @@ def run_server(config: MoesaicConfig, on_progress: Callable[[str], None]) -> int
     Returns:
         The process's exit code.
     """
-    from actors.ray_runtime import RayRuntime
-    from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT
+    from actors.ray_shells.runtime import RayRuntime
+    from cluster.frontend.serve_proxy.answers import PROXY_ENVIRONMENT
 
     settle_environment()
     config = settle_length(config if config.ray.address else with_absolute_paths(config), on_progress)
@@ -191,7 +191,7 @@ def _merged(args: dict[str, Any]) -> MoesaicConfig:
 
 def _store_url(config: MoesaicConfig) -> str | None:
     """URL of the statistics store; None leaves each worker with its own memory, shown as degraded."""
-    from actors.valkey_actor import valkey_url
+    from actors.ray_shells.valkey_actor import valkey_url
 
     if not _embeds_valkey(config):
         return config.redis.url
@@ -243,7 +243,7 @@ def _wait_until_ready(
 
 
 def _print_ready(config: MoesaicConfig, grpc_addresses: Sequence[str], on_progress: Callable[[str], None]) -> None:
-    from cluster.frontend.cross_site import exposure_notices
+    from cluster.frontend.security.cross_site import exposure_notices
 
     frontend = config.frontend
     info = read_model_info(config.model)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.application import ApplicationId
-from cluster.config import MoesaicConfig, from_tree, to_tree, without_keys, without_store
+from cluster.config.load import MoesaicConfig, from_tree, to_tree, without_keys, without_store
 from cluster.errors import CheckpointError
-from cluster.fingerprint import text_fingerprint
-from cluster.model_info import ModelInfo, read_model_info
+from cluster.model.fingerprint import text_fingerprint
+from cluster.model.info import ModelInfo, read_model_info
 
 _DIGEST_DIGITS = 16
 

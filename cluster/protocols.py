@@ -18,9 +18,9 @@ from cluster.types import (
 )
 
 if TYPE_CHECKING:
-    from cluster.scheduler.diagnose import Diagnosis
-    from cluster.scheduler.plan import PlacementPlan
-    from cluster.scheduler.status import DrainLine, SchedulerStatus
+    from cluster.placement.plan import PlacementPlan
+    from cluster.status.diagnosis import Diagnosis
+    from cluster.status.scheduler import DrainLine, SchedulerStatus
 
 
 class AttentionWorkerClient(Protocol):

@@ -73,7 +73,7 @@ class Cluster:
             "RAY_AUTH_TOKEN_PATH": str(self.state / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.frontend.proxy_answers:middlewares",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cluster.frontend.serve_proxy.answers:middlewares",
             **_HEALTH,
         }
 

@@ -1,6 +1,7 @@
 """Write the configuration tree into the chart's values.schema.json: `python helm/config_schema.py`.
 
-Sections and fields are those of cluster/config.py, so that names cannot drift; those that the chart sets are left out.
+Sections and fields are those of cluster/config/load.py, so that names cannot drift; those that the chart sets are left
+out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.config import MoesaicConfig
+from cluster.config.load import MoesaicConfig
 
 SCHEMA = Path(__file__).resolve().parent / "moesaic" / "values.schema.json"
 SET_BY_CHART = {"ray": None, "frontend": ("host", "port", "api_key", "operator_key")}
@@ -25,7 +26,7 @@ def config_schema() -> dict[str, Any]:
         if fields is None:
             del sections[name]
     return {
-        "description": "The configuration tree of `moesaic serve --config`; cluster/config.py has every field.",
+        "description": "The configuration tree of `moesaic serve --config`; cluster/config/load.py has every field.",
         "type": "object",
         "additionalProperties": False,
         "properties": {name: _without_titles(section) for name, section in sections.items()},

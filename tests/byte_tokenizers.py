@@ -5,7 +5,7 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from cluster.frontend.tokenizer import Tokenizer
+from cluster.frontend.generation.tokenizer import Tokenizer
 
 WORDS = ("Hello", "world", "caf", "é", "日", "本", "a", "b", "▁▁", "▁", "▁Hello", "▁world", "▁a", "▁日")
 SPECIAL = ("<unk>", "<s>", "</s>", "<|tool|>")

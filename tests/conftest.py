@@ -11,7 +11,7 @@ from hypothesis import settings
 settings.register_profile("moesaic", deadline=None)  # a busy machine is no defect
 settings.load_profile("moesaic")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; servers under test inherit it
-os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # as in actors/ray_runtime.py
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # as in actors/ray_shells/runtime.py
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,6 +37,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No host is slow: where a test counts hedged parts, a busy machine must not add to them."""
-    from actors.experts import host_times
+    from cluster.execution import host_times
 
     monkeypatch.setattr(host_times, "_LEAST_S", 3600.0)

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from actors.experts.activations import Activation
-from actors.experts.formats.base import TORCH_DTYPES
-from actors.experts.formats.dense import DenseFormat
-from actors.experts.formats.expert import ExpertForm, ExpertWeights
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.links import Link
-from actors.experts.memory.slots import SlotForm, held_expert_bytes
 from actors.experts.memory.store import ExpertStore, LinkFactory
-from actors.experts.policies.base import Scorer
-from actors.experts.policies.lru import LruScorer
-from actors.experts.reader import ExpertReader
-from actors.model.expert_layout import ConversionRules, ExpertLayout, derive_layout
-from actors.model.safetensors_index import read_index
+from actors.weights.activation_functions import Activation
+from actors.weights.expert_layout import ConversionRules, ExpertLayout, derive_layout
+from actors.weights.formats.base import TORCH_DTYPES
+from actors.weights.formats.dense import DenseFormat
+from actors.weights.formats.expert import ExpertForm, ExpertWeights
+from actors.weights.reader import ExpertReader
+from actors.weights.slots import SlotForm, held_expert_bytes
 from cluster.errors import ExpertReadError
+from cluster.model.safetensors_index import read_index
+from cluster.policies.base import Scorer
+from cluster.policies.eviction.lru import LruScorer
 from cluster.types import ExpertId
 
 HIDDEN, INTERMEDIATE = 40, 24

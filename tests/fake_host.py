@@ -22,10 +22,11 @@ from actors.data_plane.channel import ExpertChannel, Hello, HostEndpoint, Welcom
 from actors.data_plane.connect import Carrier, Connector
 from actors.data_plane.frames import Answer, DispatchFrame, FrameError, decode_dispatch, encode_answer
 from actors.data_plane.grpc_stream import ExpertServer
+from actors.data_plane.task import DispatchTask
+from actors.expert_host.batching_pool import BatchingPool
+from actors.expert_host.device_owner import DeviceOwner
+from actors.expert_host.handler import HostHandler
 from actors.experts.backend import ExpertBackend
-from actors.host.batching_pool import BatchingPool, DispatchTask
-from actors.host.device_owner import DeviceOwner
-from actors.host.handler import HostHandler
 from cluster.errors import MoesaicError
 
 DIM, NUM_EXPERTS, TOP_K, LAYERS, MAX_ROWS = 16, 8, 2, (0, 3), 64

@@ -8,11 +8,11 @@ import pytest
 from fakes import FakeAttentionWorker
 from fastapi import FastAPI
 
-from cluster.config_sections import FrontendConfig
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.http_app import create_app
-from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import ModelInfo, load_model_info
+from cluster.config.sections import FrontendConfig
+from cluster.frontend.generation.service import GenerationService
+from cluster.frontend.generation.tokenizer import Tokenizer
+from cluster.frontend.http.app import create_app
+from cluster.model.info import ModelInfo, load_model_info
 from cluster.observability.metrics import FrontendMetrics
 
 

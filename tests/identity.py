@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from live_server import poll
 
-from actors.engine.build import EngineParts, HostAccess, build_engine
+from actors.attention.build import HostAccess, build_engine
 from actors.engine.engine import Engine, StepOutput
-from actors.expert_host import ExpertHost
+from actors.engine.parts import EngineParts
+from actors.expert_host.host import ExpertHost
 from actors.experts.memory.peer import Peers
 from actors.experts.memory.remote import Shelves
-from cluster.config import load_config
+from cluster.config.load import load_config
 from cluster.loadgen.prompts import BUNDLED_PROMPTS
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams, StartupPhase
 
 NEAR_TIE = 1e-4

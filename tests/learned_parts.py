@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from actors.experts.learned_state import NUM_LEARNED, Arrays, Learned
-from actors.learned_state_loop import Answer, LearnedParts
 from cluster.errors import ConfigError
+from cluster.policies.learned_state import NUM_LEARNED, Arrays, Learned
+from cluster.stats.learned_state_loop import Answer, LearnedParts
 
 
 class LearnedMean:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from actors.data_plane.channel import ExpertChannel, HostEndpoint, HostLost, Welcome
 from actors.data_plane.frames import Answer, CombineFrame, DispatchFrame, RefusalFrame, RefusalReason
+from actors.expert_client.dispatch import HostDispatcher
+from actors.expert_client.host_links import HostLinks
+from actors.expert_client.local_memory import LocalMemory
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
-from actors.experts.host_links import HostLinks
-from actors.experts.local_memory import LocalMemory
-from actors.experts.recorder import ActivationRecorder
-from actors.experts.remote_dispatch import HostDispatcher
+from actors.gates.activation_recorder import ActivationRecorder
 from cluster.errors import ExpertReadError
 
 NUM_EXPERTS, TOP_K, LAYER = 6, 3, 1

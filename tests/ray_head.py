@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from live_server import clean_environment, end_all, free_port, make_root, poll, processes_of
 
-from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT
+from cluster.frontend.serve_proxy.answers import PROXY_ENVIRONMENT
 
 _BIN = Path(sys.executable).parent
 _LIST_ACTORS = """

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.scheduler.reports import HostReport, WorkerReport
 from cluster.semantics.knowledge import Knowledge
+from cluster.status.reports import HostReport, WorkerReport
 from cluster.types import GenerationRequest, RequestId, SamplingParams, StartupPhase
 
 LAYERS, NUM_EXPERTS, TOP_K = (0, 1), 4, 2

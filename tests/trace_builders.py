@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.experts.trace import GateTrace, TracedModel, TracedRequest
+from cluster.policies.trace import GateTrace, TracedModel, TracedRequest
 
 DIM = 8
 

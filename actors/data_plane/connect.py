@@ -10,8 +10,8 @@ from typing import Literal
 from actors.data_plane.channel import ExpertChannel, HostEndpoint, StreamLimits
 from actors.data_plane.frames import combine_bytes, dispatch_bytes
 from actors.data_plane.shared_memory import connect_shared_memory
-from cluster.config_sections import ExpertsConfig
-from cluster.sizes import parse_size
+from cluster.config.sections import ExpertsConfig
+from cluster.config.sizes import parse_size
 
 Carrier = Literal["auto", "shared_memory", "grpc", "actor_call"]
 

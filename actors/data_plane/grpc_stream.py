@@ -33,9 +33,9 @@ from actors.data_plane.grpc_messages import (
     read_welcome,
     welcome_message,
 )
-from actors.handshake import Handshake, new_nonce
-from actors.host.batching_pool import DispatchTask
-from cluster.addresses import join_address
+from actors.data_plane.task import DispatchTask
+from cluster.network.addresses import join_address
+from cluster.network.handshake import Handshake, new_nonce
 from cluster.rpc import expert_pb2 as pb
 from cluster.rpc import expert_pb2_grpc
 

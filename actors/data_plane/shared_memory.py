@@ -32,7 +32,7 @@ from actors.data_plane.frames import (
     decode_answer,
     encode_dispatch,
 )
-from actors.handshake import NONCE_BYTES, Handshake, new_nonce
+from cluster.network.handshake import NONCE_BYTES, Handshake, new_nonce
 
 NUM_SLOTS = 4
 WAKE = struct.Struct("<IQ")  # slot, bytes of the frame in it

@@ -18,8 +18,9 @@ from actors.engine.batcher import ScheduledRows
 from actors.engine.model_runner import ModelRunner
 from actors.engine.sequence import Sequence
 from actors.engine.step import StepFailed
-from actors.experts.dispatch import ExpertWork, LocalDispatcher
-from actors.experts.recorder import ActivationRecorder
+from actors.experts.dispatch import LocalDispatcher
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.gates.work import ExpertWork
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
 from actors.model.seams import IMPLEMENTATION, bind

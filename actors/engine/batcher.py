@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from actors.engine.kv_blocks import KvBlocks
 from actors.engine.sequence import Sequence, SequenceState
 from cluster.errors import Overloaded
-from cluster.scheduler.cobatching import CoBatching
+from cluster.semantics.co_batching import CoBatching
 
 _MAX_SCORED_ROWS = 64  # rows of a step that are scored against the whole vocabulary: logits are 0.6 MB each at 150,000
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from actors.engine.build import EngineParts
+from actors.engine.parts import EngineParts
 from actors.experts.memory.store import ExpertStore
-from actors.node_memory.leases import MemoryLease
+from cluster.config.sizes import parse_cache_size
 from cluster.errors import ConfigError, InvalidRequest, NothingToChange
-from cluster.sizes import parse_cache_size
+from cluster.node_memory.leases import MemoryLease
 
 _FIELD = "experts.cache"
 

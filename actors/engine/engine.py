@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from actors.engine.model_runner import ModelRunner  # imports transformers: seconds that a fake runner need not wait
-    from actors.experts.recorder import ActivationRecorder
+    from actors.gates.activation_recorder import ActivationRecorder
     from actors.kernels.sampling import SamplingKernel
     from cluster.semantics.knowledge import Knowledge
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import StepFailed
 from cluster.errors import MoesaicError, Unavailable, codes_of
-from cluster.observability.logs import log_event
+from cluster.logs import log_event
 from cluster.types import RequestId
 
 _LOG = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from actors.engine.paged_kv import paged_kv
 from actors.engine.signal_tap import SignalTap
 from actors.engine.step import StepFailed, StepInputs, pack_rows, packed_order
 from actors.engine.unsound import blame, is_sound, unsound_rows
-from actors.experts.dispatch import Dispatcher, ExpertWork
+from actors.experts.dispatch import Dispatcher
+from actors.gates.work import ExpertWork
 from actors.kernels.native import NativeKernels
 from actors.model.checkpoint import LoadedModel
 from actors.model.seams import PackedCache, bind, cache_argument

@@ -29,10 +29,10 @@ class Sequence:
     of itself later does not count, nor what one finds that an earlier worker began.
     counts: what penalties are computed from; None when there are none.
     prompt_logprobs: those of the prompt tokens scored so far, until the first token takes them along.
-    expected, overtaken: for co-batching, see cluster/scheduler/cobatching.py.
+    expected, overtaken: for co-batching, see cluster/semantics/co_batching.py.
     rules: what the request says of tokens, prepared; None when it says nothing.
     arrived_s, queued_s: by the engine's clock, when it came; and how long it waited for its first rows, None before.
-    cluster: kind of prompt that its rows are counted for (actors/experts/recorder.py), -1 for none.
+    cluster: kind of prompt that its rows are counted for (actors/gates/activation_recorder.py), -1 for none.
     """
 
     request: GenerationRequest

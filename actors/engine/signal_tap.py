@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import StepInputs, packed_order
-from actors.experts.conductor import Conductor, LayerTimes
-from actors.experts.dispatch import ExpertWork
-from actors.experts.gate_tap import GateReader, gate_modules, means
-from actors.experts.signals import GateSignal, StepSignal
+from actors.experts.policy_runner import Conductor, LayerTimes
+from actors.gates.reader import GateReader, gate_modules, means
+from actors.gates.work import ExpertWork
 from actors.kernels.search import load_search
+from cluster.policies.signals import GateSignal, StepSignal
 from cluster.types import RequestId
 
 

@@ -2,7 +2,7 @@
 
 Knows the order in which a step packs its rows; knows nothing of files or prompts' text.
 
-Shapes: as in actors/experts/trace.py.
+Shapes: as in cluster/policies/trace.py.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import packed_order
-from actors.experts.gate_tap import GateRows, GateTap
-from actors.experts.trace import GateTrace, TracedModel, TracedRequest
+from actors.gates.reader import GateRows, GateTap
 from cluster.errors import InvalidOutput
+from cluster.policies.trace import GateTrace, TracedModel, TracedRequest
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 if TYPE_CHECKING:
-    from actors.engine.build import EngineParts
     from actors.engine.model_runner import ModelRunner
-    from cluster.model_info import ModelInfo
+    from actors.engine.parts import EngineParts
+    from cluster.model.info import ModelInfo
 
 
 @dataclass(slots=True)

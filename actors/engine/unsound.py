@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from actors.experts.dispatch import ExpertWork
+from actors.gates.work import ExpertWork
 from cluster.errors import InvalidOutput
-from cluster.observability.logs import log_event
+from cluster.logs import log_event
 
 _LOG = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.node_memory.leases import MemoryLease
-from cluster.sizes import AUTO, parse_cache_size
+from cluster.config.sizes import AUTO, parse_cache_size
+from cluster.node_memory.leases import MemoryLease
 
 
 def expert_budget(setting: str, *, total_bytes: int, lease: MemoryLease, field: str, most: int | None = None) -> int:

@@ -9,25 +9,26 @@ from functools import partial
 from actors.experts.backend import ExpertBackend
 from actors.experts.budget import expert_budget
 from actors.experts.compute import ExpertCompute
-from actors.experts.conductor import Conductor
-from actors.experts.formats.base import TORCH_DTYPES
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.links import Link
-from actors.experts.memory.slots import SlotForm, held_expert_bytes
 from actors.experts.memory.store import ExpertStore
 from actors.experts.memory.views import view_bytes_for
-from actors.experts.policies.base import Scorer
-from actors.experts.policies.build import WITHOUT_GATES, PolicyContext, build_policies
-from actors.experts.policies.published import PublishedScores
-from actors.experts.predict.meter import CostMeter
-from actors.experts.reader import ExpertReader
+from actors.experts.policy_runner import Conductor
 from actors.kernels.native import NativeKernels
+from actors.kernels.search import load_search
 from actors.model.checkpoint import LoadedModel
-from actors.node_memory.leases import MemoryLease
-from cluster.config_sections import ExpertsConfig
-from cluster.scheduler.request_mix import RequestMix
-from cluster.sizes import parse_cache_size
+from actors.weights.formats.base import TORCH_DTYPES
+from actors.weights.reader import ExpertReader
+from actors.weights.slots import SlotForm, held_expert_bytes
+from cluster.config.sections import ExpertsConfig
+from cluster.config.sizes import parse_cache_size
+from cluster.node_memory.leases import MemoryLease
+from cluster.policies.base import Scorer
+from cluster.policies.build import WITHOUT_GATES, PolicyContext, PolicySettings, build_policies
+from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.semantics.request_mix import RequestMix
 
 FormedLink = Callable[[SlotForm, RamArena], Link]
 _FIRST_GUESS_S = 1e-3  # of a load's and a layer's time, until they are measured
@@ -118,6 +119,7 @@ class BackendBuilder:
             num_slots=min(budget_bytes // form.slot_bytes, form.grid.size),
             embedding_dim=self._loaded.layout.hidden,
             costs=meter.costs,
+            settings=PolicySettings(kernels=load_search()),
         )
 
     def _store(

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.experts.formats.base import Matrix
-from actors.experts.formats.expert import ExpertForm, ExpertWeights
 from actors.kernels.native import NativeKernels
 from actors.kernels.timing import best_time
+from actors.weights.formats.base import Matrix
+from actors.weights.formats.expert import ExpertForm, ExpertWeights
 
 _NEVER = 1 << 30
 _ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

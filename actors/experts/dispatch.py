@@ -9,29 +9,15 @@ Shapes: T token rows, D model dim, K experts per token (top-k).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from actors.experts.backend import ExpertBackend
-from actors.experts.conductor import Conductor
-from actors.experts.recorder import ActivationRecorder
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWork:
-    """What one MoE layer asks for: rows, the gate's choice and its weights.
-
-    clusters_T: int32, the cluster of prompts that each row belongs to, -1 for none; None: none of the rows has one.
-    """
-
-    layer: int
-    hidden_TD: Tensor
-    topk_ids_TK: Tensor
-    topk_weights_TK: Tensor
-    clusters_T: Tensor | None = None
+from actors.experts.policy_runner import Conductor
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.gates.work import ExpertWork
 
 
 class Dispatcher(Protocol):

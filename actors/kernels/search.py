@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from actors.experts.signals import GateSignal
+from cluster.policies.signals import GateSignal
 
 _FOLLOWED_SIZES = ("S", "L", "A", "E", "R")
 _FOLLOWED_ARRAYS = (
@@ -90,6 +90,10 @@ class SearchKernels:
         self._follow.argtypes = [ctypes.POINTER(Followed), size, pointer, pointer, pointer, code, pointer]
         for function in (self._read_gate, self._follow, self._learn):
             function.restype = None
+
+    def followed(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> FollowedArrays:
+        """A step for `follow` and `learn`. Args: arrays: float32 (used: bool), contiguous; written to in place."""
+        return FollowedArrays(sizes, discount, arrays)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return self  # code, no state

@@ -13,22 +13,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actors.experts.activations import activation_of
 from actors.model.attention_layers import AttentionLayer, outline_attention
 from actors.model.dense_weights import DenseSource, load_dense
-from actors.model.expert_layout import (
+from actors.model.quantization import fp8_block_size
+from actors.model.seams import experts_modules, layer_of
+from actors.model.skeleton import build_skeleton, read_config
+from actors.weights.activation_functions import activation_of
+from actors.weights.expert_layout import (
     ExpertLayout,
     ModuleForm,
     conversion_rules,
     derive_layout,
 )
-from actors.model.quantization import fp8_block_size
-from actors.model.safetensors_index import TensorRef, read_index
-from actors.model.seams import experts_modules, layer_of
-from actors.model.skeleton import build_skeleton, read_config
 from cluster.errors import CheckpointError
-from cluster.fingerprint import held_dtype
-from cluster.model_info import ModelInfo
+from cluster.model.fingerprint import held_dtype
+from cluster.model.info import ModelInfo
+from cluster.model.safetensors_index import TensorRef, read_index
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 

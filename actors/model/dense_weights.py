@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from actors.model.expert_layout import ConversionRules, ExpertLayout, is_expert_key
 from actors.model.file_check import check_against_file
 from actors.model.quantization import FP8, dequantize_dense
-from actors.model.safetensors_index import TensorRef
 from actors.model.skeleton import set_tensor
+from actors.weights.expert_layout import ConversionRules, ExpertLayout, is_expert_key
 from cluster.errors import CheckpointError
+from cluster.model.safetensors_index import TensorRef
 
 _STORED = ("F32", "BF16", "F16")
 _NAMED = 3  # so many unused tensors are named, the others counted

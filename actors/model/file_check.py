@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.experts.formats.base import TORCH_DTYPES
 from actors.model.quantization import FP8, dequantize_dense
-from actors.model.safetensors_index import TensorRef
+from actors.weights.formats.base import TORCH_DTYPES
 from cluster.errors import CheckpointError
+from cluster.model.safetensors_index import TensorRef
 
 _WHOLE_BYTES = 64 * 1024
 _NUM_SAMPLES = 16

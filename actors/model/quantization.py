@@ -1,6 +1,6 @@
 """Which quantised checkpoints are read as they are, and how their dense weights become floats at load.
 
-Experts stay as stored (actors.experts.formats). Dense weights are dequantised once, to the model's dtype: a tensor's
+Experts stay as stored (actors.weights.formats). Dense weights are dequantised once, to the model's dtype: a tensor's
 stored dtype says whether it was quantised, so modules left out (`modules_to_not_convert`) need no list here.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.experts.formats.base import FLOAT_DTYPES, TORCH_DTYPES, Matrix
-from actors.experts.formats.fp8_block import Fp8BlockFormat
-from actors.model.safetensors_index import TensorRef
+from actors.weights.formats.base import FLOAT_DTYPES, TORCH_DTYPES, Matrix
+from actors.weights.formats.fp8_block import Fp8BlockFormat
 from cluster.errors import CheckpointError
-from cluster.model_info import ModelInfo
+from cluster.model.info import ModelInfo
+from cluster.model.safetensors_index import TensorRef
 
 FP8 = "F8_E4M3"
 

@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from actors.model.seams import IMPLEMENTATION, register_seams
 from cluster.errors import CheckpointError
-from cluster.model_info import ModelInfo
+from cluster.model.info import ModelInfo
 
 _OTHER_ATTENTION = re.compile(r"Indexer|Mamba|DeltaNet|DeltaAttention|LightningAttention|ShortConv|Recurrent")
 

@@ -130,7 +130,7 @@ def _decode(codec: Tokenizer, ids: Sequence[int]) -> str:
 def _load_tokenizer(model: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    from cluster.model_info import resolve_model
+    from cluster.model.info import resolve_model
 
     path = resolve_model(model) / "tokenizer.json"
     if not path.is_file():

@@ -31,7 +31,7 @@ def widen(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from actors.convert.widen import widen_checkpoint
-    from cluster.model_info import resolve_model
+    from cluster.model.info import resolve_model
 
     source = resolve_model(src)
     columns = (TextColumn("widening"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())

@@ -47,9 +47,9 @@ def diagnose(
 
 def diagnosis_of_trace(path: Path, num_hosts: int, num_workers: int, rates: Rates) -> dict[str, Any]:
     """Learned from the earlier half of the requests of every domain, scored on the later half."""
-    from actors.experts.trace import load_trace
     from cluster.cli.trace_loads import count_trace, trace_inputs
-    from cluster.scheduler.diagnose import DiagnosisInputs, diagnose
+    from cluster.control.diagnose import DiagnosisInputs, diagnose
+    from cluster.policies.trace import load_trace
     from cluster.semantics.expectation import mutual_information
 
     recorded = load_trace(path)
@@ -73,7 +73,7 @@ def print_diagnosis(found: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.scheduler.placement.explain import snapshot_text
+    from cluster.placement.explain import snapshot_text
 
     if found["phases"]:
         table = Table("", *(str(phase["phase"]) for phase in found["phases"]))

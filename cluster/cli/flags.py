@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from cluster.cli.trace_loads import Rates
-    from cluster.config import MoesaicConfig
+    from cluster.config.load import MoesaicConfig
 
 Model = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="Local Hugging Face directory, hub id, or moesaic-demo.")
@@ -113,8 +113,8 @@ def read_config(path: Path | None, overrides: Overrides, *, with_model: bool = T
     Raises:
         ConfigError: names the field, file or model.
     """
-    from cluster.config import load_config
-    from cluster.model_info import read_model_info
+    from cluster.config.load import load_config
+    from cluster.model.info import read_model_info
 
     config = load_config(path, overrides)
     if with_model:
@@ -155,8 +155,8 @@ def trace_rates(
         InvalidRequest: names the flag.
     """
     from cluster.cli.trace_loads import Rates
+    from cluster.config.sizes import parse_size
     from cluster.errors import InvalidRequest
-    from cluster.sizes import parse_size
 
     try:
         share = float(spare.removesuffix("%")) / (100 if spare.endswith("%") else 1)

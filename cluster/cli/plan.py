@@ -59,10 +59,10 @@ def plan(
 
 def plan_of_trace(path: Path, num_hosts: int, rates: Any) -> dict[str, Any]:
     """Planned by the earlier half of the requests; `balance_scored` is what it comes to on the later half."""
-    from actors.experts.trace import load_trace
     from cluster.cli.trace_loads import count_trace, scored_balance, trace_inputs
-    from cluster.scheduler.placement import plan_placement
-    from cluster.scheduler.placement.explain import plan_as_dict
+    from cluster.placement import plan_placement
+    from cluster.placement.explain import plan_as_dict
+    from cluster.policies.trace import load_trace
 
     if num_hosts < 1:
         raise InvalidRequest(f"--hosts {num_hosts}: at least 1")
@@ -81,7 +81,7 @@ def print_plan(found: Mapping[str, Any], limit: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.scheduler.placement.explain import COLUMNS, plan_headline, plan_rows
+    from cluster.placement.explain import COLUMNS, plan_headline, plan_rows
 
     for line in plan_headline(found):
         typer.echo(line)

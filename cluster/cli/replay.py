@@ -58,11 +58,13 @@ def replay(
     plot: Annotated[Path | None, typer.Option(help="PNG or SVG to draw.")] = None,
 ) -> None:
     """Hit rates, bytes and times of policies over a trace: discrete events, the live policy code."""
-    from actors.experts.trace import load_trace
+    from actors.kernels.search import load_search
+    from cluster.config.sizes import parse_size
+    from cluster.policies.build import PolicySettings
+    from cluster.policies.trace import load_trace
     from cluster.replay.machine import Processor
     from cluster.replay.result import with_bounds
     from cluster.replay.sweep import Sweep, learn_past, replay_cells
-    from cluster.sizes import parse_size
 
     try:
         size = None if expert_bytes is None else parse_size(expert_bytes)
@@ -82,6 +84,7 @@ def replay(
             predict_s=predict_ms / 1e3,
             predict_on_path=predict_on_path,
         ),
+        settings=PolicySettings(kernels=load_search()),
     )
     learned = None
     if past is not None:

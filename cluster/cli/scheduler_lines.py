@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from cluster.scheduler.placement.explain import snapshot_text
+from cluster.placement.explain import snapshot_text
 
 
 def scheduler_lines(page: dict[str, Any] | None) -> list[str]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.config import MoesaicConfig
-    from cluster.config_sections import ModelConfig
+    from cluster.config.load import MoesaicConfig
+    from cluster.config.sections import ModelConfig
 
 
 class _UnknownHost(ConfigError):
@@ -24,7 +24,7 @@ class _UnknownHost(ConfigError):
 
 def check_settings(config: MoesaicConfig) -> None:
     """Raises: ConfigError: everything that is wrong with `config` on this machine."""
-    from cluster.config_check import check_possible
+    from cluster.config.check import check_possible
     from cluster.process_environment import check_temporary_directory
 
     problems: list[str] = []
@@ -48,10 +48,10 @@ def check_files(model: ModelConfig, learned_state: str | None) -> None:
         CheckpointError: names the file and the tensor.
         ConfigError: the file of learned state is damaged or of another model, or none can be saved there.
     """
-    from actors.experts.learned_state import check_learned
-    from actors.model.safetensors_index import read_index
-    from cluster.frontend.tokenizer import Tokenizer
-    from cluster.model_info import read_model_info, resolve_model
+    from cluster.frontend.generation.tokenizer import Tokenizer
+    from cluster.model.info import read_model_info, resolve_model
+    from cluster.model.safetensors_index import read_index
+    from cluster.policies.learned_state import check_learned
 
     directory = resolve_model(model.path)
     read_index(directory)
@@ -106,14 +106,14 @@ def _check_ports(config: MoesaicConfig, problems: list[str]) -> None:
 
 
 def _check_length(config: MoesaicConfig) -> None:
-    from cluster.model_info import read_model_info
+    from cluster.model.info import read_model_info
 
     model = config.model
     read_model_info(model)
 
 
 def _check_tls(config: MoesaicConfig) -> None:
-    from cluster.frontend.tls_files import read_tls_files
+    from cluster.frontend.security.tls_files import read_tls_files
 
     if config.grpc.enabled:
         read_tls_files(config.grpc)

@@ -12,9 +12,9 @@ from cluster.cli.server_client import auth_headers, fetch_model_name, raise_for_
 from cluster.errors import Unavailable
 
 if TYPE_CHECKING:
-    from cluster.config import MoesaicConfig
-    from cluster.frontend.generation import GenerationService
-    from cluster.frontend.sequence import SamplingOptions
+    from cluster.config.load import MoesaicConfig
+    from cluster.frontend.generation.sequence import SamplingOptions
+    from cluster.frontend.generation.service import GenerationService
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class LocalSource:
 
     def __init__(self, config: MoesaicConfig) -> None:
         from cluster.app import local_service  # brings in torch
-        from cluster.model_info import read_model_info
+        from cluster.model.info import read_model_info
 
         self._model = read_model_info(config.model).name
         self._service: GenerationService = local_service(config)
@@ -149,6 +149,6 @@ def open_source(url: str | None, *, model: str | None, api_key: str | None, conf
 
 
 def _sampling(options: TextOptions) -> SamplingOptions:
-    from cluster.frontend.sequence import SamplingOptions
+    from cluster.frontend.generation.sequence import SamplingOptions
 
     return SamplingOptions(**options.given())

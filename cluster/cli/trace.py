@@ -13,7 +13,7 @@ from cluster.cli.command_group import CommandGroup
 from cluster.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from actors.experts.trace import GateTrace, TracedRequest
+    from cluster.policies.trace import GateTrace, TracedRequest
 
 app = typer.Typer(cls=CommandGroup, help="Record and show gate traces.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -41,10 +41,10 @@ def record(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from actors.engine.build import build_engine
+    from actors.attention.build import build_engine
     from actors.engine.trace_recorder import record_trace
-    from cluster.frontend.tokenizer import Tokenizer
-    from cluster.model_info import read_model_info
+    from cluster.frontend.generation.tokenizer import Tokenizer
+    from cluster.model.info import read_model_info
     from cluster.types import SamplingParams
 
     overrides = flags.engine_overrides(
@@ -78,7 +78,7 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="TRACE", help="A recorded trace.")], as_json: flags.AsJson = False
 ) -> None:
     """What a trace holds."""
-    from actors.experts.trace import load_trace
+    from cluster.policies.trace import load_trace
 
     facts = _facts(load_trace(path))
     if as_json:
@@ -110,7 +110,7 @@ def _facts(recorded: GateTrace) -> dict[str, Any]:
 
 
 def _read_prompts(path: Path, encode: Any, max_tokens: int, limit: int | None) -> list[TracedRequest]:
-    from actors.experts.trace import TracedRequest
+    from cluster.policies.trace import TracedRequest
 
     try:
         lines = path.read_text().split("\n")  # splitlines would cut JSON strings at U+2028

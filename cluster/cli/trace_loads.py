@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cluster.errors import InvalidRequest
-from cluster.scheduler.placement import (
+from cluster.placement import (
     PhaseLoad,
     PlacementHost,
     PlacementInputs,
@@ -20,13 +20,13 @@ from cluster.scheduler.placement import (
     forecast,
     persistence,
 )
-from cluster.scheduler.placement.cost import balance, demands_of
-from cluster.scheduler.placement.inputs import owned_array
-from cluster.scheduler.plan import Placement
+from cluster.placement.cost import balance, demands_of
+from cluster.placement.inputs import owned_array
+from cluster.placement.plan import Placement
 from cluster.types import Phase, Tier
 
 if TYPE_CHECKING:
-    from actors.experts.trace import GateTrace
+    from cluster.policies.trace import GateTrace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

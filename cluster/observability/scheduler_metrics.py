@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from cluster.scheduler.status import SchedulerStatus
+from cluster.status.scheduler import SchedulerStatus
 
 
 def scheduler_metrics_text(status: SchedulerStatus | None) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.experts.policies.base import PolicySet
-from actors.experts.policies.eviction_order import EvictionOrder
-from actors.experts.signals import Grid
+from cluster.policies.base import PolicySet
+from cluster.policies.eviction.eviction_order import EvictionOrder
+from cluster.policies.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT
 from cluster.replay.machine import Machine
 from cluster.replay.outcome import ReplayCounts, ReplayOutcome, StepLedger

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.experts.policies.base import Scorer
-from actors.experts.policies.eviction_order import EvictionOrder
-from actors.experts.predict.base import Forecast
-from actors.experts.signals import Grid
+from cluster.policies.base import Scorer
+from cluster.policies.eviction.eviction_order import EvictionOrder
+from cluster.policies.prefetch.base import Forecast
+from cluster.policies.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link
 
 

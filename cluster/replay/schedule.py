@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.experts.signals import GateSignal, Grid, SignalListener, StepSignal
-from actors.experts.trace import GateTrace, RequestRows
+from cluster.policies.signals import GateSignal, Grid, SignalListener, StepSignal
+from cluster.policies.trace import GateTrace, RequestRows
 
 
 @dataclass(frozen=True, slots=True)

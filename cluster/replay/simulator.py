@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from actors.experts.policies.base import PolicySet
-from actors.experts.policies.published import PublishedScores
-from actors.experts.predict.base import BEFORE_FIRST
-from actors.experts.predict.meter import CostMeter
-from actors.experts.ring import RingPlan, uses_nearly_all
-from actors.experts.signals import Grid
+from cluster.policies.base import PolicySet
+from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.prefetch.base import BEFORE_FIRST
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.ring import RingPlan, uses_nearly_all
+from cluster.policies.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
 from cluster.replay.machine import Machine
 from cluster.replay.memory import ReplayMemory, WantedExperts

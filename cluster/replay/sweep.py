@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from actors.experts.future import Future, UsesToCome
-from actors.experts.map_store import MapStore
-from actors.experts.next_use import NextUse
-from actors.experts.policies.base import PolicySet
-from actors.experts.policies.build import PRICED, PolicyContext, PolicySettings, build_policies
-from actors.experts.predict.meter import CostMeter
-from actors.experts.request_activations import ActivationTracker
-from actors.experts.signals import Grid, SignalListener
-from actors.experts.trace import GateTrace
 from cluster.errors import InvalidRequest
+from cluster.policies.base import PolicySet
+from cluster.policies.build import PRICED, PolicyContext, PolicySettings, build_policies
+from cluster.policies.expert_maps.store import MapStore
+from cluster.policies.future import Future, UsesToCome
+from cluster.policies.next_use.estimate import NextUse
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.request_activations import ActivationTracker
+from cluster.policies.signals import Grid, SignalListener
+from cluster.policies.trace import GateTrace
 from cluster.replay.demand import replay_demand
 from cluster.replay.machine import Machine, Processor
 from cluster.replay.outcome import ReplayOutcome

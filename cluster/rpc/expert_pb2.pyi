@@ -190,7 +190,7 @@ class WorkerHello(_message.Message):
     nonce: _builtins.bytes
     """32 bytes that were never used before."""
     proof: _builtins.bytes
-    """HMAC-SHA256 under the host's secret over both nonces; see `actors/handshake.py`."""
+    """HMAC-SHA256 under the host's secret over both nonces; see `cluster/network/handshake.py`."""
     def __init__(
         self,
         *,

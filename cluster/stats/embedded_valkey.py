@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.addresses import join_address
+from cluster.network.addresses import join_address
 
 _PR_SET_PDEATHSIG = 1
 _LOOPBACK = "127.0.0.1"

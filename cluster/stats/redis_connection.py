@@ -15,8 +15,8 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
-from cluster.addresses import join_address
 from cluster.errors import ConfigError
+from cluster.network.addresses import join_address
 
 if TYPE_CHECKING:
     import redis

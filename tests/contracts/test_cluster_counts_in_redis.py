@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.cluster_counts import ClusterCounts
-from actors.statistics_loop import StatisticsLoop
 from cluster.protocols import StateStore
 from cluster.semantics.statistics import no_statistics
+from cluster.stats.cluster_counts import ClusterCounts
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.fallback_store import FallbackStore
 from cluster.stats.redis_store import RedisStore
+from cluster.stats.statistics_loop import StatisticsLoop
 from cluster.types import ClusterActivations, Phase
 
 NUM_EXPERTS = 3

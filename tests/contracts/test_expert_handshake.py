@@ -19,7 +19,7 @@ from actors.data_plane.channel import ExpertChannel, HostLost
 from actors.data_plane.connect import Carrier
 from actors.data_plane.frames import CombineFrame
 from actors.data_plane.grpc_stream import ExpertServer
-from actors.handshake import NONCE_BYTES, Handshake, new_nonce
+from cluster.network.handshake import NONCE_BYTES, Handshake, new_nonce
 from cluster.rpc import expert_pb2_grpc
 
 

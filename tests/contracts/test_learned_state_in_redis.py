@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from learned_parts import LearnedMean, states_of
 
-from actors.experts.map_store import MapStore
-from actors.experts.signals import Grid
-from actors.learned_state_loop import LearnedStateLoop
+from cluster.policies.expert_maps.store import MapStore
+from cluster.policies.signals import Grid
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.fallback_store import FallbackStore
+from cluster.stats.learned_state_loop import LearnedStateLoop
 from cluster.stats.redis_store import RedisStore
 
 DEADLINE_S = 20.0

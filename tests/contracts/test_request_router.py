@@ -19,10 +19,10 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest, RequestRouter
 from scheduler_values import bits, generation, knowledge, worker_report
 
-from actors.request_router import ExpertRequestRouter
-from actors.scheduler_link import SchedulerLink
+from actors.ray_shells.request_router import ExpertRequestRouter
+from actors.ray_shells.scheduler_client import SchedulerLink
 from cluster.errors import Unavailable
-from cluster.scheduler.reports import RoutingView
+from cluster.status.reports import RoutingView
 from cluster.types import Tier
 
 DEADLINE_S = 10.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import app
-from cluster.config import load_config, take_secrets_from, to_tree, without_store
+from cluster.config.load import load_config, take_secrets_from, to_tree, without_store
 
 CLIENT, OPERATOR, PASSWORD = "key-of-the-clients", "key-of-the-operators", "password-of-redis"
 SECRETS = {
@@ -28,28 +28,28 @@ def secrets_in(value: object) -> set[str]:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[object]]:
     """What `build` gives to each process, by its name; nothing is started."""
-    import actors.deployments
-    import actors.expert_host_actor
-    import actors.expert_shelf
-    import actors.gateway
-    import actors.scheduler_actor
+    import actors.ray_shells.deployments
+    import actors.ray_shells.gateway_actors
+    import actors.ray_shells.host_actor
+    import actors.ray_shells.scheduler_actor
+    import actors.ray_shells.shelf_actor
 
     given: dict[str, list[object]] = {}
 
     def note(name: str) -> Any:
         return lambda *args, **_: given.setdefault(name, []).extend(args)
 
-    monkeypatch.setattr(actors.expert_host_actor, "start_expert_hosts", note("hosts"))
-    monkeypatch.setattr(actors.expert_shelf, "start_shelves", note("shelves"))
-    monkeypatch.setattr(actors.scheduler_actor, "start_scheduler", note("scheduler"))
-    monkeypatch.setattr(actors.gateway.Gateways, "start", lambda _, *args: note("gateway")(args[1]))
-    monkeypatch.setattr(actors.gateway.Gateways, "check_port", lambda *_: None)
-    monkeypatch.setattr(actors.scheduler_actor, "begin_deployment", lambda *_: None)
-    monkeypatch.setattr(actors.deployments, "_num_front_ends", lambda: 1)
-    monkeypatch.setattr(actors.deployments, "AttentionWorkerReplica", SimpleNamespace)
+    monkeypatch.setattr(actors.ray_shells.host_actor, "start_expert_hosts", note("hosts"))
+    monkeypatch.setattr(actors.ray_shells.shelf_actor, "start_shelves", note("shelves"))
+    monkeypatch.setattr(actors.ray_shells.scheduler_actor, "start_scheduler", note("scheduler"))
+    monkeypatch.setattr(actors.ray_shells.gateway_actors.Gateways, "start", lambda _, *args: note("gateway")(args[1]))
+    monkeypatch.setattr(actors.ray_shells.gateway_actors.Gateways, "check_port", lambda *_: None)
+    monkeypatch.setattr(actors.ray_shells.scheduler_actor, "begin_deployment", lambda *_: None)
+    monkeypatch.setattr(actors.ray_shells.deployments, "_num_front_ends", lambda: 1)
+    monkeypatch.setattr(actors.ray_shells.deployments, "AttentionWorkerReplica", SimpleNamespace)
     monkeypatch.setattr(app, "check_redis", lambda *_, **__: None)
-    monkeypatch.setattr(actors.deployments.serve, "deployment", lambda **_: lambda _: _Bound(given))
-    monkeypatch.setattr(actors.deployments.serve, "ingress", lambda: lambda cls: cls)
+    monkeypatch.setattr(actors.ray_shells.deployments.serve, "deployment", lambda **_: lambda _: _Bound(given))
+    monkeypatch.setattr(actors.ray_shells.deployments.serve, "ingress", lambda: lambda cls: cls)
     app.build_as(load_config(None, SECRETS), served_as=None)
     return given
 
@@ -100,7 +100,7 @@ def test_every_secret_field_is_a_key_that_is_taken_out() -> None:
     """A new SecretStr must be put on the list."""
     from pydantic import SecretStr
 
-    from cluster.config import KEY_FIELDS, MoesaicConfig
+    from cluster.config.load import KEY_FIELDS, MoesaicConfig
 
     found = {
         name

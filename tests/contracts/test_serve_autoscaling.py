@@ -14,9 +14,9 @@ from ray.serve._private.common import DeploymentID, ReplicaID, ReplicaMetricRepo
 from ray.serve._private.config import DeploymentConfig, ReplicaConfig
 from ray.serve._private.deployment_info import DeploymentInfo
 
-from actors.autoscaling import DemandMeter, worker_autoscaling
-from cluster.config import MoesaicConfig, load_config
-from cluster.scheduler.scaling import WorkerLoad
+from actors.ray_shells.autoscaling import DemandMeter, worker_autoscaling
+from cluster.config.load import MoesaicConfig, load_config
+from cluster.scaling.rules import WorkerLoad
 
 DEPLOYMENT = DeploymentID(name="AttentionWorker", app_name="moesaic")
 

@@ -20,7 +20,7 @@ from ray.serve._private.http_util import (
 from ray.serve._private.proxy import HTTPProxy
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cluster.frontend.proxy_answers import PROXY_ENVIRONMENT, ProxyAnswers
+from cluster.frontend.serve_proxy.answers import PROXY_ENVIRONMENT, ProxyAnswers
 
 PATH = "/v1/completions"
 BODY = {"model": "m", "prompt": "x"}

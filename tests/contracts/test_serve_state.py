@@ -1,4 +1,4 @@
-"""What actors/serve_state.py uses of Serve that Serve does not promise, held against the Serve that is installed."""
+"""What serve_state.py uses of Serve that Serve does not promise, held against the Serve that is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow  # Ray Serve takes seconds to import
 def test_the_controller_has_the_name_by_which_it_is_looked_up() -> None:
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    from actors.serve_state import CONTROLLER, CONTROLLER_NAMESPACE
+    from actors.ray_shells.serve_state import CONTROLLER, CONTROLLER_NAMESPACE
 
     assert (CONTROLLER, CONTROLLER_NAMESPACE) == (SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
 
@@ -21,7 +21,7 @@ def test_it_answers_with_the_status_and_the_deployments_of_each_application() ->
     from ray.serve._private.controller import ServeController
     from ray.serve.schema import ApplicationDetails, ApplicationStatus, ServeInstanceDetails
 
-    from cluster.scheduler.presence import ServedApplication
+    from cluster.control.presence import ServedApplication
 
     assert list(inspect.signature(ServeController.get_serve_instance_details).parameters)[1:2] in ([], ["source"])
     assert "applications" in ServeInstanceDetails.model_fields

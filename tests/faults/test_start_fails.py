@@ -10,8 +10,8 @@ import pytest
 from damaged_checkpoints import truncated, with_shape
 from live_server import LiveServer, launched
 
-from actors.experts.learned_state import save_learned
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
+from cluster.policies.learned_state import save_learned
 
 pytestmark = pytest.mark.ray
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.app import local_service
-from cluster.config import from_tree
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.sequence import SamplingOptions, TextChunk
-from cluster.model_info import load_model_info
+from cluster.config.load import from_tree
+from cluster.frontend.generation.sequence import SamplingOptions, TextChunk
+from cluster.frontend.generation.service import GenerationService
+from cluster.model.info import load_model_info
 from cluster.types import FinishReason
 
 CHAT = ({"role": "user", "content": "What is 12 + 30?"},)

@@ -16,11 +16,11 @@ from damaged_checkpoints import (
 )
 from typer.testing import CliRunner
 
-from actors.engine.build import build_engine
+from actors.attention.build import build_engine
 from cluster.cli.main import app
-from cluster.config import from_tree
+from cluster.config.load import from_tree
 from cluster.errors import CheckpointError, ConfigError
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 
 pytestmark = pytest.mark.slow  # transformers' models take seconds to import
 

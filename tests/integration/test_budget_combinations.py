@@ -16,7 +16,7 @@ from identity import Case, Reference, assert_identical, engine_parts, expert_hos
 from model_builders import build_checkpoint
 
 from actors.experts.memory.remote import ShelfFacts, form_digest
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
 

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors.attention_worker import AttentionWorker
+from actors.attention.status import worker_status
+from actors.attention.worker import AttentionWorker
 from actors.model.checkpoint import LoadedModel, load_model
 from actors.model.file_check import check_against_file
-from actors.model.safetensors_index import read_index
-from actors.worker_report import worker_status
-from cluster.config import load_config
+from cluster.config.load import load_config
 from cluster.errors import CheckpointError
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
+from cluster.model.safetensors_index import read_index
 from cluster.stats.memory_store import MemoryStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

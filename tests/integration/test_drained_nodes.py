@@ -18,14 +18,14 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from scheduler_values import worker_report
 
-from actors.detached import DetachedActors, Kind
-from actors.expert_host_actor import start_expert_hosts
-from actors.expert_host_calls import expert_hosts
-from actors.scheduler_actor import start_scheduler
-from actors.scheduler_link import Claim, agreed_digest
-from cluster.config import MoesaicConfig, load_config
+from actors.ray_shells.host_actor import start_expert_hosts
+from actors.ray_shells.host_calls import expert_hosts
+from actors.ray_shells.named_actors import DetachedActors, Kind
+from actors.ray_shells.scheduler_actor import start_scheduler
+from actors.ray_shells.scheduler_client import Claim, agreed_digest
+from cluster.config.load import MoesaicConfig, load_config
 from cluster.deployed_spec import specify
-from cluster.scheduler.status import SchedulerStatus
+from cluster.status.scheduler import SchedulerStatus
 
 pytestmark = [pytest.mark.ray, pytest.mark.nightly, pytest.mark.timeout(600)]
 

@@ -16,11 +16,11 @@ from quantised_builders import FP8_BLOCK, Pair, build_fp8, build_gpt_oss, edit
 from torch import Tensor
 
 from actors.experts.compute import KernelPlan
-from actors.experts.formats.base import TORCH_DTYPES
-from actors.experts.memory.slots import held_expert_bytes
 from actors.model.checkpoint import load_model
+from actors.weights.formats.base import TORCH_DTYPES
+from actors.weights.slots import held_expert_bytes
 from cluster.errors import CheckpointError
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 
 pytestmark = pytest.mark.slow
 

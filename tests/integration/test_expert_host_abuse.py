@@ -36,7 +36,7 @@ from fake_host import (
 from actors.data_plane.channel import ExpertChannel
 from actors.data_plane.frames import CombineFrame, DispatchFrame, encode_dispatch
 from actors.data_plane.shared_memory import WAKE
-from actors.handshake import NONCE_BYTES, Handshake, new_nonce
+from cluster.network.handshake import NONCE_BYTES, Handshake, new_nonce
 
 SLOTS, SLOT_BYTES = 2, 4096
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -273,7 +273,7 @@ def test_hundred_connections_that_come_and_go(host: FakeHost) -> None:
 
 
 def test_connections_that_never_say_hello_are_ended_in_time(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.host.handler.CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("actors.expert_host.handler.CONNECT_TIMEOUT_S", 0.2)
     peers = [_dial(host) for _ in range(30)]
     with contextlib.closing(connect("shared_memory", host.endpoint)) as channel:
         _serve(channel)

@@ -28,10 +28,10 @@ from live_server import poll
 from model_builders import DEMO, FAMILIES, build_checkpoint
 
 from actors.data_plane.channel import Welcome
-from actors.experts.remote_dispatch import HostDispatcher
+from actors.expert_client.dispatch import HostDispatcher
 from cluster.errors import ExpertReadError
-from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import load_model_info
+from cluster.frontend.generation.tokenizer import Tokenizer
+from cluster.model.info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("patient")

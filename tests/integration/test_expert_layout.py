@@ -9,9 +9,9 @@ import torch
 from expert_builders import RULES, write_safetensors
 from torch import Tensor
 
-from actors.model.expert_layout import ExpertLayout, conversion_rules, derive_layout, is_expert_key
-from actors.model.safetensors_index import TensorRef, read_index
+from actors.weights.expert_layout import ExpertLayout, conversion_rules, derive_layout, is_expert_key
 from cluster.errors import CheckpointError
+from cluster.model.safetensors_index import TensorRef, read_index
 from cluster.types import ExpertId
 
 HIDDEN, WIDTH, EXPERTS, LAYERS = 6, 4, 3, 2

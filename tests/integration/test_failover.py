@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-import actors.worker_client as worker_client
-from actors.engine.progress import Progress
-from actors.failover_gate import FailoverGate
-from actors.token_outbox import TokenOutbox
-from actors.token_stream import StreamAddress
-from actors.worker_client import ServeWorkerClient
+import actors.ray_shells.worker_client as worker_client
+from actors.ray_shells.worker_client import ServeWorkerClient
 from cluster.application import ApplicationId
 from cluster.errors import InvalidRequest, MoesaicError, Overloaded, Unavailable
+from cluster.routing.failover_gate import FailoverGate
+from cluster.token_stream.frames import StreamAddress
+from cluster.token_stream.outbox import TokenOutbox
+from cluster.token_stream.progress import Progress
 from cluster.types import FinishReason, GenerationRequest, RequestId, SamplingParams, TokenChunk
 
 DEADLINE_S = 20.0

@@ -22,8 +22,8 @@ from actors.engine.attention_check import AttentionCheck
 from actors.kernels.native import load_native
 from actors.model.checkpoint import LoadedModel, load_model
 from cluster.errors import CheckpointError
-from cluster.kv_budget import values_per_token
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
+from cluster.model.kv_budget import values_per_token
 from cluster.types import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -46,7 +46,7 @@ def test_other_family_answers_as_transformers(tmp_path: Path, family: str) -> No
 def test_without_compiled_kernels_latents_and_sinks_answer_as_transformers(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.engine.build.load_native", lambda **_: None)
+    monkeypatch.setattr("actors.attention.build.load_native", lambda **_: None)
 
     _assert_served_exactly(build_checkpoint(tmp_path, family), num_cases=2)
 

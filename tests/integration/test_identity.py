@@ -25,10 +25,11 @@ from tokenizers import Tokenizer
 from actors.engine.batcher import ScheduledRows
 from actors.engine.model_runner import ModelRunner
 from actors.engine.sequence import Sequence
-from actors.experts.dispatch import Dispatcher, ExpertWork
+from actors.experts.dispatch import Dispatcher
+from actors.gates.work import ExpertWork
 from actors.kernels.native import load_native
 from actors.model.checkpoint import load_model
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

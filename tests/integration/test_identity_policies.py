@@ -10,8 +10,8 @@ from identity import PAIRS, Case, Reference, assert_identical, demo_cases, engin
 from model_builders import DEMO, NUM_EXPERTS, TOP_K, build_checkpoint
 from tokenizers import Tokenizer
 
-from cluster.config_sections import ExpertsConfig
-from cluster.model_info import load_model_info
+from cluster.config.sections import ExpertsConfig
+from cluster.model.info import load_model_info
 from cluster.types import Tier
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

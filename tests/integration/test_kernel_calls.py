@@ -14,7 +14,7 @@ from model_builders import FAMILIES, build_checkpoint
 from actors.kernels.native import NativeKernels
 from actors.kernels.sampling import SamplingKernel
 from actors.kernels.search import SearchKernels
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 from cluster.types import SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from live_server import poll
 
-from actors.attention_worker import AttentionWorker
-from actors.experts.learned_state import load_learned, num_learned, save_learned
-from cluster.config import load_config
-from cluster.model_info import load_model_info
+from actors.attention.worker import AttentionWorker
+from cluster.config.load import load_config
+from cluster.model.info import load_model_info
+from cluster.policies.learned_state import load_learned, num_learned, save_learned
 from cluster.protocols import StateStore
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.memory_store import MemoryStore

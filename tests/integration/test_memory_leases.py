@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from damaged_checkpoints import truncated
 
-from actors.engine.build import build_engine, build_host_backend
-from cluster.config import load_config
+from actors.attention.build import build_engine
+from actors.expert_host.build import build_host_backend
+from cluster.config.load import load_config
+from cluster.config.sizes import parse_size
 from cluster.errors import ConfigError
-from cluster.model_info import load_model_info
-from cluster.sizes import parse_size
+from cluster.model.info import load_model_info
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,7 @@ def promised(directory: Path) -> list[dict[str, int]]:
 
 
 def test_budgets_of_both_kinds_are_promised_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.node_memory.leases.lease_directory", lambda: tmp_path)
+    monkeypatch.setattr("cluster.node_memory.leases.lease_directory", lambda: tmp_path)
     info = load_model_info("moesaic-demo")
     experts = {"cache": "50%", "host_tier": "60%"}
     parts = build_engine(load_config(None, {"experts": experts, "attention": {"kv_cache": "16MiB"}}), info, threads=1)
@@ -45,7 +46,7 @@ def test_budgets_of_both_kinds_are_promised_and_given_back(tmp_path: Path, monke
 
 
 def test_nothing_stays_promised_by_one_that_could_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.node_memory.leases.lease_directory", lambda: tmp_path)
+    monkeypatch.setattr("cluster.node_memory.leases.lease_directory", lambda: tmp_path)
     config = load_config(None, {"experts": {"cache": "1"}, "attention": {"kv_cache": "16MiB"}})
 
     with pytest.raises(Exception, match="minimum"):

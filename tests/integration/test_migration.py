@@ -16,14 +16,14 @@ from identity import Case, Reference, assert_identical, demo_cases, engine_parts
 from live_server import poll
 from model_builders import DEMO
 
-from actors.engine.build import EngineParts
-from actors.expert_host import ExpertHost
-from actors.experts.remote_dispatch import HostDispatcher
-from actors.migration import MigrationRunner
-from cluster.frontend.tokenizer import Tokenizer
-from cluster.scheduler.migration import CommandKind, MigrationPhase
-from cluster.scheduler.plan import Placement
-from cluster.scheduler.stages import experts_of
+from actors.engine.parts import EngineParts
+from actors.expert_client.dispatch import HostDispatcher
+from actors.expert_host.host import ExpertHost
+from cluster.control.migrator import MigrationRunner
+from cluster.frontend.generation.tokenizer import Tokenizer
+from cluster.placement.migration import CommandKind, MigrationPhase
+from cluster.placement.plan import Placement
+from cluster.placement.stages import experts_of
 from cluster.types import ExpertId, GenerationRequest, RequestId
 
 pytestmark = pytest.mark.usefixtures("patient")

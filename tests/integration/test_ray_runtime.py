@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from live_server import clean_environment, end_all, make_root
 
-from actors.ray_runtime import RayRuntime
+from actors.ray_shells.runtime import RayRuntime
 from cluster.application import ApplicationId
 from cluster.errors import ConfigError, Unavailable
 
@@ -74,7 +74,7 @@ def test_a_ray_of_our_own_has_a_token_that_no_file_holds(
 
 _RUN_A_TASK = """
 import ray
-from actors.ray_runtime import RayRuntime
+from actors.ray_shells.runtime import RayRuntime
 from cluster.application import ApplicationId
 RayRuntime(address=None, application=ApplicationId("n", "a"), environment={})
 print(ray.get(ray.remote(lambda: "it runs").remote()))

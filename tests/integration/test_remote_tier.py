@@ -18,21 +18,21 @@ from live_server import poll
 from model_builders import DEMO
 from ray.cluster_utils import Cluster
 
-from actors.expert_shelf import RayShelves, expert_shelves, start_shelves
-from actors.experts.formats.expert import ExpertWeights
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.remote import RemoteLink, ShelfFacts, remote_source
-from actors.experts.memory.slots import SlotForm
 from actors.experts.memory.store import ExpertStore, LinkFactory
-from actors.experts.policies.lru import LruScorer
-from actors.experts.reader import ExpertReader
 from actors.model.checkpoint import LoadedModel, load_model
+from actors.ray_shells.shelf_actor import RayShelves, expert_shelves, start_shelves
+from actors.weights.formats.expert import ExpertWeights
+from actors.weights.reader import ExpertReader
+from actors.weights.slots import SlotForm
 from cluster.application import ApplicationId
-from cluster.config import MoesaicConfig, load_config
+from cluster.config.load import MoesaicConfig, load_config
 from cluster.deployed_spec import specify
-from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import ModelInfo, read_model_info
+from cluster.frontend.generation.tokenizer import Tokenizer
+from cluster.model.info import ModelInfo, read_model_info
+from cluster.policies.eviction.lru import LruScorer
 from cluster.types import Tier
 
 pytestmark = pytest.mark.ray

@@ -9,7 +9,7 @@ from identity import engine_parts
 from model_builders import DEMO
 
 from actors.engine.engine import Engine
-from cluster.frontend.tokenizer import Tokenizer
+from cluster.frontend.generation.tokenizer import Tokenizer
 from cluster.loadgen.prompts import BUNDLED_PROMPTS
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 

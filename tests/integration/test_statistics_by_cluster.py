@@ -9,7 +9,7 @@ import pytest
 from identity import engine_parts
 from model_builders import NUM_EXPERTS, TOP_K, build_checkpoint
 
-from actors.engine.build import EngineParts
+from actors.engine.parts import EngineParts
 from cluster.semantics.knowledge import Knowledge
 from cluster.semantics.statistics import COUNT, DECODE, MASS, PREFILL
 from cluster.types import GenerationRequest, RequestId, SamplingParams

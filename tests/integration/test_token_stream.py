@@ -9,13 +9,13 @@ from functools import partial
 
 import pytest
 
-import actors.token_outbox as token_outbox
-from actors.engine.progress import Progress
-from actors.token_inbox import TokenInbox
-from actors.token_outbox import TokenOutbox
-from actors.token_stream import StreamAddress, write_frame
-from actors.unsent_bytes import UnsentBytes
+import cluster.token_stream.outbox as token_outbox
 from cluster.errors import Overloaded, Unavailable, WorkerLost
+from cluster.network.unsent_bytes import UnsentBytes
+from cluster.token_stream.frames import StreamAddress, write_frame
+from cluster.token_stream.inbox import TokenInbox
+from cluster.token_stream.outbox import TokenOutbox
+from cluster.token_stream.progress import Progress
 from cluster.types import FinishReason, GenerationRequest, RequestId, SamplingParams, TokenChunk
 
 DEADLINE_S = 10.0
@@ -270,7 +270,7 @@ def test_a_lost_front_end_stops_what_streamed_to_it() -> None:
 
 
 def test_a_stranger_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.token_inbox.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("cluster.token_stream.inbox.CONNECT_TIMEOUT_S", 0.5)
 
     async def test(inbox: TokenInbox, outbox: TokenOutbox, _: Source) -> None:
         address = await inbox.address()

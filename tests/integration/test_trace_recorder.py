@@ -10,8 +10,8 @@ from identity import engine_parts
 from model_builders import NUM_EXPERTS, TOP_K, build_checkpoint
 
 from actors.engine.trace_recorder import record_trace
-from actors.experts.trace import GateTrace, TracedRequest
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
+from cluster.policies.trace import GateTrace, TracedRequest
 from cluster.types import SamplingParams
 
 pytestmark = pytest.mark.slow

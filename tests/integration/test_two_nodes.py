@@ -20,7 +20,7 @@ from identity import Case, Reference, assert_identical
 from live_server import COMMAND, free_port, poll
 from model_builders import DEMO
 
-from cluster.frontend.tokenizer import Tokenizer
+from cluster.frontend.generation.tokenizer import Tokenizer
 from cluster.loadgen.prompts import BUNDLED_PROMPTS
 
 pytestmark = pytest.mark.ray

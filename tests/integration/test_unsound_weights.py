@@ -17,8 +17,8 @@ from damaged_checkpoints import poisoned
 from identity import PAIRS, engine_parts, expert_hosts
 from model_builders import build_checkpoint
 
-from actors.engine.build import EngineParts
 from actors.engine.engine import Engine
+from actors.engine.parts import EngineParts
 from cluster.errors import CheckpointError, InvalidOutput, MoesaicError
 from cluster.types import ExpertId, GenerationRequest, RequestId, SamplingParams
 

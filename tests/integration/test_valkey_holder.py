@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 from live_server import poll
 
-import actors.valkey_actor as valkey_actor
-from actors.valkey_actor import ValkeyHolder
+import actors.ray_shells.valkey_actor as valkey_actor
+from actors.ray_shells.valkey_actor import ValkeyHolder
 from cluster.stats.redis_store import RedisStore
 
 

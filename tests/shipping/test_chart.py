@@ -13,7 +13,7 @@ import pytest
 import yaml
 from kubernetes_schemas import problems
 
-from cluster.config import from_tree
+from cluster.config.load import from_tree
 
 helm = pytest.importorskip("helm_python", reason="Helm's SDK is in the dev extra; it has wheels for some platforms")
 
@@ -175,7 +175,7 @@ def test_pods_are_as_many_as_the_configuration_says_and_have_what_it_asks_of_ray
 
 
 def test_secrets_come_from_secrets_under_names_that_the_configuration_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.config import load_config
+    from cluster.config.load import load_config
 
     spec = _rayservice(FULL)
     for name, group in _groups(spec).items():

@@ -29,7 +29,7 @@ def test_an_installed_wheel_finds_its_embedded_model_away_from_the_checkout(tmp_
     (packages,) = prefix.glob("lib/python*/site-packages")
 
     code = (
-        "import cluster, actors, cluster.model_info as m;"
+        "import cluster, actors, cluster.model.info as m;"
         "info = m.load_model_info('moesaic-demo'); print(cluster.__file__, actors.__file__, info.path)"
     )
     # The checkout must not be on the path: an editable install hides every shipping mistake.

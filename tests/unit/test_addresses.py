@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.addresses import join_address, listens_everywhere, local_host
+from cluster.network.addresses import join_address, listens_everywhere, local_host
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config import load_config
-from cluster.config_check import impossible_settings
+from cluster.config.check import impossible_settings
+from cluster.config.load import load_config
 from cluster.errors import ConfigError
 
 

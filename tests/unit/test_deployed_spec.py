@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from model_builders import DEMO
 
-from actors.detached import ActorName
-from cluster.config import from_tree, load_config, to_tree
+from actors.ray_shells.named_actors import ActorName
+from cluster.config.load import from_tree, load_config, to_tree
 from cluster.deployed_spec import DeployedSpec, specify
 from cluster.errors import CheckpointError, ConfigError
 

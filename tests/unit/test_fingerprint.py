@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.config_sections import ModelConfig
+from cluster.config.sections import ModelConfig
 from cluster.errors import CheckpointError
-from cluster.fingerprint import Mode, page_offsets, text_fingerprint
-from cluster.model_info import read_model_info
+from cluster.model.fingerprint import Mode, page_offsets, text_fingerprint
+from cluster.model.info import read_model_info
 
 _LAYERS, _ROWS = 6, 4096
 _CONFIG = {"model_type": "qwen3_moe", "max_position_embeddings": 4096, "vocab_size": 512}
@@ -192,7 +192,7 @@ def test_a_file_that_is_being_written_is_refused(tmp_path: Path, monkeypatch: py
         with (model / "model.safetensors").open("ab") as file:
             file.write(b"more")
 
-    monkeypatch.setattr("cluster.fingerprint.recall", grow)
+    monkeypatch.setattr("cluster.model.fingerprint.recall", grow)
     with pytest.raises(CheckpointError, match="changed while they were read"):
         _fingerprint(model)
 

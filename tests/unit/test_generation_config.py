@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 
 from cluster.errors import CheckpointError
-from cluster.generation_config import SamplingDefaults
-from cluster.model_info import ModelInfo, load_model_info
+from cluster.model.generation_config import SamplingDefaults
+from cluster.model.info import ModelInfo, load_model_info
 
 CONFIG = {"model_type": "mixtral", "vocab_size": 100, "max_position_embeddings": 512}
 BPE = {"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 7}}, "added_tokens": [{"id": 9, "content": "<|end|>"}]}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cluster import app
-from cluster.config import load_config
+from cluster.config.load import load_config
 from cluster.errors import ConfigError
-from cluster.kv_budget import USUAL_BYTES, KvPlan, blocks_for, plan_kv, value_bytes, values_per_token
+from cluster.model.kv_budget import USUAL_BYTES, KvPlan, blocks_for, plan_kv, value_bytes, values_per_token
 
 GIB = 2**30
 QWEN3_30B_A3B: dict[str, Any] = {
@@ -116,7 +116,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def _settle(monkeypatch: pytest.MonkeyPatch, model: Path, free: float, **fields: Any) -> tuple[int | None, list[str]]:
-    monkeypatch.setattr("actors.node_memory.limits.free_memory_bytes", lambda: int(free))
+    monkeypatch.setattr("cluster.node_memory.limits.free_memory_bytes", lambda: int(free))
     notices: list[str] = []
     sections = {"model": {"path": str(model)}, "attention": {}} | fields
     return app.settle_length(load_config(None, sections), notices.append).model.max_model_len, notices

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.memory_share import LeaseFacts, MemoryLevel, fair_share, is_within, open_bytes, unpromised_bytes
+from cluster.node_memory.share import LeaseFacts, MemoryLevel, fair_share, is_within, open_bytes, unpromised_bytes
 
 
 def lease(open_bytes: int, *, group: str = "/", family: str = "m", is_settled: bool = True) -> LeaseFacts:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import CheckpointError, ConfigError
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 
 LONGROPE = {"type": "longrope", "original_max_position_embeddings": 4096, "short_factor": [1.0], "long_factor": [2.0]}
 

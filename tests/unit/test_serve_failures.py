@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.serve_failures import first_line, reason_of
+from actors.ray_shells.serve_failures import first_line, reason_of
 
 _PAGE = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
 Traceback (most recent call last):

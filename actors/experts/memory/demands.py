@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Iterable
 
-from actors.experts.memory.slots import SlotForm
 from actors.experts.memory.stage import Stage
 from actors.experts.memory.transfers import Transfer
+from actors.weights.slots import SlotForm
 from cluster.errors import ExpertReadError
 from cluster.types import Tier
 

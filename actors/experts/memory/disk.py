@@ -5,8 +5,8 @@ from __future__ import annotations
 import mmap
 
 from actors.experts.memory.arena import RamArena
-from actors.experts.memory.slots import SlotForm
-from actors.experts.reader import ExpertReader
+from actors.weights.reader import ExpertReader
+from actors.weights.slots import SlotForm
 from cluster.types import Tier
 
 

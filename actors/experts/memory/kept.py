@@ -1,6 +1,6 @@
 """Experts that a memory is to have: fetched ahead of need, and evicted after all others. What a host owns.
 
-Knows stages and experts as indices; who owns what is decided elsewhere (actors/host/owned_experts.py).
+Knows stages and experts as indices; who owns what is decided elsewhere (actors/expert_host/owned_experts.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from actors.experts.memory.slots import SlotForm
 from actors.experts.memory.stage import Stage
+from actors.weights.slots import SlotForm
 
 _POLL_S = 2e-3
 

@@ -1,7 +1,7 @@
 """Experts from the memory of another expert host: the link that takes them while hosts get new experts.
 
-Knows who offers what, bytes and their checksums; knows no Ray (actors/expert_host_actor.py). Losing a peer costs time
-only: whoever wanted one of its experts reads it from disk.
+Knows who offers what, bytes and their checksums; knows no Ray (actors/ray_shells/host_actor.py). Losing a peer costs
+time only: whoever wanted one of its experts reads it from disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from actors.experts.memory.remote import RemoteReadError, form_digest
 from cluster.types import ExpertId, Tier
 
 if TYPE_CHECKING:
-    from actors.experts.memory.slots import SlotForm
+    from actors.weights.slots import SlotForm
 
 _TIMEOUT_S = 5.0
 

@@ -1,7 +1,7 @@
 """Experts from the memory of other nodes: the link that takes them from shelves into an arena.
 
-Knows what shelves say of themselves, and bytes; knows no Ray (actors/expert_shelf.py) and no policies. Losing a shelf
-costs time, never a request: its experts are gone from `has` at once, and whoever wanted one reads it from disk.
+Knows what shelves say of themselves, and bytes; knows no Ray (actors/ray_shells/shelf_actor.py) and no policies. Losing
+a shelf costs time, never a request: its experts are gone from `has` at once, and whoever wanted one reads it from disk.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cluster.errors import ExpertReadError
 from cluster.types import Tier
 
 if TYPE_CHECKING:  # whoever starts shelves gets by without torch
-    from actors.experts.memory.slots import SlotForm
+    from actors.weights.slots import SlotForm
 
 _REFRESH_S = 30.0
 _FILLING_S = 2.0  # between looks at shelves that are still taking experts in

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from actors.experts.memory.arena import RamArena
-from actors.experts.policies.base import Scorer
-from actors.experts.policies.eviction_order import EvictionOrder
+from cluster.policies.base import Scorer
+from cluster.policies.eviction.eviction_order import EvictionOrder
 
 _ABSENT = -1
 

@@ -15,7 +15,6 @@ from functools import partial
 
 import numpy as np
 
-from actors.experts.formats.expert import ExpertWeights
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.backoff import ReadBackoff
 from actors.experts.memory.counters import MemoryCounters
@@ -26,11 +25,12 @@ from actors.experts.memory.kept import KeptExperts
 from actors.experts.memory.links import Link
 from actors.experts.memory.remote import RemoteLink
 from actors.experts.memory.residents import Residents
-from actors.experts.memory.slots import SlotForm
 from actors.experts.memory.stage import Stage
 from actors.experts.memory.transfers import Transfer
 from actors.experts.memory.views import ExpertViews
-from actors.experts.policies.base import Scorer
+from actors.weights.formats.expert import ExpertWeights
+from actors.weights.slots import SlotForm
+from cluster.policies.base import Scorer
 from cluster.types import ExpertId, Tier
 
 LinkFactory = Callable[[RamArena], Link]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from functools import partial
 
-from actors.experts.formats.expert import ExpertWeights
 from actors.experts.memory.arena import RamArena
-from actors.experts.memory.slots import SlotForm
+from actors.weights.formats.expert import ExpertWeights
+from actors.weights.slots import SlotForm
 
 SLOT_BYTES = 768
 """Of this process's memory for each slot in use: an entry here, addresses. Measured; tensors come on top."""

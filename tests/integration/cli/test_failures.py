@@ -12,9 +12,9 @@ import pytest
 from live_server import COMMAND, clean_environment, free_port
 from typer.testing import Result
 
-from actors.experts.learned_state import save_learned
 from cluster.errors import ConfigError
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
+from cluster.policies.learned_state import save_learned
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.redis_connection import check_redis
 

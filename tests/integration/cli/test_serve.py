@@ -11,7 +11,7 @@ import pytest
 from typer.testing import Result
 
 from cluster.cli.serve import elapsed_reporter
-from cluster.config import MoesaicConfig
+from cluster.config.load import MoesaicConfig
 
 
 def _install_app(monkeypatch: pytest.MonkeyPatch, code: int) -> list[MoesaicConfig]:

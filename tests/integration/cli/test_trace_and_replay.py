@@ -84,7 +84,7 @@ def test_wrong_flags_are_one_line_and_code_two(trace: Path, flags: list[str], sa
 def test_past_of_another_model_is_refused_with_both_fingerprints(trace: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from actors.experts.trace import load_trace
+    from cluster.policies.trace import load_trace
 
     other = load_trace(trace)
     replace(other, model=replace(other.model, fingerprint="e" * 16)).save(tmp_path / "o.npz")

@@ -18,9 +18,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 from live_server import free_port
 
-from cluster.config_sections import FrontendConfig, GrpcConfig
+from cluster.config.sections import FrontendConfig, GrpcConfig
 from cluster.errors import ConfigError, InvalidOutput, Overloaded
-from cluster.frontend.grpc_server import SERVICES, GrpcServer
+from cluster.frontend.grpc_api.server import SERVICES, GrpcServer
 from cluster.rpc import cluster_pb2, cluster_pb2_grpc
 from cluster.rpc import generation_pb2 as pb
 from cluster.rpc.generation_pb2_grpc import GenerationServiceStub

@@ -10,7 +10,7 @@ import openai
 import pytest
 from fakes import FakeAttentionWorker
 
-from cluster.frontend.sequence import SamplingOptions
+from cluster.frontend.generation.sequence import SamplingOptions
 from cluster.types import FinishReason
 
 CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

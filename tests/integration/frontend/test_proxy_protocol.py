@@ -12,8 +12,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from cluster.frontend.proxy_answers import middlewares
-from cluster.frontend.proxy_request_id import OneRequestId
+from cluster.frontend.serve_proxy.answers import middlewares
+from cluster.frontend.serve_proxy.request_id import OneRequestId
 
 DEADLINE_S = 20
 OFFER = b"Connection: %s\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"

@@ -11,9 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.engine.progress import Progress
-from actors.token_codec import CodecError, decode_frame, encode_frame
-from actors.unsent_bytes import UnsentBytes
 from cluster.errors import (
     DeadlineExceeded,
     ExpertReadError,
@@ -24,6 +21,9 @@ from cluster.errors import (
     Unavailable,
     WorkerLost,
 )
+from cluster.network.unsent_bytes import UnsentBytes
+from cluster.token_stream.codec import CodecError, decode_frame, encode_frame
+from cluster.token_stream.progress import Progress
 from cluster.types import FinishReason, RequestId, TokenChunk, TokenLogprob
 
 ids = st.integers(0, 2**31 - 1)

@@ -14,7 +14,7 @@ from knowledge_builders import embedding_of, make_knowledge
 from actors.engine.batcher import Batcher, ScheduledRows
 from actors.engine.sequence import Sequence, SequenceState
 from cluster.errors import Overloaded
-from cluster.scheduler.cobatching import CoBatching
+from cluster.semantics.co_batching import CoBatching
 
 
 def _add(batcher: Batcher, name: str, length: int, *, start: int = 0) -> Sequence:

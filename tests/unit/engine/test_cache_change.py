@@ -11,10 +11,10 @@ import pytest
 from expert_builders import ExpertFile, open_store, write_experts
 
 from actors.engine.cache_change import change_cache
-from actors.node_memory.leases import MemoryLease
-from cluster.config import load_config
+from cluster.config.load import load_config
 from cluster.errors import ConfigError, InvalidRequest, NothingToChange
-from cluster.memory_share import MemoryLevel
+from cluster.node_memory.leases import MemoryLease
+from cluster.node_memory.share import MemoryLevel
 
 SLOTS, SIZE = 4, 12
 PLENTY = 10**12

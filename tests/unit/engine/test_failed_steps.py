@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from actors.attention_worker import AttentionWorker
+from actors.attention.reporting import WorkerExchange
+from actors.attention.status import worker_status
+from actors.attention.worker import AttentionWorker
 from actors.engine.engine import StepOutput
 from actors.engine.failed_steps import FAILING_AFTER, FailedSteps
-from actors.worker_exchange import WorkerExchange
-from actors.worker_report import worker_status
-from cluster.config import load_config
+from cluster.config.load import load_config
 from cluster.errors import InvalidRequest, MoesaicError, Unavailable
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import RequestId
 

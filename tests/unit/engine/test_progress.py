@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.engine.progress import ProgressMeter
+from cluster.token_stream.progress import ProgressMeter
 
 
 class Clock:

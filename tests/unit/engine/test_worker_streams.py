@@ -12,13 +12,13 @@ import pytest
 from engine_builders import CountingRunner, make_engine, make_request
 from torch import Tensor
 
-from actors import attention_worker
-from actors.attention_worker import AttentionWorker
+from actors.attention import worker as attention_worker
+from actors.attention.worker import AttentionWorker
 from actors.engine.batcher import ScheduledRows
-from actors.experts.recorder import ActivationRecorder
-from cluster.config import load_config
+from actors.gates.activation_recorder import ActivationRecorder
+from cluster.config.load import load_config
 from cluster.errors import MoesaicError, Unavailable
-from cluster.model_info import load_model_info
+from cluster.model.info import load_model_info
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import FinishReason, RequestId, StartupPhase, TokenChunk
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from actors.experts.budget import expert_budget
-from actors.node_memory.leases import MemoryLease
-from actors.node_memory.limits import free_memory_bytes
-from cluster.memory_share import MemoryLevel
+from cluster.node_memory.leases import MemoryLease
+from cluster.node_memory.limits import free_memory_bytes
+from cluster.node_memory.share import MemoryLevel
 
 FIELD = "experts.cache"
 GB, MIB = 10**9, 2**20  # this process fills a little while it asks

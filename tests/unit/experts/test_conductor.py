@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from expert_builders import ExpertFile, open_store, write_experts
 
-from actors.experts.conductor import Conductor, LayerTimes
 from actors.experts.memory.store import ExpertStore
-from actors.experts.policies.base import PolicySet
-from actors.experts.policies.published import PublishedScores
-from actors.experts.predict.base import Forecast
-from actors.experts.predict.meter import CostMeter
-from actors.experts.signals import GateSignal, StepSignal
+from actors.experts.policy_runner import Conductor, LayerTimes
+from cluster.policies.base import PolicySet
+from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.prefetch.base import Forecast
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.signals import GateSignal, StepSignal
 
 NUM_EXPERTS, LAYERS = 6, 2
 SIZE = NUM_EXPERTS * LAYERS

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
-from actors.experts.dispatch import ExpertWork, LocalDispatcher
+from actors.experts.dispatch import LocalDispatcher
 from actors.experts.memory.store import ExpertStore
-from actors.experts.recorder import ActivationRecorder
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.gates.work import ExpertWork
 from actors.kernels.native import load_native
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,12 +8,12 @@ import pickle
 import pytest
 import torch
 
-from actors.experts.activations import Activation, activation_of
-from actors.experts.formats.base import Matrix
-from actors.experts.formats.dense import DenseFormat
-from actors.experts.formats.expert import ExpertForm, ExpertWeights
-from actors.experts.formats.fp8_block import Fp8BlockFormat
-from actors.experts.formats.mxfp4 import Mxfp4Format
+from actors.weights.activation_functions import Activation, activation_of
+from actors.weights.formats.base import Matrix
+from actors.weights.formats.dense import DenseFormat
+from actors.weights.formats.expert import ExpertForm, ExpertWeights
+from actors.weights.formats.fp8_block import Fp8BlockFormat
+from actors.weights.formats.mxfp4 import Mxfp4Format
 from cluster.errors import CheckpointError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.experts.gate_tap import GateTap, gate_probability
+from actors.gates.reader import GateTap, gate_probability
 from cluster.errors import CheckpointError
 
 DIM, EXPERTS, TOP_K = 6, 5, 2

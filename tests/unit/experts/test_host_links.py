@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 
 from actors.data_plane.channel import HostEndpoint, Welcome
-from actors.experts.host_links import HostLinks, Routes
+from actors.expert_client.host_links import HostLinks, Routes
 from cluster.errors import ConfigError, MoesaicError, Unavailable
-from cluster.scheduler.plan import Placement
+from cluster.placement.plan import Placement
 
 LAYERS, NUM_EXPERTS = (0, 4), 6
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.experts import learned_state
-from actors.experts.learned_state import (
+from cluster.errors import ConfigError
+from cluster.policies import learned_state
+from cluster.policies.learned_state import (
     Groups,
     check_learned,
     load_learned,
@@ -21,7 +22,6 @@ from actors.experts.learned_state import (
     save_learned,
     unpack_share,
 )
-from cluster.errors import ConfigError
 
 
 def _groups(value: float = 0.1) -> Groups:

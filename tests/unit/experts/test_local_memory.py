@@ -13,13 +13,13 @@ import torch
 from expert_builders import HIDDEN, ExpertFile, HeldLink, dense_form, dense_moe, open_store, write_experts
 from hypothesis import given, settings
 
+from actors.expert_client.local_memory import LocalMemory
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
-from actors.experts.dispatch import ExpertWork
-from actors.experts.local_memory import LocalMemory
 from actors.experts.memory.links import Link
 from actors.experts.memory.store import ExpertStore
-from actors.experts.recorder import ActivationRecorder
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.gates.work import ExpertWork
 from cluster.errors import ExpertReadError
 from cluster.types import ExpertId
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from trace_builders import DIM, clustered_trace
 
-from actors.experts.map_search import MapSearch, select_experts
-from actors.experts.map_store import MapStore
-from actors.experts.predict.fmoe import FmoePredictor
-from actors.experts.signals import Grid
 from cluster.errors import ConfigError
+from cluster.policies.expert_maps.search import MapSearch, select_experts
+from cluster.policies.expert_maps.store import MapStore
+from cluster.policies.prefetch.fmoe import FmoePredictor
+from cluster.policies.signals import Grid
 from cluster.replay.schedule import build_steps, grid_of
 from cluster.replay.sweep import show
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from actors.experts.next_use import NextUse
-from actors.experts.policies.eviction_order import EvictionOrder
-from actors.experts.policies.frequency import StaticScorer
-from actors.experts.policies.lru import LruScorer
-from actors.experts.policies.moesaic import MoesaicScorer
-from actors.experts.predict.base import BEFORE_FIRST, Forecast
-from actors.experts.predict.meter import CostMeter
-from actors.experts.predict.moesaic import LinkCosts, MoesaicPredictor
-from actors.experts.signals import GateSignal, Grid, StepSignal
+from cluster.policies.eviction.eviction_order import EvictionOrder
+from cluster.policies.eviction.frequency import StaticScorer
+from cluster.policies.eviction.lru import LruScorer
+from cluster.policies.eviction.moesaic import MoesaicScorer
+from cluster.policies.next_use.estimate import NextUse
+from cluster.policies.prefetch.base import BEFORE_FIRST, Forecast
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.prefetch.moesaic import LinkCosts, MoesaicPredictor
+from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid(layers=(0, 1, 2), num_experts=8, top_k=2)
 DIM = 8

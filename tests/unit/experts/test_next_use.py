@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from actors.experts.learned_state import NUM_LEARNED
-from actors.experts.next_use import NextUse, NextUseSettings
-from actors.experts.signals import GateSignal, Grid, StepSignal
 from cluster.errors import ConfigError
+from cluster.policies.learned_state import NUM_LEARNED
+from cluster.policies.next_use.estimate import NextUse, NextUseSettings
+from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid(layers=(0, 1, 2), num_experts=6, top_k=2)
 DIM = 8

@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from actors.experts.policies.eviction_order import EvictionOrder
-from actors.experts.policies.frequency import StaticScorer
-from actors.experts.policies.lru import LruScorer
+from cluster.policies.eviction.eviction_order import EvictionOrder
+from cluster.policies.eviction.frequency import StaticScorer
+from cluster.policies.eviction.lru import LruScorer
 
 SIZE = 6
 

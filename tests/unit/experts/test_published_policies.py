@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.experts.map_search import MapSearch
-from actors.experts.map_store import MapStore
-from actors.experts.policies.build import EVICTIONS, PREDICTIONS, PolicyContext, build_policies
-from actors.experts.policies.eam import EamScorer
-from actors.experts.policies.fmoe import FmoeScorer
-from actors.experts.policies.frequency import LfuScorer
-from actors.experts.policies.lru import LruPerLayerScorer
-from actors.experts.policies.mrs import MrsScorer
-from actors.experts.predict.base import BEFORE_FIRST
-from actors.experts.predict.eam import EamPredictor
-from actors.experts.predict.fmoe import FmoePredictor
-from actors.experts.predict.next_gate import NextGatePredictor
-from actors.experts.predict.whole_layer import WholeLayerPredictor
-from actors.experts.request_activations import ActivationCollection, ActivationTracker
-from actors.experts.signals import GateSignal, Grid, StepSignal
 from cluster.errors import ConfigError
+from cluster.policies.build import EVICTIONS, PREDICTIONS, PolicyContext, build_policies
+from cluster.policies.eviction.eam import EamScorer
+from cluster.policies.eviction.fmoe import FmoeScorer
+from cluster.policies.eviction.frequency import LfuScorer
+from cluster.policies.eviction.lru import LruPerLayerScorer
+from cluster.policies.eviction.mrs import MrsScorer
+from cluster.policies.expert_maps.search import MapSearch
+from cluster.policies.expert_maps.store import MapStore
+from cluster.policies.prefetch.base import BEFORE_FIRST
+from cluster.policies.prefetch.eam import EamPredictor
+from cluster.policies.prefetch.fmoe import FmoePredictor
+from cluster.policies.prefetch.next_gate import NextGatePredictor
+from cluster.policies.prefetch.whole_layer import WholeLayerPredictor
+from cluster.policies.request_activations import ActivationCollection, ActivationTracker
+from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid((3, 5), 4, 2)
 

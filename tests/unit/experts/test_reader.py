@@ -13,9 +13,9 @@ import torch
 from expert_builders import ExpertFile, write_experts
 from hypothesis import given, settings
 
-from actors.experts.reader import PAGE_BYTES, ExpertReader, plan_read
-from actors.model.safetensors_index import TensorRef
+from actors.weights.reader import PAGE_BYTES, ExpertReader, plan_read
 from cluster.errors import ExpertReadError
+from cluster.model.safetensors_index import TensorRef
 from cluster.types import ExpertId
 
 FILE, OTHER = Path("a.safetensors"), Path("b.safetensors")

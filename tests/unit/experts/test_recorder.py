@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from actors.experts.dispatch import ExpertWork
-from actors.experts.recorder import ActivationRecorder
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.gates.work import ExpertWork
 from actors.kernels.native import NativeKernels, load_native
 from cluster.semantics.knowledge import Knowledge
 from cluster.semantics.statistics import COUNT, MASS

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
-from actors.experts.dispatch import ExpertWork, LocalDispatcher
-from actors.experts.recorder import ActivationRecorder
+from actors.experts.dispatch import LocalDispatcher
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.gates.work import ExpertWork
 from actors.kernels.native import load_native
 from cluster.errors import ExpertReadError
-from cluster.scheduler.plan import Placement
+from cluster.placement.plan import Placement
 
 
 @pytest.fixture(scope="module")

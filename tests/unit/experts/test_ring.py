@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from actors.experts.ring import RingPlan, uses_nearly_all
-from actors.experts.signals import Grid
+from cluster.policies.ring import RingPlan, uses_nearly_all
+from cluster.policies.signals import Grid
 
 GRID = Grid((0, 1, 2, 5), 8, 2)
 

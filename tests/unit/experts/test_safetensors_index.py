@@ -13,8 +13,8 @@ import torch
 from expert_builders import write_safetensors
 from hypothesis import given, settings
 
-from actors.model.safetensors_index import read_index
 from cluster.errors import CheckpointError
+from cluster.model.safetensors_index import read_index
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.experts.gate_tap import GateReader
-from actors.experts.next_use import NextUse, NextUseSettings
-from actors.experts.signals import GateSignal, Grid, StepSignal
+from actors.gates.reader import GateReader
 from actors.kernels.search import SearchKernels, load_search
+from cluster.policies.next_use.estimate import NextUse, NextUseSettings
+from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid(layers=(0, 1, 2, 3, 4), num_experts=7, top_k=2)
 DIM = 6

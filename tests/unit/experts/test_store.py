@@ -13,10 +13,10 @@ from expert_builders import ExpertFile, Matrices, open_store, write_experts
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from actors.experts.formats.expert import ExpertWeights
 from actors.experts.memory.report import layers_report
-from actors.experts.memory.slots import held_expert_bytes
 from actors.experts.memory.store import ExpertStore
+from actors.weights.formats.expert import ExpertWeights
+from actors.weights.slots import held_expert_bytes
 from cluster.errors import ConfigError, ExpertReadError
 from cluster.types import ExpertId, Phase
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from trace_builders import clustered_trace, trace_of
 
-from actors.experts.trace import load_trace
 from cluster.errors import InvalidRequest
+from cluster.policies.trace import load_trace
 
 
 def test_file_gives_back_what_was_saved(tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from expert_builders import ExpertFile, open_store, write_experts
 
-from actors.experts.conductor import Conductor, LayerTimes
 from actors.experts.memory.store import ExpertStore
-from actors.experts.policies.base import PolicySet
-from actors.experts.policies.build import PolicyContext, build_policies
-from actors.experts.policies.published import PublishedScores
-from actors.experts.predict.base import BEFORE_FIRST, Forecast
-from actors.experts.predict.meter import CostMeter
-from actors.experts.predict.moesaic import LinkCosts
-from actors.experts.signals import GateSignal, Grid, StepSignal
+from actors.experts.policy_runner import Conductor, LayerTimes
+from cluster.policies.base import PolicySet
+from cluster.policies.build import PolicyContext, build_policies
+from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.prefetch.base import BEFORE_FIRST, Forecast
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.prefetch.moesaic import LinkCosts
+from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid((0, 1, 2), 8, 2)
 DIM = 6

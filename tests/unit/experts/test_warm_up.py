@@ -11,7 +11,7 @@ from expert_builders import ExpertFile, HeldLink, open_store, write_experts
 
 from actors.experts.memory.links import Link
 from actors.experts.memory.store import ExpertStore
-from actors.experts.warm_up import warm_up
+from actors.experts.memory.warm_up import warm_up
 from cluster.protocols import StateStore
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import Phase

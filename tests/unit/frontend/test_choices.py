@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 import pytest
 from fakes import AsgiCall, FakeAttentionWorker
 
-from cluster.config_sections import FrontendConfig
+from cluster.config.sections import FrontendConfig
 from cluster.errors import Overloaded
-from cluster.frontend.http_app import create_app
-from cluster.frontend.sequence import SamplingOptions
+from cluster.frontend.generation.sequence import SamplingOptions
+from cluster.frontend.http.app import create_app
 from cluster.types import FinishReason, GenerationRequest, RequestId, TokenChunk
 
 CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

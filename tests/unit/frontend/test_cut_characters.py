@@ -10,11 +10,11 @@ import pytest
 from byte_tokenizers import byte_fallback
 from fakes import FakeAttentionWorker
 
-from cluster.config_sections import FrontendConfig
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.grpc_convert import stream_response, whole_response
-from cluster.frontend.http_app import create_app
-from cluster.frontend.sequence import SamplingOptions
+from cluster.config.sections import FrontendConfig
+from cluster.frontend.generation.sequence import SamplingOptions
+from cluster.frontend.generation.service import GenerationService
+from cluster.frontend.grpc_api.convert import stream_response, whole_response
+from cluster.frontend.http.app import create_app
 
 TOKENIZER = byte_fallback()
 FACE = [4 + byte for byte in "\N{GRINNING FACE}".encode()]

@@ -7,9 +7,9 @@ from byte_tokenizers import byte_fallback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.frontend.detokenizer import Detokenizer
-from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import resolve_model
+from cluster.frontend.generation.detokenizer import Detokenizer
+from cluster.frontend.generation.tokenizer import Tokenizer
+from cluster.model.info import resolve_model
 
 TOKENIZER = Tokenizer.load(resolve_model("moesaic-demo"))
 FALLBACK = byte_fallback()

@@ -9,7 +9,7 @@ from fakes import FakeAttentionWorker
 
 from actors.engine.failed_steps import FAILING_AFTER, FailedSteps
 from cluster.errors import MoesaicError
-from cluster.frontend.operator_routes import readiness
+from cluster.frontend.http.operator_routes import readiness
 from cluster.types import StartupPhase
 
 BROKEN = MoesaicError("asked for only where it is")

@@ -8,7 +8,7 @@ import pytest
 from fakes import FakeAttentionWorker
 
 from cluster.errors import DeadlineExceeded
-from cluster.frontend.sequence import SamplingOptions
+from cluster.frontend.generation.sequence import SamplingOptions
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from cluster import errors, types
 from cluster.errors import ContextTooLong, InvalidRequest, Overloaded, Unavailable, codes_of
-from cluster.frontend.grpc_convert import (
+from cluster.frontend.generation.sequence import LogprobEntry, SamplingOptions, TextChunk, TokenText, Usage
+from cluster.frontend.grpc_api.convert import (
     ChatPrompt,
     field_path,
     fill,
@@ -20,8 +21,7 @@ from cluster.frontend.grpc_convert import (
     stream_response,
     whole_response,
 )
-from cluster.frontend.grpc_errors import InvalidFields, status_of
-from cluster.frontend.sequence import LogprobEntry, SamplingOptions, TextChunk, TokenText, Usage
+from cluster.frontend.grpc_api.errors import InvalidFields, status_of
 from cluster.rpc import cluster_pb2
 from cluster.rpc import generation_pb2 as pb
 from cluster.types import FinishReason, Phase, StartupPhase, Tier

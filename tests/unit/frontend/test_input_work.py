@@ -11,13 +11,13 @@ import zlib
 import pytest
 from fakes import AsgiCall, FakeAttentionWorker
 
-from cluster.config_sections import FrontendConfig
+from cluster.config.sections import FrontendConfig
 from cluster.errors import InvalidRequest, Overloaded
-from cluster.frontend.chat_template import ChatTemplate
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.http_app import create_app
-from cluster.frontend.input_pool import SMALL_BYTES, InputPool
-from cluster.frontend.template_sandbox import BoundedSandbox, TemplateTooCostly
+from cluster.frontend.generation.chat_template import ChatTemplate
+from cluster.frontend.generation.input_pool import SMALL_BYTES, InputPool
+from cluster.frontend.generation.service import GenerationService
+from cluster.frontend.generation.template_sandbox import BoundedSandbox, TemplateTooCostly
+from cluster.frontend.http.app import create_app
 
 DEADLINE_S = 10
 LONG = "word " * SMALL_BYTES
@@ -82,7 +82,7 @@ def test_the_event_loop_turns_while_input_is_read(tokenizer, info, metrics, call
 
 
 def test_large_bodies_are_parsed_beside_the_event_loop(make_app, call, monkeypatch):
-    from cluster.frontend import http_body
+    from cluster.frontend.http import body as http_body
 
     threads = []
     parse = http_body.parse_body

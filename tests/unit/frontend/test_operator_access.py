@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from cluster.config import load_config
-from cluster.frontend.api_keys import Keys, Level
-from cluster.frontend.cross_site import CrossSite, exposure_notices
+from cluster.config.load import load_config
+from cluster.frontend.security.api_keys import Keys, Level
+from cluster.frontend.security.cross_site import CrossSite, exposure_notices
 
 READS = ("/experts", "/status", "/scheduler", "/plan", "/diagnose")
 CHANGES = ("/experts/cache", "/drain")
@@ -148,8 +148,8 @@ def test_open_door_is_told(frontend, grpc, words):
 def test_notices_show_in_status(make_service, info, metrics, call):
     from fakes import FakeAttentionWorker
 
-    from cluster.config_sections import FrontendConfig
-    from cluster.frontend.http_app import create_app
+    from cluster.config.sections import FrontendConfig
+    from cluster.frontend.http.app import create_app
 
     worker = FakeAttentionWorker()
     app = create_app(make_service(worker), worker, info, FrontendConfig(), metrics, notices=["listens on 0.0.0.0"])

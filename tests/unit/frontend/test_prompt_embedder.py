@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from fakes import FakeAttentionWorker
 
-from cluster.config_sections import FrontendConfig
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.prompt_embedder import PromptEmbedder
-from cluster.frontend.sequence import SamplingOptions
-from cluster.frontend.tokenizer import Tokenizer
-from cluster.model_info import ModelInfo
+from cluster.config.sections import FrontendConfig
+from cluster.frontend.generation.prompt_embedder import PromptEmbedder
+from cluster.frontend.generation.sequence import SamplingOptions
+from cluster.frontend.generation.service import GenerationService
+from cluster.frontend.generation.tokenizer import Tokenizer
+from cluster.model.info import ModelInfo
 from cluster.observability.metrics import FrontendMetrics
 from cluster.semantics.embedding import unit_vector
 from cluster.types import RequestId
@@ -107,5 +107,5 @@ def test_a_checkpoint_without_a_readable_table_costs_the_embeddings_and_is_named
 
     assert not embedder.wait(WAIT_S)
     assert embedder.embed([1, 2, 3]) == b""
-    (record,) = [record for record in caplog.records if record.name == "cluster.frontend.prompt_embedder"]
+    (record,) = [record for record in caplog.records if record.name == "cluster.frontend.generation.prompt_embedder"]
     assert record.levelname == "WARNING" and "embeddings" in record.getMessage()

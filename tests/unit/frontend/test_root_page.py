@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from cluster.model_info import ModelInfo
+from cluster.model.info import ModelInfo
 
 MakeApp = Callable[..., FastAPI]
 

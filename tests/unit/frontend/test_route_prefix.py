@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from cluster.frontend.route_path import route_path
+from cluster.frontend.http.route_path import route_path
 
 _CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 

@@ -8,15 +8,15 @@ import dataclasses
 import pytest
 from fakes import FakeAttentionWorker
 
-from cluster.config_sections import FrontendConfig
+from cluster.config.sections import FrontendConfig
 from cluster.errors import InvalidRequest
-from cluster.frontend.detokenizer import Detokenizer
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.grpc_convert import parse_generation
-from cluster.frontend.http_app import create_app
-from cluster.frontend.resolve_sampling import LIMITED
-from cluster.frontend.sequence import SamplingOptions
-from cluster.generation_config import SamplingDefaults
+from cluster.frontend.generation.detokenizer import Detokenizer
+from cluster.frontend.generation.sampling import LIMITED
+from cluster.frontend.generation.sequence import SamplingOptions
+from cluster.frontend.generation.service import GenerationService
+from cluster.frontend.grpc_api.convert import parse_generation
+from cluster.frontend.http.app import create_app
+from cluster.model.generation_config import SamplingDefaults
 from cluster.rpc import generation_pb2 as pb
 
 CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

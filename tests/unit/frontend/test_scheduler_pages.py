@@ -10,15 +10,15 @@ import httpx
 from fakes import FakeAttentionWorker
 from fastapi import FastAPI
 
-from cluster.config_sections import FrontendConfig
+from cluster.config.sections import FrontendConfig
 from cluster.errors import InvalidRequest, Unavailable
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.http_app import create_app
-from cluster.model_info import ModelInfo
+from cluster.frontend.generation.service import GenerationService
+from cluster.frontend.http.app import create_app
+from cluster.model.info import ModelInfo
 from cluster.observability.metrics import FrontendMetrics
-from cluster.scheduler.diagnose import Diagnosis
-from cluster.scheduler.plan import Move, MoveKind, Placement, PlacementPlan
-from cluster.scheduler.status import (
+from cluster.placement.plan import Move, MoveKind, Placement, PlacementPlan
+from cluster.status.diagnosis import Diagnosis
+from cluster.status.scheduler import (
     DrainLine,
     HostLine,
     KnowledgeLine,

@@ -11,7 +11,7 @@ from fakes import FakeAttentionWorker
 
 from actors.engine.sampling import sample
 from cluster.errors import InvalidRequest
-from cluster.frontend.chat_template import ChatTemplate
+from cluster.frontend.generation.chat_template import ChatTemplate
 from cluster.types import SamplingParams
 
 CHAT = {"model": "moesaic-demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
@@ -199,7 +199,7 @@ STRINGS = "{% for m in messages %}{% for c in m.tool_calls %}{{ '>' + c.function
 
 @pytest.mark.parametrize(("template", "prompt"), [(MAPPINGS, "a=1"), (STRINGS, '>{"a": 1}')])
 def test_tool_calls_suit_templates_of_both_kinds(tokenizer, make_service, template, prompt):
-    from cluster.frontend.openai_schema import ChatRequest
+    from cluster.frontend.openai_api.schema import ChatRequest
 
     messages = [
         {"role": "user", "content": "1 + 1?"},

@@ -8,7 +8,7 @@ import pytest
 from fakes import FakeAttentionWorker
 
 from cluster.errors import Unavailable
-from cluster.frontend.snapshots import Snapshots
+from cluster.frontend.http.snapshots import Snapshots
 
 
 class Counting(FakeAttentionWorker):

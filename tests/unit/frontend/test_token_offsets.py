@@ -12,11 +12,11 @@ from fakes import FakeAttentionWorker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.config_sections import FrontendConfig
-from cluster.frontend.generation import GenerationService
-from cluster.frontend.http_app import create_app
-from cluster.frontend.sequence import SamplingOptions
-from cluster.frontend.token_offsets import offsets_in_prompt
+from cluster.config.sections import FrontendConfig
+from cluster.frontend.generation.sequence import SamplingOptions
+from cluster.frontend.generation.service import GenerationService
+from cluster.frontend.generation.token_offsets import offsets_in_prompt
+from cluster.frontend.http.app import create_app
 from cluster.types import FinishReason
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"

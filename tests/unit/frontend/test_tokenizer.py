@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from cluster.errors import CheckpointError, InvalidRequest
-from cluster.frontend.chat_template import ChatTemplate
-from cluster.frontend.tokenizer import Tokenizer
+from cluster.frontend.generation.chat_template import ChatTemplate
+from cluster.frontend.generation.tokenizer import Tokenizer
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

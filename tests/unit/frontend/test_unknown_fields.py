@@ -8,8 +8,8 @@ import json
 import pytest
 from fakes import FakeAttentionWorker
 
-from cluster.frontend.openai_schema import ChatRequest, CompletionRequest, Message, TokenizeRequest
-from cluster.frontend.openai_unsupported import known_parameters
+from cluster.frontend.openai_api.schema import ChatRequest, CompletionRequest, Message, TokenizeRequest
+from cluster.frontend.openai_api.unsupported import known_parameters
 
 HEADER = "x-moesaic-ignored-fields"
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}

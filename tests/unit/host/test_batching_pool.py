@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from actors.data_plane.frames import Answer, DispatchFrame, RefusalFrame, RefusalReason
-from actors.host.batching_pool import BatchingPool, DispatchTask
+from actors.data_plane.task import DispatchTask
+from actors.expert_host.batching_pool import BatchingPool
 
 EPOCH = 1
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.experts.activations import Activation
 from actors.experts.compute import ExpertCompute
-from actors.experts.formats.base import Matrix
-from actors.experts.formats.dense import DenseFormat
-from actors.experts.formats.expert import ExpertForm, ExpertWeights
-from actors.experts.formats.fp8_block import Fp8BlockFormat
-from actors.experts.formats.mxfp4 import Mxfp4Format
 from actors.kernels.native import KernelForm, NativeKernels, load_native
+from actors.weights.activation_functions import Activation
+from actors.weights.formats.base import Matrix
+from actors.weights.formats.dense import DenseFormat
+from actors.weights.formats.expert import ExpertForm, ExpertWeights
+from actors.weights.formats.fp8_block import Fp8BlockFormat
+from actors.weights.formats.mxfp4 import Mxfp4Format
 
 SILU, SWIGLU = Activation("silu"), Activation("clamped_swiglu", 1.702, 7.0)
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16

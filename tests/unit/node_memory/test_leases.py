@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from actors.node_memory.leases import MemoryLease
 from cluster.errors import Unavailable
-from cluster.memory_share import MemoryLevel
+from cluster.node_memory.leases import MemoryLease
+from cluster.node_memory.share import MemoryLevel
 
 MIB = 2**20  # a process fills a little besides what it promised
 FREE = 10**9  # of a pretended machine, the same to all: what is filled does not change it
 PROCESS = f"""
 import json, sys
 from pathlib import Path
-from actors.node_memory.leases import MemoryLease
-from cluster.memory_share import MemoryLevel
+from cluster.node_memory.leases import MemoryLease
+from cluster.node_memory.share import MemoryLevel
 
 directory, expected = Path(sys.argv[1]), int(sys.argv[2])
 levels = lambda: (MemoryLevel("", {FREE}),)
@@ -140,7 +140,7 @@ def test_a_closed_lease_and_a_damaged_file_promise_nothing(tmp_path: Path) -> No
 
 
 def test_who_keeps_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.node_memory.leases._LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("cluster.node_memory.leases._LOCK_TIMEOUT_S", 0.05)
     holder = subprocess.Popen(
         [sys.executable, "-c", KEEP_LOCK, str(tmp_path / "lock")],
         stdin=subprocess.PIPE,

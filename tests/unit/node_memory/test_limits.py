@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.node_memory.limits import control_group, filled_bytes, memory_levels, started_ticks
-from cluster.memory_share import unpromised_bytes
+from cluster.node_memory.limits import control_group, filled_bytes, memory_levels, started_ticks
+from cluster.node_memory.share import unpromised_bytes
 
 MIB = 2**20
 

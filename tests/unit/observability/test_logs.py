@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import logging
 
-from cluster.observability.logs import KeyValueFormatter, log_event
+from cluster.logs import KeyValueFormatter, log_event
 
 
 def test_one_line_of_key_value_pairs():

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from knowledge_builders import embedding_of
 
-from actors.experts.policies.build import PolicyContext, build_policies
-from actors.experts.signals import Grid
-from cluster.replay.fleet import Fleet, FleetSettings
-from cluster.replay.fleet_learner import DomainLearner, OnlineLearner
-from cluster.replay.fleet_worker import FleetRequest, FleetWorker
+from cluster.policies.build import PolicyContext, build_policies
+from cluster.policies.signals import Grid
+from cluster.replay.fleet.fleet import Fleet, FleetSettings
+from cluster.replay.fleet.learner import DomainLearner, OnlineLearner
+from cluster.replay.fleet.worker import FleetRequest, FleetWorker
 from cluster.replay.machine import Machine
 from cluster.replay.schedule import StepPart
-from cluster.scheduler.cobatching import CoBatching
-from cluster.scheduler.routing import RouterState
+from cluster.routing.router import RouterState
+from cluster.semantics.co_batching import CoBatching
 
 GRID = Grid((0, 1, 2), 12, 2)
 STEPS = 12

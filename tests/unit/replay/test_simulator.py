@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from trace_builders import DIM, clustered_trace, trace_of
 
-from actors.experts.future import Future, UsesToCome
-from actors.experts.policies.base import PolicySet, Scorer
-from actors.experts.policies.build import PolicyContext, build_policies
-from actors.experts.policies.eviction_order import EvictionOrder
-from actors.experts.policies.frequency import StaticScorer
-from actors.experts.policies.lru import LruScorer
-from actors.experts.predict.base import Forecast
-from actors.experts.predict.meter import CostMeter
-from actors.experts.signals import Grid, Silent
-from actors.experts.trace import GateTrace
+from cluster.policies.base import PolicySet, Scorer
+from cluster.policies.build import PolicyContext, build_policies
+from cluster.policies.eviction.eviction_order import EvictionOrder
+from cluster.policies.eviction.frequency import StaticScorer
+from cluster.policies.eviction.lru import LruScorer
+from cluster.policies.future import Future, UsesToCome
+from cluster.policies.prefetch.base import Forecast
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.signals import Grid, Silent
+from cluster.policies.trace import GateTrace
 from cluster.replay.demand import DemandRun, replay_demand
 from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
 from cluster.replay.machine import Machine, Processor

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from trace_builders import clustered_trace
 
-from actors.experts.trace import GateTrace
 from cluster.errors import InvalidRequest
+from cluster.policies.trace import GateTrace
 from cluster.replay.result import ReplayCell, with_bounds
 from cluster.replay.sweep import Past, Sweep, learn_past, replay_cells
 

@@ -15,7 +15,7 @@ from cluster.errors import (
     Unavailable,
     WorkerLost,
 )
-from cluster.scheduler.attempts import MAX_LOST_AT_ONCE, PATIENCE_S, Attempts
+from cluster.routing.attempts import MAX_LOST_AT_ONCE, PATIENCE_S, Attempts
 from cluster.types import TokenChunk
 
 TAKEN = TokenChunk(token_ids=())

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from cluster.scheduler.batch_cost import BatchCost
+from cluster.execution.batch_cost import BatchCost
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from knowledge_builders import embedding_of, make_knowledge
 
-from cluster.scheduler.cobatching import CoBatching
+from cluster.semantics.co_batching import CoBatching
 
 
 @dataclass

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 from cluster.cli.diagnose import print_diagnosis
-from cluster.scheduler.diagnose import DiagnosisInputs, diagnose, gini
-from cluster.scheduler.placement import PhaseLoad, PlacementHost, PlacementInputs, even_placement, plan_placement
-from cluster.scheduler.plan import Placement
-from cluster.scheduler.semantic_gain import deal_kinds, predicted_misses
+from cluster.control.diagnose import DiagnosisInputs, diagnose, gini
+from cluster.placement import PhaseLoad, PlacementHost, PlacementInputs, even_placement, plan_placement
+from cluster.placement.plan import Placement
+from cluster.semantics.gain import deal_kinds, predicted_misses
 from cluster.types import Phase
 
 LAYERS, EXPERTS, HOSTS = 3, 16, 4

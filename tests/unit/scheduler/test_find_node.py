@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.control.nodes import find_node
 from cluster.errors import InvalidRequest
-from cluster.scheduler.nodes import find_node
 
 NODES = [
     {"NodeID": "0123456789abcdef", "NodeManagerAddress": "10.0.0.7", "NodeManagerHostname": "seven", "Alive": True},

@@ -8,7 +8,7 @@ import pytest
 from fakes import MEMORY
 from scheduler_values import host_report
 
-from actors.host_memories import HostMemories
+from cluster.control.host_memories import HostMemories
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import ExpertMemoryStatus
 

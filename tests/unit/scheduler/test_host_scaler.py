@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from scheduler_values import LAYERS, NUM_EXPERTS, host_report, worker_report
 
-from actors.host_scaler import HostScaler
-from cluster.scheduler.placement.state import first_placement
-from cluster.scheduler.plan import Placement
-from cluster.scheduler.roster import Roster
-from cluster.scheduler.scaling import ScalingRules
+from cluster.control.host_scaler import HostScaler
+from cluster.control.roster import Roster
+from cluster.placement.plan import Placement
+from cluster.placement.state import first_placement
+from cluster.scaling.rules import ScalingRules
 
 RULES = ScalingRules(least=1, most=3, up_after_s=5.0, down_after_s=30.0)
 EVERYTHING = {layer: tuple(range(NUM_EXPERTS)) for layer in LAYERS}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scheduler_values import LAYERS, NUM_EXPERTS, TOP_K
 
-from actors.knowledge_learner import KnowledgeLearner
-from cluster.config_sections import SchedulerConfig
+from cluster.config.sections import SchedulerConfig
+from cluster.control.knowledge_learner import KnowledgeLearner
 from cluster.semantics.clusters import nearest_cluster
 from cluster.semantics.expectation import expected_uses
 from cluster.semantics.knowledge import Knowledge

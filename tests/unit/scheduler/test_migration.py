@@ -9,15 +9,15 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from cluster.scheduler.migration import (
+from cluster.placement.migration import (
     CommandKind,
     HostCommand,
     HostEpochs,
     Migration,
     MigrationPhase,
 )
-from cluster.scheduler.plan import Placement
-from cluster.scheduler.stages import experts_of, stages
+from cluster.placement.plan import Placement
+from cluster.placement.stages import experts_of, stages
 from cluster.types import ExpertId
 
 LAYERS = (0, 3)

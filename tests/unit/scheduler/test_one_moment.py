@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scheduler_values import LAYERS, NUM_EXPERTS, host_report, knowledge, worker_report
 
-from actors.placer import HostPlacer
-from actors.scheduler import Scheduler
 from cluster.cli.scheduler_lines import scheduler_lines
-from cluster.config_sections import SchedulerConfig
-from cluster.scheduler.migration import MigrationPhase
-from cluster.scheduler.placement.explain import plan_as_dict, plan_headline
+from cluster.config.sections import SchedulerConfig
+from cluster.control.placer import HostPlacer
+from cluster.control.scheduler import Scheduler
+from cluster.placement.explain import plan_as_dict, plan_headline
+from cluster.placement.migration import MigrationPhase
 from cluster.semantics.knowledge import Knowledge
 from cluster.semantics.statistics import COUNT, DECODE, PREFILL, ExpertStatistics, no_statistics
 from cluster.stats.memory_store import MemoryStore

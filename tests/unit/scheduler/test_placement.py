@@ -7,7 +7,7 @@ from collections import Counter
 import hypothesis.strategies as st
 from hypothesis import given
 
-from cluster.scheduler.placement import even_placement
+from cluster.placement import even_placement
 
 LAYERS = st.lists(st.integers(0, 60), unique=True, min_size=1, max_size=12).map(sorted)
 

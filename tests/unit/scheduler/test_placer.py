@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scheduler_values import LAYERS, NUM_EXPERTS, host_report, worker_report
 
-from actors.placer import HostPlacer
-from cluster.config_sections import SchedulerConfig
+from cluster.config.sections import SchedulerConfig
+from cluster.control.placer import HostPlacer
+from cluster.control.roster import Roster
 from cluster.errors import Superseded, Unavailable
+from cluster.placement.migration import MigrationPhase
+from cluster.placement.plan import Placement
+from cluster.placement.state import first_placement
 from cluster.protocols import StateStore
-from cluster.scheduler.migration import MigrationPhase
-from cluster.scheduler.placement.state import first_placement
-from cluster.scheduler.plan import Placement
-from cluster.scheduler.roster import Roster
 from cluster.semantics.statistics import COUNT, DECODE, ExpertStatistics, no_statistics
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import StartupPhase

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 from hypothesis import given
 
-from cluster.scheduler.prefix_memory import PrefixMemory, block_hashes
+from cluster.routing.prefix_memory import PrefixMemory, block_hashes
 
 
 def test_a_block_is_named_by_all_that_is_before_it() -> None:

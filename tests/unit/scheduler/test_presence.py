@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.scheduler.presence import WORKER_DEPLOYMENT, Ownership, Presence, ServedApplication, is_served
+from cluster.control.presence import WORKER_DEPLOYMENT, Ownership, Presence, ServedApplication, is_served
 
 _OURS = frozenset({WORKER_DEPLOYMENT, "HttpIngress"})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from actors.report_loop import ReportLoop
+from cluster.control.report_loop import ReportLoop
 from cluster.errors import Unavailable
 
 DEADLINE_S = 10.0

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from knowledge_builders import embedding_of, make_knowledge
 
 from cluster.errors import Overloaded, Unavailable
-from cluster.scheduler.prefix_memory import block_hashes
-from cluster.scheduler.reports import RoutingView, WorkerReport
-from cluster.scheduler.routing import RouterState, RoutingRequest, RoutingSettings
+from cluster.routing.prefix_memory import block_hashes
+from cluster.routing.router import RouterState, RoutingRequest, RoutingSettings
+from cluster.status.reports import RoutingView, WorkerReport
 from cluster.types import StartupPhase, Tier
 
 POLICIES = ("semantic", "random", "least-loaded", "prefix-affinity")

@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from actors.knowledge_learner import KnowledgeLearner
-from actors.scheduler import Scheduler
-from actors.worker_choice import WorkerChoice
-from cluster.config_sections import SchedulerConfig
-from cluster.scheduler.reports import WorkerReport
-from cluster.scheduler.routing import RouterState, RoutingRequest
+from cluster.config.sections import SchedulerConfig
+from cluster.control.knowledge_learner import KnowledgeLearner
+from cluster.control.scheduler import Scheduler
+from cluster.routing.router import RouterState, RoutingRequest
+from cluster.routing.worker_choice import WorkerChoice
 from cluster.semantics.clusters import nearest_cluster
 from cluster.semantics.knowledge import Knowledge
 from cluster.semantics.statistics import COUNT, DECODE, no_statistics
 from cluster.stats.memory_store import MemoryStore
+from cluster.status.reports import WorkerReport
 from cluster.types import GenerationRequest, RequestId, SamplingParams, StartupPhase, Tier
 
 LAYERS, NUM_EXPERTS, TOP_K, KINDS = (0, 1), 16, 2, 4

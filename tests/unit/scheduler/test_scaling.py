@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError
-from cluster.scheduler.reports import HostReport, WorkerReport
-from cluster.scheduler.scaling import (
+from cluster.scaling.rules import (
     HostsLoad,
     Scale,
     ScalingRules,
@@ -22,6 +21,7 @@ from cluster.scheduler.scaling import (
     wanted_workers,
     worker_demand,
 )
+from cluster.status.reports import HostReport, WorkerReport
 from cluster.types import StartupPhase
 
 RULES = ScalingRules(least=1, most=8, up_after_s=5, down_after_s=60)

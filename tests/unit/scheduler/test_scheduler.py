@@ -8,12 +8,12 @@ import pytest
 from fakes import MEMORY
 from scheduler_values import TOP_K, host_report, knowledge, worker_report
 
-from actors.scheduler import Scheduler
-from cluster.config_sections import SchedulerConfig
+from cluster.config.sections import SchedulerConfig
+from cluster.control.scheduler import Scheduler
 from cluster.errors import NothingToChange, Superseded
 from cluster.finite import with_finite_numbers
+from cluster.placement.plan import Placement
 from cluster.protocols import StateStore, VersionedState
-from cluster.scheduler.plan import Placement
 from cluster.semantics.knowledge import Knowledge
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import StartupPhase, Tier

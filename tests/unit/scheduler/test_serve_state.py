@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-import actors.serve_state as serve_state
-from actors.serve_state import check_route_is_free, served_applications
+import actors.ray_shells.serve_state as serve_state
+from actors.ray_shells.serve_state import check_route_is_free, served_applications
+from cluster.control.presence import ServedApplication
 from cluster.errors import ConfigError, Unavailable
-from cluster.scheduler.presence import ServedApplication
 
 
 class _Controller:

@@ -7,7 +7,7 @@ from collections import Counter
 import hypothesis.strategies as st
 from hypothesis import given
 
-from cluster.scheduler.shelf_plan import choose_shelf_nodes, shelf_room, shelf_share
+from cluster.placement.shelf_plan import choose_shelf_nodes, shelf_room, shelf_share
 from cluster.types import ExpertId, Phase
 
 _MEMORY = {"CPU": 4.0}

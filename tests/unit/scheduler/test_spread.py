@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.scheduler.spread import deal_nodes, emptiest_node, is_uneven, surplus_host, usable_nodes
+from cluster.scaling.spread import deal_nodes, emptiest_node, is_uneven, surplus_host, usable_nodes
 
 
 def test_hosts_are_dealt_to_nodes_in_turn() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scheduler_values import bits, generation, knowledge, worker_report
 
-from actors.worker_choice import WorkerChoice
-from cluster.scheduler.reports import RoutingView
+from cluster.routing.worker_choice import WorkerChoice
+from cluster.status.reports import RoutingView
 from cluster.types import Tier
 
 LOWER, UPPER = bits(0, 1, 4, 5), bits(2, 3, 6, 7)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from scheduler_values import knowledge
 
+from actors.attention.reporting import WorkerExchange
 from actors.engine.failed_steps import FailedSteps
-from actors.engine.progress import Progress
-from actors.worker_exchange import WorkerExchange
-from cluster.config import MoesaicConfig
+from cluster.config.load import MoesaicConfig
 from cluster.errors import Unavailable
-from cluster.scheduler.reports import WorkerDirectives, WorkerReport
+from cluster.status.reports import WorkerDirectives, WorkerReport
+from cluster.token_stream.progress import Progress
 from cluster.types import StartupPhase
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from actors.cluster_counts import ClusterCounts
 from cluster.stats.activation_counts import Counts
+from cluster.stats.cluster_counts import ClusterCounts
 from cluster.stats.memory_store import MemoryStore
 from cluster.types import Phase
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from learned_parts import LearnedMean, states_of
 
-from actors.experts.learned_state import load_learned, pack_share, save_learned
-from actors.learned_state_loop import LearnedStateLoop
 from cluster.errors import ConfigError
+from cluster.policies.learned_state import load_learned, pack_share, save_learned
 from cluster.protocols import LearnedShare
 from cluster.stats import learned_shares
 from cluster.stats.fallback_store import FallbackStore
+from cluster.stats.learned_state_loop import LearnedStateLoop
 from cluster.stats.memory_store import MemoryStore
 
 DEADLINE_S = 10.0

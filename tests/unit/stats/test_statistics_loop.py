@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from fakes import MEMORY
 
-from actors.statistics_loop import StatisticsLoop
 from cluster.semantics.statistics import COUNT, ExpertStatistics, no_statistics
 from cluster.stats.activation_counts import Counts, Deltas
 from cluster.stats.fallback_store import FallbackStore
 from cluster.stats.memory_store import MemoryStore
+from cluster.stats.statistics_loop import StatisticsLoop
 from cluster.types import Phase
 
 PREFILL, DECODE = Phase
@@ -131,7 +131,7 @@ def test_store_that_is_not_shared_is_named() -> None:
 def test_flushes_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose flush takes a second of processor time is sent every 200 s."""
     clock = iter(range(1000))
-    monkeypatch.setattr("actors.statistics_loop.time.thread_time", lambda: float(next(clock)))
+    monkeypatch.setattr("cluster.stats.statistics_loop.time.thread_time", lambda: float(next(clock)))
     waits: list[float] = []
     store = _Store()
     loop = StatisticsLoop(store, "f", interval_s=2.0)

@@ -8,7 +8,7 @@ import torch
 from expert_builders import write_experts
 
 from actors.experts.memory.remote import form_digest
-from actors.experts.memory.slots import SlotForm
+from actors.weights.slots import SlotForm
 
 
 def test_forms_are_equal_exactly_when_slots_are(tmp_path: Path) -> None:

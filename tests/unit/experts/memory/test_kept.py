@@ -13,8 +13,8 @@ from expert_builders import ExpertFile, HeldLink, open_store, write_experts
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.peer import PeerLink
 from actors.experts.memory.remote import RemoteReadError
-from actors.experts.memory.slots import SlotForm
 from actors.experts.memory.store import ExpertStore
+from actors.weights.slots import SlotForm
 from cluster.types import ExpertId, Tier
 
 NEVER = threading.Event()

@@ -23,9 +23,9 @@ from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.emulated import RamLink
 from actors.experts.memory.links import Link
-from actors.experts.memory.slots import SlotForm
 from actors.experts.memory.store import ExpertStore
-from actors.experts.reader import ExpertReader
+from actors.weights.reader import ExpertReader
+from actors.weights.slots import SlotForm
 from cluster.errors import ExpertReadError
 from cluster.types import ExpertId, Tier
 

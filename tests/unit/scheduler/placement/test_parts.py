@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from cluster.scheduler.placement.assignment import best_assignment
-from cluster.scheduler.placement.cost import (
+from cluster.placement.assignment import best_assignment
+from cluster.placement.cost import (
     PhaseLoad,
     PlacementHost,
     Regime,
@@ -19,10 +19,10 @@ from cluster.scheduler.placement.cost import (
     pair_bound,
     rows_to_hosts,
 )
-from cluster.scheduler.placement.forecast import forecast, persistence, reliability
-from cluster.scheduler.placement.inputs import own_limits
-from cluster.scheduler.placement.rebuild import deal_slots, replicate
-from cluster.scheduler.placement.tiering import choose_tiers
+from cluster.placement.forecast import forecast, persistence, reliability
+from cluster.placement.inputs import own_limits
+from cluster.placement.rebuild import deal_slots, replicate
+from cluster.placement.tiering import choose_tiers
 from cluster.types import Phase, Tier
 
 QUICK = settings(max_examples=25, deadline=None)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from cluster.scheduler.placement import (
+from cluster.placement import (
     PhaseLoad,
     PlacementHost,
     PlacementInputs,
@@ -18,9 +18,9 @@ from cluster.scheduler.placement import (
     forecast,
     plan_placement,
 )
-from cluster.scheduler.placement.cost import busiest_s, demands_of
-from cluster.scheduler.placement.inputs import owned_array
-from cluster.scheduler.plan import MoveKind, Placement, PlacementPlan
+from cluster.placement.cost import busiest_s, demands_of
+from cluster.placement.inputs import owned_array
+from cluster.placement.plan import MoveKind, Placement, PlacementPlan
 from cluster.types import ExpertId, Phase, Tier
 
 FREE = 1e18  # bytes per second

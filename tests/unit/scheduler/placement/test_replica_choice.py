@@ -6,8 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from cluster.scheduler.placement.cost import Regime
-from cluster.scheduler.placement.replica_choice import (
+from cluster.execution.replica_choice import (
     NOBODY,
     SKIPPED,
     LayerReplicas,
@@ -17,6 +16,7 @@ from cluster.scheduler.placement.replica_choice import (
     choose_replicas,
     split_rows,
 )
+from cluster.placement.cost import Regime
 
 NUM_EXPERTS = 12
 

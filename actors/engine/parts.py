@@ -1,0 +1,45 @@
+"""What an engine consists of, for whoever looks at its parts: status, statistics, traces, benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from actors.engine.engine import Engine
+from actors.expert_client.host_links import HostLinks
+from actors.experts.backend import ExpertBackend
+from actors.experts.dispatch import Dispatcher
+from actors.experts.memory.store import ExpertStore
+from actors.experts.policy_runner import Conductor
+from actors.gates.activation_recorder import ActivationRecorder
+from actors.weights.expert_layout import ExpertLayout
+from cluster.node_memory.leases import MemoryLease
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """The engine and the parts that status and statistics look at.
+
+    backend None: no experts in this process. conductor None: its memory hears no gates.
+    problems: what is odd about the checkpoint, in words.
+    """
+
+    engine: Engine
+    dispatcher: Dispatcher
+    recorder: ActivationRecorder
+    backend: ExpertBackend | None
+    conductor: Conductor | None
+    links: HostLinks | None
+    layout: ExpertLayout
+    top_k: int
+    kernel: str
+    dtype: torch.dtype
+    lease: MemoryLease
+    problems: tuple[str, ...] = ()
+
+    @property
+    def store(self) -> ExpertStore:
+        """This process's expert memory; only where there is one."""
+        assert self.backend is not None, "no experts in this process"
+        return self.backend.store

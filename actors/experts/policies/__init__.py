@@ -1,1 +1,0 @@
-"""Which resident expert to evict: pure policies behind one interface, the same live and in replay."""

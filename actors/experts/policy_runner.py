@@ -1,0 +1,260 @@
+"""Tells policies what the engine computes, and the expert memory what they expect: prefetch and the order of eviction.
+
+Search and learning run on a thread of their own, off the token path: the engine only hands over what its gates said.
+When that thread falls behind, whole steps are left out; what it says late is worth less, never wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from actors.experts.memory.counters import CALIBRATION_BINS
+from actors.experts.memory.store import ExpertStore
+from cluster.logs import log_event
+from cluster.policies.base import PolicySet
+from cluster.policies.eviction.published import PublishedScores, sound_scores
+from cluster.policies.prefetch.base import BEFORE_FIRST, Forecast
+from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.prefetch.moesaic import LinkCosts
+from cluster.policies.ring import RingPlan, uses_nearly_all
+from cluster.policies.signals import GateSignal, StepSignal
+
+_LOG = logging.getLogger(__name__)
+_MAX_STEPS_BEHIND = 2
+_STRIDE = 3
+_MOSTLY = 0.5
+_RING_RATE = 0.1  # of the newest layer in what large steps use
+Task = Callable[[], None]
+
+
+class LayerTimes(NamedTuple):
+    """Seconds of a layer: computing, demands holding the link, in all. See CostMeter."""
+
+    compute_s: float
+    demand_s: float
+    took_s: float
+
+
+class Conductor:
+    """Between the engine's thread, which posts, and the policies, which live on the searching thread.
+
+    num_skipped: steps left out. num_unsound: forecasts left out, that were not finite. problem: why search has ended
+    for good, if it has. busy_s: processor time of the searching thread; step_s: of steps by the clock.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        policies: PolicySet,
+        published: PublishedScores,
+        meter: CostMeter,
+        *,
+        inline: bool = False,
+    ) -> None:
+        """Args: inline: no thread; whoever posts does the work, for tests."""
+        self.store, self.policies, self.meter = store, policies, meter
+        self.num_skipped = 0
+        self.num_unsound = 0
+        self.problem: str | None = None
+        self.busy_s = 0.0
+        self.step_s = 0.0
+        self._published = published
+        self._looks_ahead = policies.predictor is not None
+        self._looked_ahead = False  # in the present step
+        self._ring: RingPlan | None = None
+        self._ring_meter = CostMeter(load_s=meter.load_s, layer_s=meter.costs().layer_s)  # large steps
+        self._ring_use = 1.0  # share of a layer's experts that a large step uses
+        self._forecast: Forecast | None = None
+        self._foreseen: list[tuple[np.ndarray, GateSignal]] = []  # of the step: [E] probabilities, what was chosen
+        self._inline = inline
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._num_begun = self._num_ended = 0  # steps; each is counted by one thread only
+        self._thread = threading.Thread(target=self._run, name="expert-search", daemon=True)
+        if not inline:
+            self._thread.start()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the next step is better left out."""
+        return self._num_begun - self._num_ended >= _MAX_STEPS_BEHIND or self.problem is not None
+
+    @property
+    def stride(self) -> int:
+        """Layers whose gates are handed over together: one as long as something is fetched ahead.
+
+        Or steps wait more than they compute: then the search takes nothing from them.
+        """
+        return 1 if self._looks_ahead or self.meter.waited > _MOSTLY else _STRIDE
+
+    @property
+    def search_share(self) -> float:
+        """Processor time of search and learning over the time of steps."""
+        return self.busy_s / self.step_s if self.step_s else 0.0
+
+    def post(self, task: Task) -> None:
+        """Have something done by the searching thread, in order."""
+        if self._inline:
+            task()
+        else:
+            self._tasks.put(task)
+
+    def begin(self, make: Callable[[], StepSignal]) -> None:
+        """A step begins. Args: make: called on the searching thread."""
+        self._num_begun += 1
+        self._tell(lambda: self._on_step(make()))
+
+    def gates(self, make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
+        """Gates have spoken, in the order of their layers. Args: times: of one layer on average."""
+
+        def hear() -> None:
+            meter = self.meter if self._ring is None else self._ring_meter
+            meter.note_layer(compute_s=times.compute_s, demand_s=times.demand_s, took_s=times.took_s)
+            self._on_gates(make())
+
+        self._tell(hear)
+
+    def end(self, step_s: float, *, is_whole: bool = True) -> None:
+        """All layers are done, or the step broke off; it took `step_s`."""
+        self.step_s += step_s
+        self._tell(self._on_step_end if is_whole else self._on_step_broken)
+
+    def forget(self, sequence: int) -> None:
+        """A sequence is over."""
+        self._tell(lambda: self._on_sequence_end(sequence))
+
+    def ask(
+        self, question: Callable[[], dict[str, dict[str, np.ndarray]]], timeout_s: float
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """An answer made by the searching thread, between two signals.
+
+        Raises:
+            TimeoutError: it did not come.
+        """
+        if self._inline:
+            return question()
+        answers: queue.SimpleQueue[dict[str, dict[str, np.ndarray]]] = queue.SimpleQueue()
+        self._tasks.put(lambda: answers.put(question()))
+        try:
+            return answers.get(timeout=timeout_s)
+        except queue.Empty:
+            raise TimeoutError(f"the searching thread did not answer within {timeout_s:g} s") from None
+
+    def close(self) -> None:
+        """End after what was posted."""
+        if not self._inline:
+            self._tasks.put(None)
+            self._thread.join(timeout=5)
+
+    def _tell(self, task: Task) -> None:
+        """Post a signal; once search has failed those that wait are void, questions are still answered."""
+        self.post(lambda: None if self.problem is not None else task())
+
+    def _run(self) -> None:
+        while True:
+            task = self._tasks.get()
+            if task is None:
+                return
+            began_s = time.thread_time()
+            try:
+                task()
+            except Exception as error:  # noqa: BLE001 - top loop: serving goes on, with the policy of no signals
+                self._give_up(error)
+            self.busy_s += time.thread_time() - began_s
+
+    def _give_up(self, error: Exception) -> None:
+        log_event(_LOG, logging.ERROR, "search failed; experts are evicted by recency now", error=error)
+        self.problem = f"expert prediction stopped: {error!r}"
+        self.store.want(None)
+        self._published.publish(np.zeros(self.store.grid.size))
+
+    def _on_step(self, step: StepSignal) -> None:
+        grid, step = self.store.grid, step.sound()
+        for listener in self.policies.listeners:
+            listener.on_step(step)
+        num_rows = int(step.num_rows.sum())
+        is_large = self.store.num_slots < grid.size and uses_nearly_all(grid, num_rows)
+        scores = sound_scores(self.policies.scorer.scores())
+        self._ring = RingPlan(grid, self.store.num_slots, scores) if is_large else None
+        self._costs(self.meter)
+        self._look_ahead(BEFORE_FIRST)
+
+    def _on_gates(self, gates: Sequence[GateSignal]) -> None:
+        for gate in (gate.sound() for gate in gates):
+            if self._forecast is not None:
+                self._foreseen.append((self._forecast.probability[gate.row], gate))
+            if self._ring is not None:
+                used_share = float((gate.counts.max(axis=0) > 0).mean())
+                self._ring_use += _RING_RATE * (used_share - self._ring_use)
+            for listener in self.policies.listeners:
+                listener.on_gate(gate)
+        self._look_ahead(gates[-1].row)
+
+    def _on_step_end(self) -> None:
+        for listener in self.policies.listeners:
+            listener.on_step_end()
+        self._check_forecasts()
+        self._looks_ahead, self._looked_ahead = self._looked_ahead, False
+        self._num_ended += 1
+
+    def _on_step_broken(self) -> None:
+        for listener in self.policies.listeners:
+            listener.on_step_broken()
+        self._foreseen.clear()
+        self._looked_ahead = False
+        self._num_ended += 1
+
+    def _on_sequence_end(self, sequence: int) -> None:
+        for listener in self.policies.listeners:
+            listener.on_sequence_end(sequence)
+
+    def _look_ahead(self, row: int) -> None:
+        if self._ring is not None:
+            outlook = self._ring.outlook(row)
+            self._forecast = None
+            self._published.publish(outlook.scores)
+            if self.policies.predictor is not None:
+                pays = self._ring_use > float(self._costs(self._ring_meter).pays_from(1.0))
+                self._looked_ahead |= pays
+                self.store.want(outlook.ahead if pays else None, outlook.below)
+            return
+        self._published.publish()
+        if self.policies.predictor is not None:
+            self._forecast = self._sound(self.policies.predictor.predict(row))
+            self._looked_ahead |= self._forecast is not None
+            self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
+
+    def _sound(self, forecast: Forecast | None) -> Forecast | None:
+        """The forecast, if it is made of numbers: one that is not is worth nothing, and the next one may be."""
+        if forecast is None or (np.isfinite(forecast.priority).all() and np.isfinite(forecast.probability).all()):
+            return forecast
+        self.num_unsound += 1
+        if self.num_unsound == 1:
+            log_event(_LOG, logging.WARNING, "a forecast that is not finite was left out")
+        return None
+
+    def _costs(self, meter: CostMeter) -> LinkCosts:
+        """By a meter, with what a load takes now."""
+        meter.load_s = self.store.load_s() or meter.load_s
+        meter.cpu_s = self.store.load_cpu_s()
+        meter.gives_way = self.store.loads_give_way
+        return meter.costs()
+
+    def _check_forecasts(self) -> None:
+        """Count how the last forecasts of the layers came true."""
+        if not self._foreseen:
+            return
+        counters = self.store.counters
+        probability = np.concatenate([of_layer for of_layer, _ in self._foreseen])
+        used = np.concatenate([gate.counts.max(axis=0) for _, gate in self._foreseen]) > 0
+        self._foreseen.clear()
+        bins = np.minimum((probability * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+        counters.num_forecasts += np.bincount(bins, minlength=CALIBRATION_BINS)
+        counters.predicted += np.bincount(bins, weights=probability, minlength=CALIBRATION_BINS)
+        counters.came_true += np.bincount(bins[used], minlength=CALIBRATION_BINS)

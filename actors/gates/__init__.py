@@ -1,0 +1,1 @@
+"""What routers chose: read once, for policies, statistics and traces."""

@@ -1,0 +1,1 @@
+"""Configuration: sections, where it comes from, and what is wrong with it."""

@@ -1,0 +1,1 @@
+"""What a step decides while it runs. Pure."""

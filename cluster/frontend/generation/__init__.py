@@ -1,0 +1,1 @@
+"""A request's life between its text and its tokens, for every API."""

@@ -1,0 +1,1 @@
+"""Which memory of a node is free, and what its processes have promised themselves of it."""

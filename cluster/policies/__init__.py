@@ -1,0 +1,1 @@
+"""Which expert is evicted, and which is fetched ahead: pure, the same live and in replay."""

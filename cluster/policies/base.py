@@ -1,0 +1,42 @@
+"""What a policy is: a value for every expert, kept up to date by what is heard. Knows experts; knows no memory.
+
+Which of the residents goes first is the same for all policies: see eviction_order.py. What a scorer knows of gates it
+hears as a `SignalListener`; a scorer that needs no signals (lru, lfu) costs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from cluster.policies.learned_state import Learned
+from cluster.policies.prefetch.base import Predictor
+from cluster.policies.signals import SignalListener
+
+
+class Scorer(Protocol):
+    """Values experts."""
+
+    def on_use(self, index: int) -> None:
+        """The expert at a flat index of the grid is used."""
+        ...
+
+    def scores(self) -> np.ndarray:
+        """[L * E] finite floats: what is worth least is evicted first. May be a live view."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet:
+    """Values and prediction of one memory, and who must hear the signals for them, in this order.
+
+    learned: what is worth keeping beyond this process, by name (see learned_state.py).
+    """
+
+    scorer: Scorer
+    predictor: Predictor | None
+    listeners: tuple[SignalListener, ...]
+    learned: Mapping[str, Learned] = field(default_factory=dict[str, Learned])

@@ -1,0 +1,1 @@
+"""Which resident expert to evict: policies behind one interface."""

@@ -1,0 +1,1 @@
+"""Past requests' expert maps: stored, and searched by meaning and by trajectory."""

@@ -1,0 +1,1 @@
+"""Which experts come next: predictors behind one interface."""

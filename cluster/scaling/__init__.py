@@ -1,0 +1,1 @@
+"""How many workers and hosts there should be, and on which nodes."""

@@ -1,1 +1,0 @@
-"""The central decisions, pure: a snapshot in, a plan out."""

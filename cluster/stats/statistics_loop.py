@@ -1,0 +1,187 @@
+"""The statistics loop: what the gates chose goes to the shared store, in batches, off the token path.
+
+Knows counts and a store; knows nothing of steps. The engine's thread only adds to its own arrays;
+this thread reads them now and then and sends the differences.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from cluster.logs import log_event
+from cluster.protocols import StateStore
+from cluster.semantics.statistics import ExpertStatistics, no_statistics
+from cluster.stats.activation_counts import Counts
+from cluster.types import ExpertMemoryStatus, Phase
+
+_LOG = logging.getLogger(__name__)
+_INTERVAL_S = 2.0
+_REPORT_INTERVAL_S = 10.0
+_MAX_SHARE = 0.005  # of one core, whatever the number of experts: a larger model is sent less often
+_MAX_PROMPTS = 32  # embeddings that wait for a store that is away
+
+
+class Recorded(Protocol):
+    """What a worker's recorder counts; arrays that grow while this thread reads them."""
+
+    @property
+    def counts(self) -> Mapping[int, np.ndarray]:
+        """(2 phases, num_experts) int64 by layer."""
+        ...
+
+    @property
+    def statistics(self) -> ExpertStatistics:
+        """By cluster of prompts; another object when the clusters have changed, and then the last one is final."""
+        ...
+
+    def drain_prompts(self) -> list[bytes]:
+        """Embeddings of some prompts since the last call."""
+        ...
+
+
+class StatisticsLoop:
+    """Sends what one worker counts; a store that is away delays counts and nothing else.
+
+    `num_flushes` and their `flush_cpu_s` (processor time) are since start; the next is due after `wait_s`.
+    """
+
+    def __init__(
+        self,
+        store: StateStore,
+        fingerprint: str,
+        owner: str = "",
+        *,
+        half_life_s: float = 1800.0,
+        interval_s: float = _INTERVAL_S,
+    ) -> None:
+        """Args: owner: the worker's id, by which it reports its expert memory. half_life_s: of statistics."""
+        self._store = store
+        self._fingerprint = fingerprint
+        self._owner = owner
+        self._half_life_s = half_life_s
+        self.num_flushes = 0
+        self.flush_cpu_s = 0.0
+        self.wait_s = interval_s
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+
+    @property
+    def degraded(self) -> tuple[str, ...]:
+        """Why statistics are not shared now, in words; empty when they are."""
+        reason = self._reason()
+        return (f"statistics store: {reason}",) if reason is not None else ()
+
+    def start(self, recorded: Recorded, memory_status: Callable[[], ExpertMemoryStatus | None] = lambda: None) -> None:
+        """Send what is recorded from now on, and what `memory_status` says every few seconds."""
+        sender = _Sender(self._store, self._fingerprint, recorded, self._half_life_s)
+        self._thread = threading.Thread(target=self._run, args=(sender, memory_status), name="statistics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Send what is left and end."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _run(self, sender: _Sender, memory_status: Callable[[], ExpertMemoryStatus | None]) -> None:
+        since_report_s = _REPORT_INTERVAL_S
+        while not self._stop.wait(self.wait_s):
+            began = time.thread_time()
+            since_report_s += self.wait_s
+            is_due = since_report_s >= _REPORT_INTERVAL_S
+            self._flush(sender, memory_status() if is_due else None)
+            since_report_s = 0.0 if is_due else since_report_s
+            cost_s = time.thread_time() - began
+            self.num_flushes += 1
+            self.flush_cpu_s += cost_s
+            self.wait_s = max(self._interval_s, cost_s / _MAX_SHARE)
+        self._flush(sender, None)
+
+    def _flush(self, sender: _Sender, status: ExpertMemoryStatus | None) -> None:
+        was_shared = self._reason() is None
+        try:
+            if not sender.send():
+                self._store.ping()
+            if status is not None and self._owner:
+                self._store.report_owner(self._fingerprint, self._owner, status)
+            self._error = None
+        except ConnectionError as error:
+            self._error = str(error)
+        except Exception as error:  # noqa: BLE001 - top loop: counts may be lost, serving must go on
+            log_event(_LOG, logging.ERROR, "statistics flush failed", reason=repr(error))
+        if was_shared and (reason := self._reason()) is not None:
+            log_event(_LOG, logging.WARNING, "statistics are not shared", reason=reason)
+
+    def _reason(self) -> str | None:
+        return self._error or (None if self._store.is_shared else self._store.description)
+
+
+class _Sender:
+    """Knows what of a recorder's counts the store has."""
+
+    def __init__(self, store: StateStore, fingerprint: str, recorded: Recorded, half_life_s: float) -> None:
+        self._store = store
+        self._fingerprint = fingerprint
+        self._recorded = recorded
+        self._half_life_s = half_life_s
+        self._sent_counts = {layer: np.zeros_like(values) for layer, values in recorded.counts.items()}
+        self._growing = recorded.statistics
+        self._sent = _nothing_of(self._growing)
+        self._prompts: list[bytes] = []
+
+    def send(self) -> bool:
+        """Send what is new; whether there was any. What the store does not take stays new.
+
+        Raises:
+            ConnectionError: the store is away.
+        """
+        now = {layer: values.copy() for layer, values in self._recorded.counts.items()}
+        deltas = _deltas(now, self._sent_counts)
+        if deltas:
+            self._store.add_activations(self._fingerprint, deltas)
+            self._sent_counts = now
+        return self._send_statistics() or bool(deltas)
+
+    def _send_statistics(self) -> bool:
+        self._prompts = [*self._prompts, *self._recorded.drain_prompts()][-_MAX_PROMPTS:]
+        present = self._recorded.statistics
+        is_sent = self._send_grown()
+        if present is not self._growing:  # of the last clusters everything is sent now
+            self._growing, self._sent = present, _nothing_of(present)
+            is_sent |= self._send_grown()
+        return is_sent
+
+    def _send_grown(self) -> bool:
+        now = self._growing.copy()
+        delta = now.minus(self._sent)
+        if not self._prompts and not delta.values.any():
+            return False
+        self._store.add_statistics(self._fingerprint, delta, self._prompts, half_life_s=self._half_life_s)
+        self._sent, self._prompts = now, []
+        return True
+
+
+def _nothing_of(statistics: ExpertStatistics) -> ExpertStatistics:
+    version, layers = statistics.clusters_version, statistics.layers
+    return no_statistics(version, statistics.num_clusters, layers, statistics.num_experts)
+
+
+def _deltas(now: Mapping[int, np.ndarray], sent: Mapping[int, np.ndarray]) -> Counts:
+    """What was counted since it was sent: only experts that were chosen."""
+    deltas: Counts = {}
+    for layer, values in now.items():
+        for phase, changes in zip(Phase, values - sent[layer], strict=True):
+            experts = np.flatnonzero(changes)
+            if len(experts):
+                deltas.setdefault(phase, {})[layer] = dict(
+                    zip(experts.tolist(), changes[experts].tolist(), strict=True)
+                )
+    return deltas
