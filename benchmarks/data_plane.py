@@ -6,7 +6,8 @@ Beside them a collective as the usual alternative: broadcast, gather and barrier
 
 Then one attention worker and one expert host, a thread each, against one process with two threads: same wide model,
 and prompts, 8 sequences, alternating, warm. (In bfloat16 the dense products of two threads round differently, so the
-tokens of the two sides may part; tests/integration/test_expert_hosts.py shows in float32 that hosts change no token.)
+tokens of the two sides may part; tests/integration/hosts/test_expert_hosts.py shows in float32 that hosts change no
+token.)
 
     python benchmarks/data_plane.py [--quick] [--json] [--factor 32]
 """

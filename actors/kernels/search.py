@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from cluster.policies.next_use.kernels import StepArrays
 from cluster.policies.signals import GateSignal
 
 _FOLLOWED_SIZES = ("S", "L", "A", "E", "R")
@@ -136,7 +137,7 @@ class SearchKernels:
         self._read_gate(form, *logits, *hidden, chosen, num_rows, starts.ctypes.data, S, said.ctypes.data)
         return said[: 3 * S * E].reshape(3, S, E)
 
-    def follow(self, step: FollowedArrays, gates: Sequence[GateSignal]) -> None:
+    def follow(self, step: StepArrays, gates: Sequence[GateSignal]) -> None:
         """Take in what gates said, in the order of their layers: see NextUse."""
         for gate in gates:
             heard = [
@@ -147,7 +148,7 @@ class SearchKernels:
 
     def learn(
         self,
-        step: FollowedArrays,
+        step: StepArrays,
         rates: Mapping[str, float],
         arrays: Mapping[str, np.ndarray],
         *,

@@ -10,6 +10,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.errors import CheckpointError
 
@@ -83,7 +84,7 @@ def _read_header(file: Path) -> dict[str, TensorRef]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{file}: truncated or not safetensors: header of {length} bytes, file of {size}")
-            entries: dict[str, dict] = dict(json.loads(stream.read(length)).items())
+            entries: dict[str, dict[str, Any]] = dict(json.loads(stream.read(length)).items())
     except (OSError, ValueError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file}: not a safetensors file ({error})") from error
     start = 8 + length

@@ -15,7 +15,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import RLock
@@ -43,7 +43,7 @@ class _Entry:
     group: str
     family: str
     before: int
-    promised: Mapping[str, int] = field(default_factory=dict)
+    promised: Mapping[str, int] = field(default_factory=dict[str, int])
     is_settled: bool = False
     is_shared: bool = False
 
@@ -178,7 +178,7 @@ class MemoryLease:
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Generator[None]:
         with self._lock:
             if self._directory is None:
                 yield

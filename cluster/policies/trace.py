@@ -117,7 +117,7 @@ class GateTrace:
 
     def select(self, indices: Sequence[int]) -> GateTrace:
         """A trace of some of the requests, in the given order."""
-        rows = [np.arange(self.row_starts[i], self.row_starts[i + 1]) for i in indices]
+        rows: list[np.ndarray] = [np.arange(self.row_starts[i], self.row_starts[i + 1]) for i in indices]
         flat = np.concatenate([*rows, np.empty(0, dtype=np.int64)]).astype(np.int64)
         starts = np.concatenate(([0], np.cumsum([len(r) for r in rows]))).astype(np.int64)
         per_row = {
@@ -176,6 +176,10 @@ def load_trace(path: Path) -> GateTrace:
 
 
 def _from_header(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> GateTrace:
-    model = header["model"]
-    requests = tuple(TracedRequest(**{**r, "prompt_ids": tuple(r["prompt_ids"])}) for r in header["requests"])
-    return GateTrace(model=TracedModel(**{**model, "layers": tuple(model["layers"])}), requests=requests, **arrays)
+    model: dict[str, Any] = header["model"]
+    requests: list[dict[str, Any]] = header["requests"]
+    model["layers"] = tuple(model["layers"])
+    for request in requests:
+        request["prompt_ids"] = tuple(request["prompt_ids"])
+    traced = tuple(TracedRequest(**request) for request in requests)
+    return GateTrace(model=TracedModel(**model), requests=traced, **arrays)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-import msgpack
+import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
 from cluster import errors
 from cluster.errors import ExpertReadError, InvalidOutput, MoesaicError, Overloaded, Unavailable
@@ -22,6 +22,7 @@ from cluster.types import FinishReason, RequestId, TokenChunk, TokenLogprob
 Item = TokenChunk | MoesaicError
 Items = Sequence[tuple[RequestId, Item]]
 
+_MSGPACK: Any = msgpack  # it has no types
 _VERSION = 1
 _MAX_ID = 2**31
 _MAX_TEXT = 64 * 1024
@@ -38,7 +39,7 @@ class CodecError(ValueError):
 def encode_frame(progress: Progress, items: Items) -> bytes:
     """One frame."""
     life = (float(progress.stalled_s), float(progress.allowed_s), float(progress.silence_s))
-    return cast(bytes, msgpack.packb((_VERSION, life, [_plain(request_id, item) for request_id, item in items])))
+    return cast(bytes, _MSGPACK.packb((_VERSION, life, [_plain(request_id, item) for request_id, item in items])))
 
 
 def decode_frame(body: bytes) -> tuple[Progress, Items]:
@@ -48,7 +49,7 @@ def decode_frame(body: bytes) -> tuple[Progress, Items]:
         CodecError: another version, a field that is missing, of another type or out of range.
     """
     try:
-        value: Any = msgpack.unpackb(body, use_list=False, raw=False, strict_map_key=True)
+        value: Any = _MSGPACK.unpackb(body, use_list=False, raw=False, strict_map_key=True)
     except (ValueError, msgpack.UnpackException) as error:
         raise CodecError(f"{len(body)} bytes that are no MessagePack: {error!r:.200}") from error
     version, life, items = _fields(value, 3, "frame")

@@ -30,7 +30,7 @@ from actors.data_plane.actor_call import ActorCallChannel
 from actors.data_plane.channel import ExpertChannel, HostLost
 from actors.data_plane.connect import Carrier
 from actors.data_plane.frames import Answer, CombineFrame, DispatchFrame, RefusalFrame, RefusalReason
-from actors.expert_host.host import handler
+from actors.expert_host import handler
 from cluster.errors import ExpertReadError
 
 CARRIERS: tuple[Carrier, ...] = ("shared_memory", "grpc")

@@ -28,7 +28,7 @@ import numpy as np
 from cluster.policies.learned_state import NUM_LEARNED
 from cluster.policies.next_use import trajectory
 from cluster.policies.next_use.heads import Blend, LearningRates, LinearHead, log_odds, sigmoid
-from cluster.policies.next_use.kernels import FollowedArrays, NextUseKernels
+from cluster.policies.next_use.kernels import NextUseKernels, StepArrays
 from cluster.policies.next_use.step import Context, Expected, FollowedStep, join, parts_of, with_model
 from cluster.policies.next_use.trajectory import Trajectory
 from cluster.policies.signals import GateSignal, Grid, Silent, StepSignal
@@ -252,7 +252,7 @@ class NextUse(Silent):
     def _value(self, worth: np.ndarray, row: int) -> None:
         np.multiply(worth, self._nearness[row][:, None], out=self._values)
 
-    def _arrays_of(self, step: FollowedStep, expected: Expected, kernels: NextUseKernels) -> FollowedArrays:
+    def _arrays_of(self, step: FollowedStep, expected: Expected, kernels: NextUseKernels) -> StepArrays:
         num_sequences, num_layers, num_gates, num_experts = step.gates.shape
         sizes = {"S": num_sequences, "L": num_layers, "A": num_gates - 2, "E": num_experts, "R": self._trajectory.reach}
         arrays = {name: getattr(step, name) for name in ("num_rows", "shares", "kept", "gates", "logs", "used")}

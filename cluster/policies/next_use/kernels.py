@@ -6,31 +6,34 @@ Shapes: S sequences of a step, L MoE layers, E experts of a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from cluster.policies.signals import GateSignal
 
 
-class FollowedArrays(Protocol):
+class StepArrays(Protocol):
     """A step under way as compiled code sees it; what it points into is written to in place."""
+
+    structure: Any
+    scratch: np.ndarray
 
 
 class NextUseKernels(Protocol):
     """Compiled code; of any thread, without state."""
 
-    def followed(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> FollowedArrays:
+    def followed(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> StepArrays:
         """A step for the other two. Args: arrays: float32 (used: bool), contiguous."""
         ...
 
-    def follow(self, step: FollowedArrays, gates: Sequence[GateSignal]) -> None:
+    def follow(self, step: StepArrays, gates: Sequence[GateSignal]) -> None:
         """Take in what gates said, in the order of their layers."""
         ...
 
     def learn(
         self,
-        step: FollowedArrays,
+        step: StepArrays,
         rates: Mapping[str, float],
         arrays: Mapping[str, np.ndarray],
         *,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.policies.next_use.kernels import FollowedArrays
+from cluster.policies.next_use.kernels import StepArrays
 from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 _FLOOR = 0.3  # of a uniform gate probability; below it differences mean little
@@ -101,7 +101,7 @@ class Expected:
     hazards: np.ndarray
     worth: np.ndarray
     row: int = -1
-    arrays: FollowedArrays | None = None
+    arrays: StepArrays | None = None
 
 
 def parts_of(popular: np.ndarray) -> np.ndarray:

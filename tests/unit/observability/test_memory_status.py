@@ -9,12 +9,12 @@ import pytest
 import torch
 from expert_builders import ExpertFile, dense_form, open_store, write_experts
 
-from actors.experts.report import calibration, memory_status
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
 from actors.experts.memory.counters import CALIBRATION_BINS, MemoryCounters
 from actors.experts.memory.report import layers_report
 from actors.experts.memory.store import ExpertStore
+from actors.experts.report import calibration, memory_status
 from cluster.config.sections import ExpertsConfig
 from cluster.types import CalibrationBin, Tier
 

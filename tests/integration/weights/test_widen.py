@@ -16,7 +16,7 @@ from cluster.errors import CheckpointError, ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]  # transformers' models take seconds to import
 
-DEMO = Path(__file__).parents[2] / "models" / "moesaic-demo"
+DEMO = Path(__file__).parents[3] / "models" / "moesaic-demo"
 
 
 def _save_tiny(path: Path, model_type: str, **changes: Any) -> None:

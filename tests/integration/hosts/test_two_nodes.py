@@ -25,7 +25,7 @@ from cluster.loadgen.prompts import BUNDLED_PROMPTS
 
 pytestmark = pytest.mark.ray
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "deploy" / "local_cluster.py"
+_SCRIPT = Path(__file__).resolve().parents[3] / "deploy" / "local_cluster.py"
 _CONFIG = """
 model: {dtype: float32}
 experts: {hosts: 1}

@@ -1,6 +1,6 @@
 """Experts in other places than the engine: the same tokens, whatever hosts, carriers and memories there are.
 
-Hosts run in threads of this process here; tests/integration/test_distributed_server.py has real ones.
+Hosts run in threads of this process here; tests/integration/hosts/test_distributed_server.py has real ones.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_every_family_over_two_hosts_answers_as_transformers(tmp_path: Path, fam
 
 def test_hosts_give_the_local_log_probabilities(demo: Path, cases: list[Case]) -> None:
     """Nearly: each engine calibrates from how many rows on its dense layers leave the compiled kernels. (That one
-    owner gives the local sums to the bit: tests/unit/experts/test_remote_dispatch.py.)"""
+    owner gives the local sums to the bit: tests/unit/expert_client/test_remote_dispatch.py.)"""
     params = [SamplingParams(max_tokens=2, temperature=0.0, num_logprobs=20) for _ in cases[:4]]
     with engine_parts(demo) as parts:
         local = generate(parts.engine, cases[:4], params)

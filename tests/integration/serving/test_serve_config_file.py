@@ -18,7 +18,7 @@ from cluster.rpc.generation_pb2_grpc import GenerationServiceStub
 
 pytestmark = pytest.mark.ray
 
-FILE = Path(__file__).parents[2] / "deploy" / "serve-config.yaml"
+FILE = Path(__file__).parents[3] / "deploy" / "serve-config.yaml"
 
 
 @pytest.fixture
