@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from channel_checks import carrier, channel, host  # noqa: F401
 
 from cluster.protocols import StateStore
 from cluster.stats.embedded_valkey import EmbeddedValkey, find_server_binary, start_embedded_valkey

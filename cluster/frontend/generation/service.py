@@ -6,15 +6,15 @@ Knows tokens, stop strings, limits and deadlines; knows no transport and not how
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from cluster.config.sections import FrontendConfig
-from cluster.errors import DeadlineExceeded, InvalidRequest, MoesaicError, Overloaded, Unavailable
+from cluster.errors import InvalidRequest, MoesaicError, Overloaded, Unavailable
 from cluster.frontend.generation.choices import interleave
+from cluster.frontend.generation.deadline import SequenceDeadline
 from cluster.frontend.generation.input_pool import InputPool
 from cluster.frontend.generation.sampling import check_lengths, check_token_ids, resolve_sampling, truncated_prompt
 from cluster.frontend.generation.sequence import RunningSequence, SamplingOptions, TextChunk, TokenText, token_text
@@ -25,7 +25,7 @@ from cluster.logs import log_event
 from cluster.model.info import ModelInfo
 from cluster.observability.metrics import FrontendMetrics
 from cluster.protocols import AttentionWorkerClient
-from cluster.types import FinishReason, GenerationRequest, RequestId, TokenChunk
+from cluster.types import FinishReason, GenerationRequest, RequestId
 
 _ABORT_TIMEOUT_S = 5.0
 _BYTES_A_TOKEN = 4  # of what is small: a token id costs about as much as its text
@@ -52,7 +52,7 @@ class GenerationService:
         self._max_logprobs = config.max_logprobs
         self._config = config
         self._metrics = metrics
-        self._deadlines: dict[RequestId, _Deadline] = {}
+        self._deadlines: dict[RequestId, SequenceDeadline] = {}
         self.inputs = InputPool(
             threads=config.input_threads,
             max_waiting=config.max_input_queue,
@@ -260,7 +260,7 @@ class GenerationService:
         """
         sequence = RunningSequence(request, self._tokenizer, self._info.eos_token_ids, self._metrics)
         allowed_s = self._timeout_s if timeout_s is None else min(timeout_s, self._timeout_s)
-        deadline = _Deadline(asyncio.get_running_loop().time() + allowed_s)
+        deadline = SequenceDeadline(asyncio.get_running_loop().time() + allowed_s)
         self._deadlines[request.request_id] = deadline
         tokens = self._worker.generate(request)
         outcome = "abort"
@@ -314,39 +314,3 @@ class GenerationService:
         except (MoesaicError, ConnectionError, TimeoutError) as error:
             logger = logging.getLogger(__name__)
             log_event(logger, logging.WARNING, "abort not delivered", request_id=request_id, reason=repr(error))
-
-
-class _Deadline:
-    """The end of one sequence's time, which `abort` brings forward to now."""
-
-    def __init__(self, at_s: float) -> None:
-        """`at_s` is on the loop's clock."""
-        self.is_aborted = False
-        self._at_s = at_s
-        self._wait: asyncio.Timeout | None = None
-
-    def abort(self) -> None:
-        """End the wait for the next chunk, if there is one, and all later ones."""
-        self.is_aborted = True
-        if self._wait is not None:
-            with contextlib.suppress(RuntimeError):  # it ended in this turn of the loop
-                self._wait.reschedule(asyncio.get_running_loop().time())
-
-    async def next_chunk(self, tokens: AsyncIterator[TokenChunk]) -> TokenChunk | None:
-        """The next chunk, or None when there are no more or the sequence was aborted.
-
-        Raises:
-            DeadlineExceeded: it did not come in time.
-        """
-        if self.is_aborted:
-            return None
-        try:
-            async with asyncio.timeout_at(self._at_s) as self._wait:
-                return await anext(tokens, None)
-        except TimeoutError as error:
-            if self.is_aborted:
-                return None
-            message = "the request's time ran out; it was stopped (frontend.request_timeout_s)"
-            raise DeadlineExceeded(message) from error
-        finally:
-            self._wait = None

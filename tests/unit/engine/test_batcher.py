@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
-import numpy as np
 import pytest
+from batcher_steps import add_prompt, compute_rows, take_step
 from engine_builders import make_batcher, make_request
 from hypothesis import given, settings
-from knowledge_builders import embedding_of, make_knowledge
 
 from actors.engine.batcher import Batcher, ScheduledRows
 from actors.engine.sequence import Sequence, SequenceState
 from cluster.errors import Overloaded
-from cluster.semantics.co_batching import CoBatching
-
-
-def _add(batcher: Batcher, name: str, length: int, *, start: int = 0) -> Sequence:
-    sequence = Sequence(make_request(name, prompt=range(start, start + length)))
-    batcher.add(sequence)
-    return sequence
-
-
-def _compute(batcher: Batcher, planned: list[ScheduledRows], token: int = 7) -> None:
-    """What the engine does with a plan, with a token out of thin air."""
-    sampling = [rows.sequence for rows in planned if rows.samples]
-    for rows in planned:
-        batcher.on_computed(rows)
-    for sequence in sampling:
-        sequence.tokens.append(token)
-
-
-def _step(batcher: Batcher, token: int = 7) -> list[tuple[str, int]]:
-    planned = batcher.plan()
-    _compute(batcher, planned, token)
-    return [(rows.sequence.request.request_id, rows.num_rows) for rows in planned]
 
 
 def test_prompt_is_computed_at_once_when_it_fits() -> None:
     batcher = make_batcher(max_batch_tokens=64)
-    _add(batcher, "a", 10)
+    add_prompt(batcher, "a", 10)
 
-    assert _step(batcher) == [("a", 10)]
-    assert _step(batcher) == [("a", 1)]
+    assert take_step(batcher) == [("a", 10)]
+    assert take_step(batcher) == [("a", 1)]
 
 
 def test_long_prompt_is_computed_in_chunks_and_sampled_after_the_last() -> None:
     batcher = make_batcher(max_batch_tokens=4)
-    sequence = _add(batcher, "a", 10)
+    sequence = add_prompt(batcher, "a", 10)
 
     sizes = []
     for _ in range(3):
         (rows,) = batcher.plan()
         sizes.append((rows.num_rows, rows.samples))
-        _compute(batcher, [rows])
+        compute_rows(batcher, [rows])
 
     assert sizes == [(4, False), (4, False), (2, True)]
     assert sequence.num_generated == 1
@@ -62,63 +37,63 @@ def test_long_prompt_is_computed_in_chunks_and_sampled_after_the_last() -> None:
 
 def test_decoding_sequences_come_before_prompts() -> None:
     batcher = make_batcher(max_batch_tokens=4)
-    _add(batcher, "a", 3)
-    _step(batcher)
-    _add(batcher, "b", 10, start=20)
+    add_prompt(batcher, "a", 3)
+    take_step(batcher)
+    add_prompt(batcher, "b", 10, start=20)
 
-    assert _step(batcher) == [("a", 1), ("b", 3)]
-    _add(batcher, "c", 2, start=40)
-    assert _step(batcher) == [("a", 1), ("b", 3)]
-    assert _step(batcher) == [("a", 1), ("b", 3)]
-    assert _step(batcher) == [("a", 1), ("b", 1), ("c", 2)]
+    assert take_step(batcher) == [("a", 1), ("b", 3)]
+    add_prompt(batcher, "c", 2, start=40)
+    assert take_step(batcher) == [("a", 1), ("b", 3)]
+    assert take_step(batcher) == [("a", 1), ("b", 3)]
+    assert take_step(batcher) == [("a", 1), ("b", 1), ("c", 2)]
 
 
 def test_prompts_are_served_in_order_of_arrival() -> None:
     batcher = make_batcher(max_batch_tokens=8)
     for i, name in enumerate("abc"):
-        _add(batcher, name, 6, start=20 * i)
+        add_prompt(batcher, name, 6, start=20 * i)
 
-    assert _step(batcher) == [("a", 6), ("b", 2)]
-    assert _step(batcher) == [("a", 1), ("b", 4), ("c", 3)]
+    assert take_step(batcher) == [("a", 6), ("b", 2)]
+    assert take_step(batcher) == [("a", 1), ("b", 4), ("c", 3)]
 
 
 def test_no_more_than_max_running_sequences_run() -> None:
     batcher = make_batcher(max_running=2)
-    first = _add(batcher, "a", 3)
+    first = add_prompt(batcher, "a", 3)
     for i, name in enumerate("bc", start=1):
-        _add(batcher, name, 3, start=20 * i)
+        add_prompt(batcher, name, 3, start=20 * i)
 
-    assert [name for name, _ in _step(batcher)] == ["a", "b"]
+    assert [name for name, _ in take_step(batcher)] == ["a", "b"]
     assert (batcher.num_running, batcher.num_waiting) == (2, 1)
     batcher.finish(first)
-    assert [name for name, _ in _step(batcher)] == ["b", "c"]
+    assert [name for name, _ in take_step(batcher)] == ["b", "c"]
 
 
 def test_full_queue_refuses_with_numbers() -> None:
     batcher = make_batcher(max_running=1, max_queue=2)
     for i in range(3):
-        _add(batcher, str(i), 3)
+        add_prompt(batcher, str(i), 3)
 
     with pytest.raises(Overloaded, match="at most 2"):
-        _add(batcher, "one too many", 3)
+        add_prompt(batcher, "one too many", 3)
 
     assert batcher.num_waiting == 3
 
 
 def test_youngest_is_preempted_when_blocks_run_out_and_comes_back_after_somebody_finished() -> None:
     batcher = make_batcher(num_blocks=6, block_size=4)
-    old, young = _add(batcher, "old", 11), _add(batcher, "young", 10, start=20)
+    old, young = add_prompt(batcher, "old", 11), add_prompt(batcher, "young", 10, start=20)
 
-    assert _step(batcher) == [("old", 11), ("young", 10)]
+    assert take_step(batcher) == [("old", 11), ("young", 10)]
     while batcher.num_preemptions == 0:
-        step = _step(batcher)
+        step = take_step(batcher)
     assert step == [("old", 1)]
     assert (young.state, young.computed, young.blocks) == (SequenceState.WAITING, 0, [])
     assert old.state is SequenceState.RUNNING
     emitted = list(young.tokens)
     batcher.finish(old)
 
-    step = _step(batcher)
+    step = take_step(batcher)
 
     assert step[0][0] == "young"
     assert young.tokens[: len(emitted)] == emitted
@@ -126,13 +101,13 @@ def test_youngest_is_preempted_when_blocks_run_out_and_comes_back_after_somebody
 
 def test_preempted_sequence_is_not_admitted_again_in_the_same_step() -> None:
     batcher = make_batcher(num_blocks=6, block_size=4, max_batch_tokens=64)
-    _add(batcher, "old", 12)
-    young = _add(batcher, "young", 8, start=20)
-    waiting = _add(batcher, "tiny", 1, start=90)
+    add_prompt(batcher, "old", 12)
+    young = add_prompt(batcher, "young", 8, start=20)
+    waiting = add_prompt(batcher, "tiny", 1, start=90)
 
     preempting: list[tuple[str, int]] = []
     while not batcher.num_preemptions:
-        preempting = _step(batcher)
+        preempting = take_step(batcher)
 
     assert young.state is SequenceState.WAITING or waiting.state is SequenceState.WAITING
     assert all(name != "young" or young.state is SequenceState.RUNNING for name, _ in preempting)
@@ -140,32 +115,32 @@ def test_preempted_sequence_is_not_admitted_again_in_the_same_step() -> None:
 
 def test_preempted_sequence_waits_before_those_that_never_ran() -> None:
     batcher = make_batcher(num_blocks=6, block_size=4, max_running=2)
-    old, _ = _add(batcher, "old", 11), _add(batcher, "young", 10, start=20)
-    _add(batcher, "never ran", 2, start=60)
+    old, _ = add_prompt(batcher, "old", 11), add_prompt(batcher, "young", 10, start=20)
+    add_prompt(batcher, "never ran", 2, start=60)
     while not batcher.num_preemptions:
-        _step(batcher)
+        take_step(batcher)
 
     batcher.finish(old)
 
-    assert [name for name, _ in _step(batcher)] == ["young", "never ran"]
+    assert [name for name, _ in take_step(batcher)] == ["young", "never ran"]
 
 
 def test_sequence_is_not_admitted_without_room_for_its_first_token() -> None:
     batcher = make_batcher(num_blocks=4, block_size=4)
-    _add(batcher, "a", 7)
-    _add(batcher, "b", 8, start=20)
+    add_prompt(batcher, "a", 7)
+    add_prompt(batcher, "b", 8, start=20)
 
-    assert _step(batcher) == [("a", 7)]
+    assert take_step(batcher) == [("a", 7)]
     assert batcher.num_waiting == 1
 
 
 def test_shared_prefix_is_not_computed_twice() -> None:
     batcher = make_batcher(block_size=4)
-    first = _add(batcher, "a", 10)
-    _step(batcher)
-    second = _add(batcher, "b", 12)
+    first = add_prompt(batcher, "a", 10)
+    take_step(batcher)
+    second = add_prompt(batcher, "b", 12)
 
-    step = _step(batcher)
+    step = take_step(batcher)
 
     assert step == [("a", 1), ("b", 4)]
     assert (first.num_cached, second.num_cached) == (0, 8)
@@ -175,12 +150,12 @@ def test_shared_prefix_is_not_computed_twice() -> None:
 
 def test_what_a_preempted_sequence_finds_of_itself_is_not_reported_as_cached() -> None:
     batcher = make_batcher(num_blocks=6, block_size=4)
-    old, young = _add(batcher, "old", 11), _add(batcher, "young", 10, start=20)
+    old, young = add_prompt(batcher, "old", 11), add_prompt(batcher, "young", 10, start=20)
     while not batcher.num_preemptions:
-        _step(batcher)
+        take_step(batcher)
     batcher.finish(old)
 
-    step = _step(batcher)
+    step = take_step(batcher)
 
     assert step[0][1] < len(young.tokens) - 1
     assert young.num_cached == 0
@@ -189,9 +164,9 @@ def test_what_a_preempted_sequence_finds_of_itself_is_not_reported_as_cached() -
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_finish_frees_everything_in_any_state(steps: int) -> None:
     batcher = make_batcher()
-    sequence = _add(batcher, "a", 10)
+    sequence = add_prompt(batcher, "a", 10)
     for _ in range(steps):
-        _step(batcher)
+        take_step(batcher)
 
     batcher.finish(sequence)
 
@@ -222,7 +197,7 @@ def test_every_workload_finishes_within_its_budgets(
     )
     wanted: dict[str, int] = {}
     for i, (prompt, new, start) in enumerate(lengths):
-        _add(batcher, str(i), prompt, start=start)
+        add_prompt(batcher, str(i), prompt, start=start)
         wanted[str(i)] = new
     steps = 0
 
@@ -260,26 +235,26 @@ def _check_plan(batcher: Batcher, planned: list[ScheduledRows], max_batch_tokens
 
 def test_choices_of_one_prompt_wait_for_the_first_and_share_its_blocks() -> None:
     batcher = make_batcher(block_size=4, max_batch_tokens=6)
-    choices = [_add(batcher, name, 10) for name in "abc"]
+    choices = [add_prompt(batcher, name, 10) for name in "abc"]
 
-    assert _step(batcher) == [("a", 6)]
-    assert _step(batcher) == [("a", 4)], "the others begin when its blocks can be found"
-    assert _step(batcher) == [("a", 1), ("b", 2), ("c", 2)]
+    assert take_step(batcher) == [("a", 6)]
+    assert take_step(batcher) == [("a", 4)], "the others begin when its blocks can be found"
+    assert take_step(batcher) == [("a", 1), ("b", 2), ("c", 2)]
     assert [choice.num_cached for choice in choices] == [0, 8, 8]
 
 
 def test_prompts_too_short_to_share_a_block_do_not_wait() -> None:
     batcher = make_batcher(block_size=4)
     for name in "ab":
-        _add(batcher, name, 4)
+        add_prompt(batcher, name, 4)
 
-    assert _step(batcher) == [("a", 4), ("b", 4)]
+    assert take_step(batcher) == [("a", 4), ("b", 4)]
 
 
 def test_scored_prompts_are_computed_whole_and_in_bounded_chunks() -> None:
     batcher = make_batcher(block_size=4, max_batch_tokens=200)
-    _add(batcher, "before", 100)
-    _step(batcher)
+    add_prompt(batcher, "before", 100)
+    take_step(batcher)
     scored = Sequence(make_request("scored", prompt=range(100), num_prompt_logprobs=1))
     batcher.add(scored)
 
@@ -287,71 +262,8 @@ def test_scored_prompts_are_computed_whole_and_in_bounded_chunks() -> None:
     while not scored.num_generated:
         planned = batcher.plan()
         steps += [(rows.num_rows, rows.num_logits) for rows in planned if rows.sequence is scored]
-        _compute(batcher, planned)
+        compute_rows(batcher, planned)
 
     assert steps == [(64, 64), (36, 36)]
     assert scored.num_cached == 0
     assert [(rows.num_rows, rows.num_logits) for rows in batcher.plan()][1:] == [(1, 1)]
-
-
-def _add_kind(batcher: Batcher, name: str, kind: int, start: int) -> Sequence:
-    request = replace(make_request(name, prompt=range(start, start + 4), max_tokens=9), embedding=embedding_of(kind))
-    sequence = Sequence(request)
-    batcher.add(sequence)
-    return sequence
-
-
-def _co_batching() -> CoBatching:
-    """Kind 0 uses experts 0 and 1, kind 1 uses 2 and 3."""
-    uses = np.zeros((2, 1, 4))
-    uses[0, 0, :2] = uses[1, 0, 2:] = 0.9
-    co_batching = CoBatching(max_overtaken=2)
-    co_batching.set_knowledge(make_knowledge(uses))
-    return co_batching
-
-
-def test_co_batching_admits_who_shares_experts_but_nobody_waits_for_ever() -> None:
-    batcher = make_batcher(max_running=2)
-    batcher.co_batching = _co_batching()
-    first = _add_kind(batcher, "first", 0, 0)
-    _step(batcher)
-    other = _add_kind(batcher, "other", 1, 10)
-    alike = [_add_kind(batcher, f"alike {i}", 0, 20 + 10 * i) for i in range(3)]
-
-    joined = []
-    for _ in range(4):
-        _step(batcher)
-        newest = batcher._running[-1]
-        joined.append(newest.request.request_id)
-        batcher.finish(newest)
-
-    assert joined == ["alike 0", "alike 1", "other", "alike 2"]
-    assert first.state is SequenceState.RUNNING and other.overtaken == 2 and alike[2].overtaken == 0
-
-
-def test_who_was_preempted_comes_back_before_anybody_joins() -> None:
-    batcher = make_batcher(num_blocks=4, block_size=4)
-    batcher.co_batching = _co_batching()
-    kept, put_out = _add_kind(batcher, "kept", 0, 0), _add_kind(batcher, "put out", 1, 10)
-    while not batcher.num_preemptions:
-        _step(batcher)
-    _add_kind(batcher, "alike", 0, 20)
-    batcher.finish(kept)
-    _step(batcher)
-
-    assert put_out.state is SequenceState.RUNNING
-
-
-def test_without_knowledge_co_batching_is_first_come_first_served() -> None:
-    batcher = make_batcher(max_running=1)
-    batcher.co_batching = CoBatching()
-    names = [f"{i}" for i in range(5)]
-    waiting = [_add_kind(batcher, name, i % 2, 10 * i) for i, name in enumerate(names)]
-
-    served = []
-    for _ in waiting:
-        ((name, _),) = _step(batcher)
-        served.append(name)
-        batcher.finish(next(sequence for sequence in waiting if sequence.request.request_id == name))
-
-    assert served == names

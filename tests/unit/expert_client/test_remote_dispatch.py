@@ -3,72 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
-import pytest
 import torch
-from expert_builders import HIDDEN, ExpertFile, dense_form, open_store, random_routing, write_experts
+from dispatch_parts import hosts_owning, local_sum, work_of
+from expert_builders import HIDDEN, ExpertFile
 from hypothesis import given, settings
 from memory_hosts import FAULTS, LAYER, NUM_EXPERTS, TOP_K, Host, Worker
-from torch import Tensor
 
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
-from actors.experts.dispatch import LocalDispatcher
-from actors.gates.activation_recorder import ActivationRecorder
 from actors.gates.work import ExpertWork
-from actors.kernels.native import load_native
-from cluster.errors import ExpertReadError
 from cluster.placement.plan import Placement
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> ExpertFile:
-    return write_experts(tmp_path_factory.mktemp("experts"), num_experts=NUM_EXPERTS)
-
-
-@pytest.fixture(scope="module")
-def compute() -> ExpertCompute:
-    return ExpertCompute(load_native(threads=1), dense_form(torch.float32), compute_dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def everything(experts: ExpertFile, compute: ExpertCompute) -> Iterator[ExpertBackend]:
-    """All experts, as a host has them, and as the specification does."""
-    store = open_store(experts, slots=2 * NUM_EXPERTS)
-    yield ExpertBackend(store, compute)
-    store.close()
-
-
-def _work(num_rows: int, *, padding: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32) -> ExpertWork:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_rows + padding, HIDDEN, generator=generator).to(dtype)
-    ids, weights = random_routing(num_rows + padding, TOP_K, range(NUM_EXPERTS), generator)
-    return ExpertWork(LAYER, x, ids, weights)
-
-
-def _local(everything: ExpertBackend, work: ExpertWork, num_rows: int) -> Tensor:
-    recorder = ActivationRecorder((0, 1), NUM_EXPERTS, None)
-    return LocalDispatcher(everything, recorder).start(work, num_rows, 0)()
-
-
-def _hosts(everything: ExpertBackend, *owned: Sequence[int]) -> list[Host]:
-    return [Host(index, set(experts), everything) for index, experts in enumerate(owned)]
-
-
-@pytest.fixture
-def make_worker(experts: ExpertFile, compute: ExpertCompute) -> Iterator[Callable[..., Worker]]:
-    made: list[Worker] = []
-
-    def make(hosts: Sequence[Host], **options: object) -> Worker:
-        made.append(Worker(experts, compute, hosts, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield make
-    for worker in made:
-        worker.dispatcher.close()
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,14 +46,14 @@ def test_any_placement_memory_and_failure_give_the_local_result(
     hosts = [Host(i, experts_, everything, deque(faults[i])) for i, experts_ in enumerate(owned)]
     worker = Worker(experts, compute, hosts, slots=slots, resident=resident, reconnects=reconnects)
     for turn in range(3):
-        work = _work(num_rows, padding=padding, seed=seed + turn)
+        work = work_of(num_rows, padding=padding, seed=seed + turn)
         before = worker.choices()
 
         fetch = worker.dispatcher.start(work, num_rows, 0)
         first_round = [(host, frame) for host in hosts for frame in host.received]
         out = fetch()
 
-        torch.testing.assert_close(out, _local(everything, work, num_rows), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out, local_sum(everything, work, num_rows), rtol=1e-5, atol=1e-6)
         assert out.shape == work.hidden_TD.shape
         assert worker.choices() == sorted([*before, *work.topk_ids_TK[:num_rows].flatten().tolist()])
         assert worker.nothing_waits()
@@ -127,87 +75,41 @@ def test_any_placement_memory_and_failure_give_the_local_result(
 def test_one_owner_gives_the_local_result_to_the_bit(
     everything: ExpertBackend, make_worker: Callable[..., Worker]
 ) -> None:
-    worker = make_worker(_hosts(everything, range(NUM_EXPERTS)))
-    work = _work(9, padding=2)
+    worker = make_worker(hosts_owning(everything, range(NUM_EXPERTS)))
+    work = work_of(9, padding=2)
 
-    assert torch.equal(worker.dispatcher.start(work, 9, 0)(), _local(everything, work, 9))
+    assert torch.equal(worker.dispatcher.start(work, 9, 0)(), local_sum(everything, work, 9))
     assert worker.dispatcher.counters.frames == 1
 
 
 def test_replicas_are_asked_before_the_checkpoint(
     everything: ExpertBackend, make_worker: Callable[..., Worker]
 ) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS), range(NUM_EXPERTS))
+    hosts = hosts_owning(everything, range(NUM_EXPERTS), range(NUM_EXPERTS))
     hosts[0].faults.extend(["receive"])
     worker = make_worker(hosts, reconnects=False)
-    work = _work(4)
+    work = work_of(4)
 
     out = worker.dispatcher.start(work, 4, 0)()
 
-    torch.testing.assert_close(out, _local(everything, work, 4), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, local_sum(everything, work, 4), rtol=1e-5, atol=1e-6)
     assert (len(hosts[0].computed), len(hosts[1].computed)) == (0, 2), "its own part, and that of the other"
     counters = worker.dispatcher.counters
     assert (counters.redispatched, counters.fallbacks, worker.links.num_lost) == (1, 0, 1)
 
 
-def test_host_that_is_slow_is_not_waited_for_and_not_lost(
-    everything: ExpertBackend, make_worker: Callable[..., Worker]
-) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS), range(NUM_EXPERTS))
-    worker = make_worker(hosts)
-    slow, quick = hosts
-    slow.faults.append("slow")
-    slow.is_slow = True
-    work = _work(4)
-
-    first = worker.dispatcher.start(work, 4, 0)()
-    second = worker.dispatcher.start(work, 4, 0)()
-
-    for out in (first, second):
-        torch.testing.assert_close(out, _local(everything, work, 4), rtol=1e-5, atol=1e-6)
-    assert len(slow.received) == 1, "nothing more is asked of it while it owes an answer"
-    assert len(quick.computed) == 3
-    counters = worker.dispatcher.counters
-    assert (counters.hedged, counters.redispatched, counters.fallbacks) == (1, 1, 0)
-    assert (worker.links.num_lost, worker.links.is_complete) == (0, False)
-    assert "host 0 is slow" in worker.links.degraded[0]
-
-    slow.is_slow = False  # the late answer has come: it is dropped, and the host is as good as before
-    torch.testing.assert_close(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4), rtol=1e-5, atol=1e-6)
-    assert (len(slow.received), worker.links.degraded, counters.hedged) == (2, (), 1)
-    assert worker.nothing_waits()
-
-
-def test_slow_host_without_replicas_is_computed_for_here_and_given_up_in_the_end(
-    everything: ExpertBackend, make_worker: Callable[..., Worker]
-) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS))
-    hosts[0].faults.append("slow")
-    hosts[0].is_slow = True
-    worker = make_worker(hosts)
-    work = _work(4)
-
-    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
-    assert (worker.dispatcher.counters.hedged, worker.links.num_lost) == (1, 0)
-    worker.links.now_s += 10.0  # longer than a host may take for a layer
-    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
-
-    assert worker.links.num_lost == 1
-    assert worker.links.is_complete, "connected anew"
-
-
 def test_placement_is_followed_host_by_host_and_back_to_a_host_that_is_behind(
     everything: ExpertBackend, make_worker: Callable[..., Worker]
 ) -> None:
-    hosts = _hosts(everything, [0, 1, 2], [3, 4, 5])
+    hosts = hosts_owning(everything, [0, 1, 2], [3, 4, 5])
     worker = make_worker(hosts)
     hosts[1].epoch = 2  # the other one has just been started anew
-    work = _work(8)
+    work = work_of(8)
 
     worker.links.set_placement(Placement(epoch=2, hosts={0: {LAYER: (3, 4, 5)}, 1: {LAYER: (0, 1, 2)}}))
     out = worker.dispatcher.start(work, 8, 0)()
 
-    torch.testing.assert_close(out, _local(everything, work, 8), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out, local_sum(everything, work, 8), rtol=1e-5, atol=1e-6)
     assert worker.links.epoch == 2
     assert [frame.epoch for frame in hosts[0].received] == [2, 1], "asked again at the epoch that it is at"
     assert [frame.epoch for frame in hosts[1].received] == [2]
@@ -217,10 +119,10 @@ def test_placement_is_followed_host_by_host_and_back_to_a_host_that_is_behind(
 
 
 def test_hosts_join_and_leave_with_the_placement(everything: ExpertBackend, make_worker: Callable[..., Worker]) -> None:
-    hosts = _hosts(everything, [0, 1, 2], [3, 4, 5], [])
+    hosts = hosts_owning(everything, [0, 1, 2], [3, 4, 5], [])
     worker = make_worker(hosts[:2])
     worker.links.hosts = hosts
-    work = _work(8)
+    work = work_of(8)
 
     worker.links.set_placement(Placement(epoch=2, hosts={0: {LAYER: (0, 1, 2)}, 2: {LAYER: (3, 4, 5)}}))
     before = worker.dispatcher.start(work, 8, 0)()
@@ -231,59 +133,17 @@ def test_hosts_join_and_leave_with_the_placement(everything: ExpertBackend, make
     after = worker.dispatcher.start(work, 8, 0)()
 
     for out in (before, after):
-        torch.testing.assert_close(out, _local(everything, work, 8), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out, local_sum(everything, work, 8), rtol=1e-5, atol=1e-6)
     assert [len(host.received) for host in hosts] == [2, 1, 1]
     assert (worker.links.is_complete, worker.links.num_lost, worker.links.carriers) == (True, 0, ("memory",) * 2)
     assert (worker.links.epoch, worker.dispatcher.counters.fallbacks) == (2, 0), "nothing was read in a host's place"
 
 
-def test_host_that_fails_every_time_costs_bounded_attempts_and_no_request(
-    everything: ExpertBackend, make_worker: Callable[..., Worker]
-) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS))
-    hosts[0].faults.extend(["receive"] * 100)
-    worker = make_worker(hosts)
-    work = _work(4)
-
-    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
-    assert len(hosts[0].received) == 4
-    assert worker.dispatcher.counters.fallbacks == 1
-
-
-def test_host_that_cannot_read_its_experts_is_not_asked_again_and_not_lost(
-    everything: ExpertBackend, make_worker: Callable[..., Worker]
-) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS))
-    hosts[0].faults.extend(["failed"])
-    worker = make_worker(hosts)
-    work = _work(4)
-
-    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
-    assert len(hosts[0].received) == 1
-    assert (worker.links.num_lost, worker.dispatcher.counters.fallbacks) == (0, 1)
-
-
-def test_error_here_while_other_hosts_still_compute_leaves_no_answer_behind(
-    everything: ExpertBackend, make_worker: Callable[..., Worker]
-) -> None:
-    hosts = _hosts(everything, [0, 1], [2, 3], [4, 5])
-    hosts[0].faults.extend(["failed"])
-    worker = make_worker(hosts, slots=TOP_K)
-    assert worker.backend is not None
-    worker.backend.error = ExpertReadError("model.safetensors: gone")
-
-    with pytest.raises(ExpertReadError, match="gone"):
-        worker.dispatcher.start(_work(8), 8, 0)()
-
-    assert [len(host.received) for host in hosts] == [1, 1, 1]
-    assert worker.nothing_waits()
-
-
 def test_step_of_padding_alone_asks_nobody(everything: ExpertBackend, make_worker: Callable[..., Worker]) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS))
+    hosts = hosts_owning(everything, range(NUM_EXPERTS))
     worker = make_worker(hosts)
 
-    out = worker.dispatcher.start(_work(3), 0, 0)()
+    out = worker.dispatcher.start(work_of(3), 0, 0)()
 
     assert out.shape == (3, HIDDEN)
     assert not out.any()
@@ -293,71 +153,31 @@ def test_step_of_padding_alone_asks_nobody(everything: ExpertBackend, make_worke
 def test_new_plan_is_asked_again_and_nobody_is_lost(
     everything: ExpertBackend, make_worker: Callable[..., Worker]
 ) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS))
+    hosts = hosts_owning(everything, range(NUM_EXPERTS))
     worker = make_worker(hosts)
     hosts[0].epoch = 7
-    work = _work(4)
+    work = work_of(4)
 
-    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), _local(everything, work, 4))
+    assert torch.equal(worker.dispatcher.start(work, 4, 0)(), local_sum(everything, work, 4))
     assert [frame.epoch for frame in hosts[0].received] == [1, 7]
     assert (worker.links.num_lost, worker.dispatcher.counters.fallbacks) == (0, 0)
 
 
-def test_room_taken_while_a_host_was_away_is_given_back(
-    everything: ExpertBackend, make_worker: Callable[..., Worker]
-) -> None:
-    hosts = _hosts(everything, [0, 1, 2], [3, 4, 5])
-    hosts[1].faults.extend(["send"])
-    worker = make_worker(hosts, reconnects=False)
-    work = _work(5)
-
-    worker.dispatcher.start(work, 5, 0)()
-    worker.dispatcher.start(work, 5, 0)()
-    assert worker.local.fallback is not None
-    assert len(worker.fallbacks) == 1, "kept while the host is away"
-
-    worker.links.reconnects = True
-    worker.links.now_s += 100
-    worker.links.connect_due()
-    worker.dispatcher.start(work, 5, 0)()
-
-    assert worker.local.fallback is None
-    assert len(worker.fallbacks) == 1
-
-
-def test_unreadable_checkpoint_is_named_and_no_answer_stays_behind(
-    everything: ExpertBackend, make_worker: Callable[..., Worker]
-) -> None:
-    hosts = _hosts(everything, [0, 1, 2], [])  # nobody has 3 to 5
-    worker = make_worker(hosts, slots=TOP_K)
-    assert worker.backend is not None
-    worker.backend.error = ExpertReadError("model.safetensors: gone")
-    work = _work(8)
-
-    with pytest.raises(ExpertReadError, match="gone"):
-        worker.dispatcher.start(work, 8, 0)()
-
-    assert len(hosts[0].received) == 1
-    assert worker.nothing_waits()
-    worker.backend.error = None
-    torch.testing.assert_close(worker.dispatcher.start(work, 8, 0)(), _local(everything, work, 8))
-
-
 def test_micro_batches_may_be_under_way_together(everything: ExpertBackend, make_worker: Callable[..., Worker]) -> None:
-    worker = make_worker(_hosts(everything, [0, 2, 4], [1, 3, 5]))
-    works = [_work(3, seed=1), _work(5, seed=2), _work(2, seed=3)]
+    worker = make_worker(hosts_owning(everything, [0, 2, 4], [1, 3, 5]))
+    works = [work_of(3, seed=1), work_of(5, seed=2), work_of(2, seed=3)]
 
     fetches = [worker.dispatcher.start(work, len(work.hidden_TD), 0) for work in works]
 
     for i in (1, 2, 0):
-        expected = _local(everything, works[i], len(works[i].hidden_TD))
+        expected = local_sum(everything, works[i], len(works[i].hidden_TD))
         torch.testing.assert_close(fetches[i](), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_most_used_experts_come_here_and_are_not_sent_away_any_more(
     everything: ExpertBackend, make_worker: Callable[..., Worker]
 ) -> None:
-    hosts = _hosts(everything, range(NUM_EXPERTS))
+    hosts = hosts_owning(everything, range(NUM_EXPERTS))
     worker = make_worker(hosts, slots=TOP_K)
     assert worker.backend is not None
     x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -368,7 +188,7 @@ def test_most_used_experts_come_here_and_are_not_sent_away_any_more(
         assert worker.backend.store.wait_idle(10)
     hosts[0].received.clear()
 
-    torch.testing.assert_close(worker.dispatcher.start(work, 4, 4)(), _local(everything, work, 4))
+    torch.testing.assert_close(worker.dispatcher.start(work, 4, 4)(), local_sum(everything, work, 4))
 
     assert hosts[0].received == []
     assert np.flatnonzero(worker.backend.store.resident(LAYER)).tolist() == [0, 1, 2]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DEMO = Path(__file__).resolve().parents[1] / "models" / "moesaic-demo"
+DEMO = Path(__file__).resolve().parents[2] / "models" / "moesaic-demo"
 WEIGHTS = "model.safetensors"
 
 Header = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from other_families import NUM_EXPERTS, OTHER_FAMILIES
 
-DEMO = Path(__file__).resolve().parents[1] / "models" / "moesaic-demo"
+DEMO = Path(__file__).resolve().parents[2] / "models" / "moesaic-demo"
 TOP_K = 2
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
