@@ -17,10 +17,12 @@ from actors.expert_client.host_link import HostLink, make_routes
 from actors.expert_client.routes import Routes
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.logs import log_event
+from cluster.periodic import Pace, PeriodicLoop
 from cluster.placement.plan import Placement
 
 _LOG = logging.getLogger(__name__)
 _OTHERS_S = 30.0  # from the first connection on, a start waits this long for the others
+_CLOSE_TIMEOUT_S = 10.0
 _JOIN_S = 3.0  # a placement waits this long for its newcomers; the scheduler gives workers 10 s to follow it
 
 Locate = Callable[[int], HostEndpoint]
@@ -54,12 +56,10 @@ class HostLinks:
         self._next_by_s = 0.0
         self._left: list[ExpertChannel] = []  # of hosts that are out of the placement; the engine's thread ends them
         self._num_slow = 0
-        self._wake = threading.Event()
         self._changed = threading.Condition()
-        self._stopped = False
         self._fatal: ConfigError | None = None
         self.routes = self._make_routes()
-        self._thread = threading.Thread(target=self._run, name="host-links", daemon=True)
+        self._loop = PeriodicLoop(self.connect_due, Pace("host-links", interval_s=None))
 
     @property
     def degraded(self) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class HostLinks:
             ConfigError: a host could not start, and why.
             Unavailable: none answered in time, or not all in less; names the first and its reason.
         """
-        self._thread.start()
+        self._loop.start()
         end_s = time.monotonic() + timeout_s
         with self._changed:
             self._changed.wait_for(lambda: self._fatal is not None or self.routes.channels, timeout_s)
@@ -130,7 +130,7 @@ class HostLinks:
             self._next, self._next_by_s = placement, self._clock() + _JOIN_S
             self._joining = newcomers | (self._joining & _wanted(placement))
             self._follow_if_due()
-        self._wake.set()
+        self._loop.soon()
 
     def lose(self, channel: ExpertChannel, reason: str) -> None:
         """Take a channel out of the routes; it is connected anew in the background."""
@@ -138,7 +138,7 @@ class HostLinks:
         if index is not None:
             self.num_lost += 1
             log_event(_LOG, logging.WARNING, "expert host lost", host=index, reason=reason)
-            self._wake.set()
+            self._loop.soon()
 
     def suspect(self, channel: ExpertChannel) -> None:
         """A host took too long: ask others until it has answered all it was asked."""
@@ -198,10 +198,11 @@ class HostLinks:
         index = self._take_out(channel, "a new plan", at_once=True)
         if index is None:
             return True  # renewed or lost already
-        self._wake.set()
+        self._loop.soon()
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._stopped or index not in self._links or self._links[index].channel is not None, timeout_s
+                lambda: self._loop.is_stopped or index not in self._links or self._links[index].channel is not None,
+                timeout_s,
             )
 
     def connect_due(self) -> float | None:
@@ -221,22 +222,12 @@ class HostLinks:
 
     def close(self) -> None:
         """End all connections."""
-        self._stopped = True
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
+        self._loop.stop(_CLOSE_TIMEOUT_S)
         with self._changed:
             self._changed.notify_all()
             for channel in (*self._left, *(link.channel for link in self._links.values())):
                 if channel is not None:
                     channel.close()
-
-    def _run(self) -> None:
-        while not self._stopped:
-            self._wake.clear()
-            wait_s = self.connect_due()
-            if wait_s is None or wait_s > 0:
-                self._wake.wait(wait_s)
 
     def _take_out(self, channel: ExpertChannel, reason: str, *, at_once: bool = False) -> int | None:
         """The index of the host whose channel it was. A host that keeps being lost is tried less and less often."""
@@ -266,7 +257,7 @@ class HostLinks:
                 log_event(_LOG, logging.ERROR, "connecting to an expert host failed", host=index, error=error)
             return
         with self._changed:
-            is_wanted = self._links.get(index) is link and not self._stopped
+            is_wanted = self._links.get(index) is link and not self._loop.is_stopped
             if not is_wanted or not self._fits(channel.welcome):
                 channel.close()
                 reason = f"it has {channel.welcome.num_experts} experts a layer, or other layers"

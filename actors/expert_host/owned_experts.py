@@ -6,7 +6,6 @@ the bytes of a host that had it. Knows epochs, experts and one memory; knows no 
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import zlib
@@ -18,13 +17,13 @@ import numpy as np
 from actors.experts.memory.peer import PeerLink
 from actors.experts.memory.store import ExpertStore
 from cluster.errors import ExpertReadError, MoesaicError
-from cluster.logs import log_event
+from cluster.periodic import Pace, PeriodicLoop
 from cluster.placement.migration import HostCommand, HostEpochs
 from cluster.types import Tier
 
-_LOG = logging.getLogger(__name__)
 _CHUNK, _CHUNK_BYTES = 4, 8 * 2**20  # fetched, verified and paid for together: so many experts, or so many bytes
 _CHUNK_TIMEOUT_S = 60.0
+_CLOSE_TIMEOUT_S = 10.0
 _EXPLORE = 16  # chunks after which the dearer source is tried again
 _OWNED, _COMING = 2.0, 1.0  # priorities: what is owned is fetched first, and never given up for what comes
 
@@ -65,23 +64,18 @@ class OwnedExperts:
         self._preparation: _Preparation | None = None
         self._num_chunks = 0
         self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="owned-experts", daemon=True)
+        self._loop = PeriodicLoop(self._prepare, Pace("owned-experts", interval_s=None), first_s=None)
 
     def start(self) -> None:
         """Begin to fetch what is owned."""
         with self._lock:
             self._keep()
-        self._thread.start()
+        self._loop.start()
 
     def close(self) -> None:
         """Fetch nothing more; before the memory is closed."""
-        self._stopped.set()
         self._give_up()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
+        self._loop.stop(_CLOSE_TIMEOUT_S)
 
     def epochs(self) -> HostEpochs:
         """How far this host is."""
@@ -109,7 +103,7 @@ class OwnedExperts:
             self._give_up()
             missing = self._store.kept.absent(self._indices(command.owned))
             self._preparation = _Preparation(command, missing)
-        self._wake.set()
+        self._loop.soon()
 
     def publish(self, epoch: int) -> None:
         """What was prepared is what this host owns, and says it owns."""
@@ -149,27 +143,25 @@ class OwnedExperts:
         if self._preparation is not None:
             self._preparation.given_up.set()
 
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            self._wake.wait()
-            self._wake.clear()
-            with self._lock:
-                preparation = self._preparation
-            if preparation is None or preparation.is_done or preparation.problem is not None:
-                continue
-            try:
-                self._fetch_all(preparation)
-            except MoesaicError as error:
-                preparation.problem = error.message
-            except Exception as error:  # noqa: BLE001 - top of a thread: who waits for the epoch has to hear
-                log_event(_LOG, logging.ERROR, "preparing an epoch failed", error=error)
-                preparation.problem = repr(error)
+    def _prepare(self) -> None:
+        """Fetch for the epoch that is being prepared, if any; who waits for it hears what went wrong."""
+        with self._lock:
+            preparation = self._preparation
+        if preparation is None or preparation.is_done or preparation.problem is not None:
+            return
+        try:
+            self._fetch_all(preparation)
+        except MoesaicError as error:
+            preparation.problem = error.message
+        except Exception as error:
+            preparation.problem = repr(error)
+            raise
 
     def _fetch_all(self, preparation: _Preparation) -> None:
         command, slot_bytes = preparation.command, self._store.slot_bytes
         free_at_s = time.monotonic()
         for chunk in self._chunks(preparation.missing):
-            if self._stopped.is_set() or preparation.given_up.wait(max(0.0, free_at_s - time.monotonic())):
+            if self._loop.is_stopped or preparation.given_up.wait(max(0.0, free_at_s - time.monotonic())):
                 return
             absent = self._fetch(preparation, chunk)
             self._verify(preparation, [index for index in chunk if index not in absent])

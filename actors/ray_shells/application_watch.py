@@ -22,6 +22,7 @@ from cluster.application import ApplicationId
 from cluster.control.presence import Ownership, Presence, ServedApplication, is_served
 from cluster.errors import ConfigError, Unavailable
 from cluster.logs import log_event
+from cluster.periodic import Pace, PeriodicLoop
 
 _LOG = logging.getLogger(__name__)
 _LOOK_EVERY_S = 2.0
@@ -39,7 +40,7 @@ class ApplicationWatch:
         self._ownership = Ownership(application.name, digest)
         self._presence = Presence(time.monotonic())
         self._is_gone = False
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._loop = PeriodicLoop(self._look_or_end, Pace("watch", interval_s=_LOOK_EVERY_S))
 
     @property
     def owner(self) -> str | None:
@@ -48,7 +49,7 @@ class ApplicationWatch:
 
     def start(self) -> None:
         """Watch from now on."""
-        self._thread.start()
+        self._loop.start()
 
     def claim(self, by: str, digest: str) -> None:
         """A worker of Serve's application `by` says that it is one of ours.
@@ -83,16 +84,16 @@ class ApplicationWatch:
             raise ConfigError(refusal)
         return not is_gone
 
-    def _run(self) -> None:
-        while not self._note():
-            time.sleep(_LOOK_EVERY_S)
-        log_event(_LOG, logging.INFO, "the application is gone; its actors end", application=self.owner or "")
-        self._on_gone()
-        while True:
-            with contextlib.suppress(RayError):
-                end_application(self._application, keep=Kind.SCHEDULER)
-                ray.kill(ray.get_runtime_context().current_actor)
-            time.sleep(_LOOK_EVERY_S)
+    def _look_or_end(self) -> None:
+        """See whether the application is there; once it is gone, end its actors until none is left, this one last."""
+        if not self._is_gone:
+            if not self._note():
+                return
+            log_event(_LOG, logging.INFO, "the application is gone; its actors end", application=self.owner or "")
+            self._on_gone()
+        with contextlib.suppress(RayError):
+            end_application(self._application, keep=Kind.SCHEDULER)
+            ray.kill(ray.get_runtime_context().current_actor)
 
     def _note(self) -> bool:
         served, owner = _look(), self.owner

@@ -7,7 +7,6 @@ in threads, so that none waits for another; what talks to the store has a thread
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -30,7 +29,8 @@ from cluster.control.placer import HostPlacer
 from cluster.control.scheduler import Scheduler
 from cluster.deployed_spec import DeployedSpec
 from cluster.errors import MoesaicError
-from cluster.logs import configure_logging, log_event
+from cluster.logs import configure_logging
+from cluster.periodic import Pace, PeriodicLoop
 from cluster.placement.plan import Placement, PlacementPlan
 from cluster.scaling.rules import ScalingRules, host_rules
 from cluster.scaling.spread import usable_nodes
@@ -75,9 +75,8 @@ class SchedulerActor:
         self._scheduler = Scheduler(
             config.scheduler, fingerprint=fingerprint, store=store, learner=learner, placer=placer, scaler=scaler
         )
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self._thread.start()
+        self._loop = PeriodicLoop(self._scheduler.turn, Pace("scheduler", interval_s=_TURN_S))
+        self._loop.start()
         self._watch = ApplicationWatch(application, agreed_digest(spec), on_gone=self.stop)
         self._watch.start()
 
@@ -119,17 +118,7 @@ class SchedulerActor:
 
     def stop(self) -> None:
         """Do nothing more in the background; waits for what is under way."""
-        self._stopped.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(_STOP_TIMEOUT_S)
-
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._scheduler.turn()
-            except Exception as error:  # noqa: BLE001 - top loop: reports and routing go on, whatever it is
-                log_event(_LOG, logging.ERROR, "a turn of the scheduler failed", error=error)
-            self._stopped.wait(_TURN_S)
+        self._loop.stop(_STOP_TIMEOUT_S)
 
 
 def _make_runner(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.logs import log_event
+from cluster.periodic import Pace, PeriodicLoop
 from cluster.placement.migration import HostCommand, HostEpochs, Migration, MigrationPhase
 from cluster.placement.plan import Placement
 
@@ -83,9 +84,9 @@ class MigrationRunner:
         self._moved: dict[tuple[str, int], int] = {}
         self._began_s = self._ended_s = clock()
         self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="migration", daemon=True)
+        self._loop = PeriodicLoop(
+            lambda: _BUSY_POLL_S if self.turn() else _IDLE_POLL_S, Pace("migration", interval_s=_IDLE_POLL_S)
+        )
 
     @property
     def placement(self) -> Placement:
@@ -94,7 +95,7 @@ class MigrationRunner:
 
     def begin(self) -> None:
         """Watch hosts from now on."""
-        self._thread.start()
+        self._loop.start()
 
     def start(self, target: Placement, *, capacities: Mapping[int, int], expert_bytes: int) -> bool:
         """Begin to go to `target`; False if a migration is under way or there is nothing to do.
@@ -112,7 +113,7 @@ class MigrationRunner:
             )
             if is_begun:
                 self._moved, self._began_s = {}, now_s
-        self._wake.set()
+        self._loop.soon()
         return is_begun
 
     def abort(self, reason: str) -> None:
@@ -121,7 +122,7 @@ class MigrationRunner:
             if self._migration.is_under_way:
                 self._ended_s = self._clock()
             self._migration.abort(reason)
-        self._wake.set()
+        self._loop.soon()
 
     def status(self) -> MigrationStatus:
         """How far it is."""
@@ -159,23 +160,10 @@ class MigrationRunner:
 
     def close(self) -> None:
         """Stop watching; what hosts have prepared stays until somebody settles it."""
-        self._stopped = True
-        self._wake.set()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(_CLOSE_TIMEOUT_S)
+        self._loop.stop(_CLOSE_TIMEOUT_S)
 
     def _look(self) -> None:
         self._observed = self._hosts.epochs(sorted({*self._migration.hosts, *self._hosts.indices()}))
         for said in self._observed.values():
             if said is not None and said.preparing and self._migration.is_under_way:
                 self._moved[said.host_id, said.preparing] = said.moved_bytes
-
-    def _run(self) -> None:
-        while not self._stopped:
-            self._wake.clear()
-            try:
-                is_busy = self.turn()
-            except Exception as error:  # noqa: BLE001 - top loop: whatever a host or the store did, it goes on
-                log_event(_LOG, logging.ERROR, "migration turn failed", error=error)
-                is_busy = False
-            self._wake.wait(_BUSY_POLL_S if is_busy else _IDLE_POLL_S)

@@ -5,16 +5,12 @@ Knows the link and who takes views; knows nothing of replicas.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
 from typing import Protocol
 
 from cluster.errors import MoesaicError
-from cluster.logs import log_event
+from cluster.periodic import Pace, PeriodicTask
 from cluster.status.reports import RoutingView
-
-_LOG = logging.getLogger(__name__)
 
 
 class ViewSource(Protocol):
@@ -38,31 +34,21 @@ class RoutingPoll:
     def __init__(self, source: ViewSource, taker: ViewTaker, *, interval_s: float) -> None:
         self._source = source
         self._taker = taker
-        self._interval_s = interval_s
-        self._task: asyncio.Task[None] | None = None
+        pace = Pace(
+            "routing-view",
+            interval_s=interval_s,
+            expected=(MoesaicError,),
+            event="routing goes on with an old view",
+        )
+        self._task = PeriodicTask(self._ask, pace)
 
     def start(self) -> None:
         """Ask from now on; a second call does nothing."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.start()
 
     def stop(self) -> None:
         """Ask no more."""
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None
+        self._task.stop()
 
-    async def _run(self) -> None:
-        is_away = False
-        while True:
-            try:
-                view = await self._source.routing_view(self._taker.known_version)
-                self._taker.update(view, time.monotonic())
-                is_away = False
-            except MoesaicError as error:
-                if not is_away:
-                    log_event(_LOG, logging.WARNING, "routing goes on with an old view", reason=error.message)
-                is_away = True
-            except Exception as error:  # noqa: BLE001 - top loop: routing must go on
-                log_event(_LOG, logging.ERROR, "a routing view was not taken", error=error)
-            await asyncio.sleep(self._interval_s)
+    async def _ask(self) -> None:
+        self._taker.update(await self._source.routing_view(self._taker.known_version), time.monotonic())

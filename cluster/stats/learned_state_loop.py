@@ -17,6 +17,7 @@ import numpy as np
 
 from cluster.errors import ConfigError
 from cluster.logs import log_event
+from cluster.periodic import Pace, PeriodicLoop
 from cluster.policies.learned_state import (
     Groups,
     Learned,
@@ -36,6 +37,7 @@ _REPEAT_S = 3600.0  # what did not change is sent again: servers restart, and fo
 _WARM_UP_S = 2.0
 _MAX_CPU_SHARE = 0.005  # of one core: what takes long to pack is sent less often
 _ANSWER_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 5.0
 _MAX_MERGED = 3  # shares that a fresh worker takes in: who learned most had taken in others itself
 
 Answer: TypeAlias = dict[str, dict[str, np.ndarray]]
@@ -126,11 +128,10 @@ class LearnedStateLoop:
         self._repeat_s = repeat_s
         self._warm_up_s = warm_up_s
         self._states: LearnedStates | None = None
-        self._thread: threading.Thread | None = None
+        self._loop: PeriodicLoop | None = None
         self._warm = threading.Event()
         self._taking_in = threading.Lock()
         self._is_serving = False
-        self._stop = threading.Event()
         self._published: dict[str, tuple[int, float]] = {}  # how much had gone into a group when it was sent, and when
         self._refused: dict[str, str] = {}
 
@@ -150,38 +151,37 @@ class LearnedStateLoop:
             if self._path.exists():
                 states.load(load_learned(self._path, self._fingerprint))
         self._states = states
-        self._thread = threading.Thread(target=self._run, args=(states,), name="learned-state", daemon=True)
-        self._thread.start()
+        pace = Pace(
+            "learned-state",
+            interval_s=self._interval_s,
+            expected=(ConnectionError, TimeoutError),
+            event="learned state was not shared",
+        )
+        self._loop = PeriodicLoop(lambda: self._share(states), pace, max_cpu_share=_MAX_CPU_SHARE, ends_with_turn=True)
+        self._loop.start()
         self._warm.wait(self._warm_up_s)
         with self._taking_in:  # a share half taken in is waited for: what learns must not change within a step
             self._is_serving = True
 
     def stop(self) -> None:
         """Share and save what was learned; call it while the states still answer."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        if self._loop is not None:
+            self._loop.stop(_STOP_TIMEOUT_S)
         if self._states is not None and self._path is not None:
             self._save(self._states, self._path)
         self._states = None
 
-    def _run(self, states: LearnedStates) -> None:
-        wait_s = self._interval_s
+    def _share(self, states: LearnedStates) -> None:
+        """Take in what others learned, at first; after that, publish what was learned here."""
+        if self._warm.is_set():
+            self._publish(states)
+            return
         try:
             self._take_in_shares(states)
-        except Exception as error:  # noqa: BLE001 - top loop: the start is cold, serving must go on
+        except Exception as error:  # noqa: BLE001 - the start is cold, serving must go on
             log_event(_LOG, logging.WARNING, "not all was learned that others know", reason=repr(error))
         finally:
             self._warm.set()
-        ending = False
-        while not ending:
-            ending = self._stop.wait(wait_s)
-            began_s = time.thread_time()
-            try:
-                self._publish(states)
-            except Exception as error:  # noqa: BLE001 - top loop: others learn later, serving must go on
-                log_event(_LOG, logging.WARNING, "learned state was not shared", reason=repr(error))
-            wait_s = max(self._interval_s, (time.thread_time() - began_s) / _MAX_CPU_SHARE)
 
     def _take_in_shares(self, states: LearnedStates) -> None:
         for name, arrays in states.snapshot().items():

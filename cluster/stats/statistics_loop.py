@@ -6,24 +6,22 @@ this thread reads them now and then and sends the differences.
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 
-from cluster.logs import log_event
+from cluster.periodic import Pace, PeriodicLoop
 from cluster.protocols import StateStore
 from cluster.semantics.statistics import ExpertStatistics, no_statistics
 from cluster.stats.activation_counts import Counts
 from cluster.types import ExpertMemoryStatus, Phase
 
-_LOG = logging.getLogger(__name__)
 _INTERVAL_S = 2.0
 _REPORT_INTERVAL_S = 10.0
-_MAX_SHARE = 0.005  # of one core, whatever the number of experts: a larger model is sent less often
+_MAX_CPU_SHARE = 0.005  # of one core, whatever the number of experts: a larger model is sent less often
+_STOP_TIMEOUT_S = 5.0
 _MAX_PROMPTS = 32  # embeddings that wait for a store that is away
 
 
@@ -46,10 +44,7 @@ class Recorded(Protocol):
 
 
 class StatisticsLoop:
-    """Sends what one worker counts; a store that is away delays counts and nothing else.
-
-    `num_flushes` and their `flush_cpu_s` (processor time) are since start; the next is due after `wait_s`.
-    """
+    """Sends what one worker counts; a store that is away delays counts and nothing else."""
 
     def __init__(
         self,
@@ -65,63 +60,70 @@ class StatisticsLoop:
         self._fingerprint = fingerprint
         self._owner = owner
         self._half_life_s = half_life_s
-        self.num_flushes = 0
-        self.flush_cpu_s = 0.0
-        self.wait_s = interval_s
         self._interval_s = interval_s
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._error: str | None = None
+        self._loop: PeriodicLoop | None = None
+        self._report_s = 0.0  # when the next report is due
+
+    @property
+    def num_flushes(self) -> int:
+        """Since start."""
+        return self._loop.pace.num_turns if self._loop is not None else 0
+
+    @property
+    def flush_cpu_s(self) -> float:
+        """Processor time of them all."""
+        return self._loop.cpu_s if self._loop is not None else 0.0
+
+    @property
+    def wait_s(self) -> float:
+        """Until the next flush, from the end of the last."""
+        pause_s = self._loop.pause_s if self._loop is not None else None
+        return self._interval_s if pause_s is None else pause_s
 
     @property
     def degraded(self) -> tuple[str, ...]:
         """Why statistics are not shared now, in words; empty when they are."""
-        reason = self._reason()
+        reason = self._loop.pace.problem if self._loop is not None else None
+        if reason is None and not self._store.is_shared:
+            reason = self._store.description
         return (f"statistics store: {reason}",) if reason is not None else ()
 
     def start(self, recorded: Recorded, memory_status: Callable[[], ExpertMemoryStatus | None] = lambda: None) -> None:
         """Send what is recorded from now on, and what `memory_status` says every few seconds."""
         sender = _Sender(self._store, self._fingerprint, recorded, self._half_life_s)
-        self._thread = threading.Thread(target=self._run, args=(sender, memory_status), name="statistics", daemon=True)
-        self._thread.start()
+        self._loop = PeriodicLoop(
+            lambda: self._flush(sender, memory_status),
+            Pace(
+                "statistics",
+                interval_s=self._interval_s,
+                expected=(ConnectionError,),
+                event="statistics are not shared",
+            ),
+            first_s=self._interval_s,
+            max_cpu_share=_MAX_CPU_SHARE,
+            ends_with_turn=True,
+        )
+        self._loop.start()
 
     def stop(self) -> None:
         """Send what is left and end."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5)
+        if self._loop is not None:
+            self._loop.stop(_STOP_TIMEOUT_S)
 
-    def _run(self, sender: _Sender, memory_status: Callable[[], ExpertMemoryStatus | None]) -> None:
-        since_report_s = _REPORT_INTERVAL_S
-        while not self._stop.wait(self.wait_s):
-            began = time.thread_time()
-            since_report_s += self.wait_s
-            is_due = since_report_s >= _REPORT_INTERVAL_S
-            self._flush(sender, memory_status() if is_due else None)
-            since_report_s = 0.0 if is_due else since_report_s
-            cost_s = time.thread_time() - began
-            self.num_flushes += 1
-            self.flush_cpu_s += cost_s
-            self.wait_s = max(self._interval_s, cost_s / _MAX_SHARE)
-        self._flush(sender, None)
-
-    def _flush(self, sender: _Sender, status: ExpertMemoryStatus | None) -> None:
-        was_shared = self._reason() is None
-        try:
-            if not sender.send():
-                self._store.ping()
-            if status is not None and self._owner:
-                self._store.report_owner(self._fingerprint, self._owner, status)
-            self._error = None
-        except ConnectionError as error:
-            self._error = str(error)
-        except Exception as error:  # noqa: BLE001 - top loop: counts may be lost, serving must go on
-            log_event(_LOG, logging.ERROR, "statistics flush failed", reason=repr(error))
-        if was_shared and (reason := self._reason()) is not None:
-            log_event(_LOG, logging.WARNING, "statistics are not shared", reason=reason)
-
-    def _reason(self) -> str | None:
-        return self._error or (None if self._store.is_shared else self._store.description)
+    def _flush(self, sender: _Sender, memory_status: Callable[[], ExpertMemoryStatus | None]) -> None:
+        """Raises:
+        ConnectionError: the store is away, or a memory of this process stands in for it.
+        """
+        status = None
+        if time.monotonic() >= self._report_s and self._owner:
+            self._report_s = time.monotonic() + _REPORT_INTERVAL_S
+            status = memory_status()
+        if not sender.send():
+            self._store.ping()
+        if status is not None:
+            self._store.report_owner(self._fingerprint, self._owner, status)
+        if not self._store.is_shared:
+            raise ConnectionError(self._store.description)
 
 
 class _Sender:

@@ -6,9 +6,6 @@ while requests would be answered, and NOT_SERVING from before a drain refuses th
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,10 +22,10 @@ from cluster.frontend.grpc_api.servicers import ClusterServicer, GenerationServi
 from cluster.frontend.http.open_requests import OpenRequests
 from cluster.frontend.security.api_keys import Keys
 from cluster.frontend.security.tls_files import TlsFiles, read_tls_files
-from cluster.logs import log_event
 from cluster.model.info import ModelInfo
 from cluster.network.addresses import join_address
 from cluster.observability.metrics import FrontendMetrics
+from cluster.periodic import Pace, PeriodicTask
 from cluster.protocols import AttentionWorkerClient
 from cluster.rpc import cluster_pb2, generation_pb2
 from cluster.rpc.cluster_pb2_grpc import add_ClusterServiceServicer_to_server
@@ -68,7 +65,7 @@ class GrpcServer:
         self._host = config.host or frontend.host
         self._requests = OpenRequests(metrics.set_in_flight)
         self._health = ListedHealth()
-        self._readiness: asyncio.Task[None] | None = None
+        self._readiness = PeriodicTask(self._show_readiness, Pace("readiness", interval_s=_POLL_STARTING_S))
         keys = Keys.of(frontend)
         self._server = grpc.aio.server(
             interceptors=[ApiKeyInterceptor(keys)] if keys.are_set else [],
@@ -102,7 +99,7 @@ class GrpcServer:
         await self._set_ready(ready=False)
         self._listen()
         await self._server.start()
-        self._readiness = asyncio.create_task(self._follow_readiness())
+        self._readiness.start()
 
     def abort_answers(self, names: Sequence[str]) -> frozenset[str]:
         """End the answers of those names; the names that had a running sequence."""
@@ -110,7 +107,7 @@ class GrpcServer:
 
     async def begin_drain(self) -> None:
         """Show NOT_SERVING first, then refuse new generation requests; there is no way back."""
-        await self._end_readiness()
+        await self._readiness.close()
         await self._set_ready(ready=False)
         self._requests.begin_drain()
 
@@ -133,26 +130,17 @@ class GrpcServer:
             way_out = "stop the program that listens there, or choose another grpc.port (--grpc-port)"
             raise ConfigError(f"gRPC cannot listen on {address}; {way_out}") from error
 
-    async def _follow_readiness(self) -> None:
-        """Show what the workers say; a worker that does not answer is not ready."""
-        while True:
-            try:
-                statuses = await self._worker.worker_statuses()
-                is_ready = any(each.phase is StartupPhase.READY and not each.is_failing for each in statuses)
-            except (MoesaicError, ConnectionError, TimeoutError):
-                is_ready = False
-            except Exception as error:  # noqa: BLE001 - a top loop: logs with traceback and goes on
-                log_event(logging.getLogger(__name__), logging.ERROR, "readiness unknown", error=error)
-                is_ready = False
+    async def _show_readiness(self) -> float:
+        """Show what the workers say; a worker that does not answer is not ready. Seconds until they are asked again."""
+        is_ready = False
+        try:
+            statuses = await self._worker.worker_statuses()
+            is_ready = any(each.phase is StartupPhase.READY and not each.is_failing for each in statuses)
+        except (MoesaicError, ConnectionError, TimeoutError):
+            pass
+        finally:
             await self._set_ready(ready=is_ready)
-            await asyncio.sleep(_POLL_READY_S if is_ready else _POLL_STARTING_S)
-
-    async def _end_readiness(self) -> None:
-        if self._readiness is not None:
-            self._readiness.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._readiness
-            self._readiness = None
+        return _POLL_READY_S if is_ready else _POLL_STARTING_S
 
     async def _set_ready(self, *, ready: bool) -> None:
         for name in SERVICES:

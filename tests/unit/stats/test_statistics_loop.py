@@ -131,24 +131,18 @@ def test_store_that_is_not_shared_is_named() -> None:
 def test_flushes_take_a_bounded_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose flush takes a second of processor time is sent every 200 s."""
     clock = iter(range(1000))
-    monkeypatch.setattr("cluster.stats.statistics_loop.time.thread_time", lambda: float(next(clock)))
-    waits: list[float] = []
-    store = _Store()
-    loop = StatisticsLoop(store, "f", interval_s=2.0)
-
-    class _Stop:
-        def wait(self, wait_s: float) -> bool:
-            waits.append(wait_s)
-            return len(waits) == 3
-
-        def set(self) -> None:
-            """Ends by itself."""
-
-    monkeypatch.setattr(loop, "_stop", _Stop())
+    monkeypatch.setattr("cluster.periodic.time.thread_time", lambda: float(next(clock)))
+    loop = StatisticsLoop(_Store(), "f", interval_s=2.0)
     loop.start(_Recorded())
+    waits = [loop.wait_s]
+    for _ in range(2):
+        assert loop._loop is not None
+        loop._loop.turn()
+        waits.append(loop.wait_s)
     loop.stop()
 
     assert waits == [2.0, 200.0, 200.0]
+    assert (loop.num_flushes, loop.flush_cpu_s) == (3, 3.0), "and one for what is left"
 
 
 def test_statistics_and_prompts_of_the_time_away_arrive_later_and_once() -> None:
