@@ -82,9 +82,9 @@ def pages() -> tuple[Page, ...]:
     return tuple(map(Page, [README, ROOT / "CONTRIBUTING.md", *inside]))
 
 
-def generator() -> ModuleType:
-    """`docs/generate.py`, which is in no package."""
-    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+def script(name: str) -> ModuleType:
+    """A script of docs/, which are in no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

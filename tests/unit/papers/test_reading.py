@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from papers import DOCS, README, Page, generator, pages
+from papers import DOCS, README, Page, pages, script
 
 _MAX_README_LINES = 250
 _MAX_TABLE_ROWS = 12
@@ -50,11 +50,11 @@ def test_no_cell_is_cut_off_and_no_row_is_short(page: Page) -> None:
 
 
 def test_generated_pages_are_as_the_code_is() -> None:
-    assert generator().stale() == [], "run `python docs/generate.py`"
+    assert script("generate").stale() == [], "run `python docs/generate.py`"
 
 
 def test_stale_pages_are_found(tmp_path) -> None:
-    module = generator()
+    module = script("generate")
     for name, text in module.pages().items():
         (tmp_path / name).write_text(text.replace("experts.cache", "experts.old_name"))
     assert module.stale(tmp_path) == ["config.md"]
