@@ -5,7 +5,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
-BENCHMARKS := decode serving memory data_plane activation_statistics policies offload ring placement routing migration sampling
+BENCHMARKS = $(shell $(BIN)/python -m benchmarks --names)
 
 .PHONY: setup serve proto fmt check test test-ray test-all nightly bench
 .DEFAULT_GOAL := setup
@@ -46,8 +46,9 @@ test-all: setup
 nightly: setup
 	$(BIN)/python -m pytest -m nightly $(ARGS)
 
+# The quick form of each; fails if any target was missed.
 bench: $(VENV)/.installed-bench
-	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --quick $(ARGS); done
+	missed=0; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks $$name --quick $(ARGS) || missed=1; done; exit $$missed
 
 # Installed again when the requirements, or what is compiled, have changed.
 $(VENV)/.installed: pyproject.toml actors/kernels/native.c

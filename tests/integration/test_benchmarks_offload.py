@@ -1,13 +1,12 @@
-"""The parts of benchmarks/offload.py whose numbers would be wrong without anybody noticing."""
+"""The parts of benchmark `offload` whose numbers would be wrong without anybody noticing."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,9 @@ from engine_builders import make_engine
 
 from actors.engine.engine import StepOutput
 from actors.experts.memory.counters import MemoryCounters
+from benchmarks.offload import confinement, steps
+from benchmarks.offload.agreement import ComputeTimes
+from benchmarks.offload.gguf import write_gguf
 from cluster.errors import ExpertReadError
 from cluster.types import RequestId, Tier
 
@@ -23,29 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports modules of benchmarks/, which is a folder of scripts."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
-
-
-@pytest.fixture
-def steps(load: Any) -> ModuleType:
-    return load("offload_steps")
-
-
-@pytest.fixture
-def confinement(load: Any, tmp_path: Path) -> ModuleType:
-    """The module, where this machine lets us confine children."""
-    module = load("offload_confinement")
-    reason = module.why_not_permitted(tmp_path)
+def permitted(tmp_path: Path) -> None:
+    """Skips where this machine does not let us confine children."""
+    reason = confinement.why_not_permitted(tmp_path)
     if reason is not None:
         pytest.skip(f"no cgroups of version 1 here: {reason}")
-    return module
 
 
 class TestFigures:
-    def test_counts_time_to_first_token_apart_from_time_per_token(self, steps: ModuleType) -> None:
+    def test_counts_time_to_first_token_apart_from_time_per_token(self) -> None:
         figures = steps.Figures()
         figures.add(
             [
@@ -60,7 +48,7 @@ class TestFigures:
         assert figures.decode_rate == pytest.approx(3 / 1.0)
         assert figures.columns()["MB read/token"] == pytest.approx(60 / 3 / 1e6)
 
-    def test_rounds_are_joined_without_intervals_across_them(self, steps: ModuleType) -> None:
+    def test_rounds_are_joined_without_intervals_across_them(self) -> None:
         one, other = steps.Figures(), steps.Figures()
         for figures, at in ((one, 0.0), (other, 100.0)):
             figures.add(
@@ -73,7 +61,7 @@ class TestFigures:
         assert one.intervals_s == [1.0, 1.0]
         assert one.num_decoded == 2
 
-    def test_rates_count_late_experts_as_hits_but_not_as_timely(self, steps: ModuleType) -> None:
+    def test_rates_count_late_experts_as_hits_but_not_as_timely(self) -> None:
         figures = steps.Figures()
         of_prompt = steps.MemoryUse(hits=0, misses=100)
         of_decode = steps.MemoryUse(hits=6, late=1, misses=4)
@@ -86,13 +74,13 @@ class TestFigures:
         columns = figures.columns()
         assert (columns["hit"], columns["timely"]) == (pytest.approx(0.7), pytest.approx(0.6))
 
-    def test_a_step_survives_the_way_between_processes(self, steps: ModuleType) -> None:
+    def test_a_step_survives_the_way_between_processes(self) -> None:
         step = steps.Step(1.0, 2.0, ((3, 4),), True, (3,), 9, steps.MemoryUse(hits=1, stall_s=0.5))
         assert steps.Step.from_dict(json.loads(step.to_line())["step"]) == step
 
 
 class TestDrive:
-    def test_keeps_so_many_prompts_running_and_says_when_they_joined(self, steps: ModuleType) -> None:
+    def test_keeps_so_many_prompts_running_and_says_when_they_joined(self) -> None:
         counters = MemoryCounters(1)
         parts = SimpleNamespace(engine=make_engine(), store=SimpleNamespace(counters=counters))
         done = list(steps.drive(parts, [[1, 2], [3], [5]], num_tokens=2, concurrency=2))
@@ -100,7 +88,7 @@ class TestDrive:
         assert [step.has_prompt_rows for step in done] == [True, False, True, False]
         assert [step.tokens for step in done] == [((0, 3), (1, 4)), ((0, 4), (1, 5)), ((2, 6),), ((2, 7),)]
 
-    def test_a_step_has_what_the_memory_counted_in_it(self, steps: ModuleType) -> None:
+    def test_a_step_has_what_the_memory_counted_in_it(self) -> None:
         counters = MemoryCounters(1)
         engine = make_engine()
         compute = engine.step
@@ -116,7 +104,7 @@ class TestDrive:
         done = list(steps.drive(parts, [[1, 2]], num_tokens=3, concurrency=1))
         assert [s.memory for s in done] == [steps.MemoryUse(hits=2, misses=1, host_bytes=10)] * 3
 
-    def test_a_failed_sequence_is_no_measurement(self, steps: ModuleType) -> None:
+    def test_a_failed_sequence_is_no_measurement(self) -> None:
         engine = make_engine()
         failure = ExpertReadError("the disk is gone")
         engine.step = lambda: [StepOutput(RequestId("0"), -1, None, None, 0, error=failure)]  # type: ignore[method-assign]
@@ -125,7 +113,7 @@ class TestDrive:
             next(steps.drive(parts, [[1, 2]], num_tokens=3, concurrency=1))
 
 
-def test_compute_times_follow_from_numbers_of_experts_and_of_sequences(load: Any, steps: ModuleType) -> None:
+def test_compute_times_follow_from_numbers_of_experts_and_of_sequences() -> None:
     def resident(num_experts: int, num_sequences: int, step_s: float) -> Any:
         figures = steps.Figures()
         memory, tokens = steps.MemoryUse(hits=num_experts), tuple((i, 1) for i in range(num_sequences))
@@ -135,14 +123,15 @@ def test_compute_times_follow_from_numbers_of_experts_and_of_sequences(load: Any
         return figures
 
     runs = resident(48, 1, 0.028), resident(48, 8, 0.036), resident(240, 8, 0.132)
-    times = load("offload_agreement").ComputeTimes.of(*runs, num_layers=12)
+    times = ComputeTimes.of(*runs, num_layers=12)
     assert times.expert_s == pytest.approx(0.0005)
     assert times.base_s == pytest.approx((0.028 - 48 * 0.0005) / 12)
     assert times.sequence_s == pytest.approx(0.008 / 7 / 12)
 
 
+@pytest.mark.usefixtures("permitted")
 class TestConfinement:
-    def test_direct_reads_are_throttled(self, confinement: ModuleType, tmp_path: Path) -> None:
+    def test_direct_reads_are_throttled(self, tmp_path: Path) -> None:
         file = tmp_path / "data"
         file.write_bytes(os.urandom(4 << 20))
         os.sync()
@@ -153,7 +142,7 @@ class TestConfinement:
             pytest.skip(f"no direct reads under {tmp_path}: {error}")
         assert 2e6 < rate < 5e6
 
-    def test_a_child_that_takes_too_much_is_killed_and_its_groups_go(self, confinement: ModuleType) -> None:
+    def test_a_child_that_takes_too_much_is_killed_and_its_groups_go(self) -> None:
         name = f"moesaic-test-{os.getpid()}"
         group = confinement.Confinement(name, confinement.Limits(memory_bytes=64 * 2**20), permitted=True)
         made = list(group.groups)
@@ -166,7 +155,7 @@ class TestConfinement:
             group.close()
         assert made and not any(path.exists() for path in made)
 
-    def test_memory_of_a_child_is_seen(self, confinement: ModuleType) -> None:
+    def test_memory_of_a_child_is_seen(self) -> None:
         name = f"moesaic-test-{os.getpid()}"
         group = confinement.Confinement(name, confinement.Limits(), permitted=True)
         script = "import sys; b = bytearray(96 * 2**20); print('ready', flush=True); sys.stdin.read()"
@@ -180,12 +169,12 @@ class TestConfinement:
         assert child.returncode == -9
 
 
-def test_gguf_holds_the_same_weights(load: Any, tmp_path: Path) -> None:
+def test_gguf_holds_the_same_weights(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     from safetensors import safe_open
 
     model = ROOT / "models" / "moesaic-demo"
-    file = load("offload_gguf").write_gguf(model, tmp_path / "demo.gguf")
+    file = write_gguf(model, tmp_path / "demo.gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     with safe_open(model / "model.safetensors", framework="pt") as stored:
         expert = stored.get_tensor("model.layers.3.mlp.experts.5.down_proj.weight")

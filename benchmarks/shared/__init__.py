@@ -1,0 +1,1 @@
+"""What several benchmarks share: reports and their pages, the machine, models, prompts, traces, engines, servers."""
