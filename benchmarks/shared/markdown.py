@@ -46,18 +46,20 @@ def report_text(report: Report) -> str:
     return "\n".join(parts)
 
 
-def page_text(benchmark: Benchmark, report: Report, found: Circumstances) -> str:
-    """A page of docs/measured."""
-    missed = [target.name for target in report.targets if not target.met]
+def page_head(benchmark: Benchmark) -> str:
+    """How a new page begins; people may write more here."""
+    return f"# {benchmark.name}: {benchmark.description}\n\n{benchmark.meaning}\n"
+
+
+def measured_text(benchmark: Benchmark, report: Report, found: Circumstances) -> str:
+    """What was measured, for a page of docs/measured."""
     parts = [
-        f"# {benchmark.name}: {benchmark.description}\n",
-        f"Written by `{found.command}`; raw numbers in [{benchmark.page}.json]({benchmark.page}.json).\n",
-        f"{benchmark.meaning}\n",
+        f"Raw numbers: [{benchmark.page}.json]({benchmark.page}.json).\n",
         table_text([{"circumstance": name, "value": value} for name, value in found.lines().items()]),
         "## Targets\n",
     ]
     if report.targets:
-        met = len(report.targets) - len(missed)
+        met = sum(target.met for target in report.targets)
         parts += [f"{met} of {len(report.targets)} met.\n", table_text(_target_rows(report))]
     else:
         parts.append(f"None: {benchmark.targets}.\n")
@@ -70,7 +72,7 @@ def page_text(benchmark: Benchmark, report: Report, found: Circumstances) -> str
 
 def _target_rows(report: Report) -> list[dict[str, Any]]:
     return [
-        {"target": t.name, "wanted": t.target, "measured": t.value, "met": "yes" if t.met else "MISSED"}
+        {"target": t.name, "wanted": t.target, "measured": t.value, "met": "yes" if t.met else "NO"}
         for t in report.targets
     ]
 

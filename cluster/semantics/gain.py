@@ -1,6 +1,6 @@
 """What semantic routing would save, by counts alone: workers that keep what their own kinds of prompt use most. Pure.
 
-A bound for thought, not a simulation (benchmarks/routing.py is one): caches are static, as those of a busy worker with
+A bound for thought, not a simulation (benchmark `routing` is one): caches are static, as those of a busy worker with
 many sequences nearly are, so what a cache gains from the recent past counts for neither side.
 
 Shapes: G kinds of prompt, W workers, L MoE layers, E experts of a layer.

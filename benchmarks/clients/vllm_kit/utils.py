@@ -1,6 +1,6 @@
 """Stands in for vLLM's `tests/utils.py`: the server that its entry-point tests ask is Moesaic.
 
-Copied beside the tests by `benchmarks/vllm_entrypoints.py`. Servers are shared: modules that ask for the same
+Copied beside the tests by `benchmarks/clients/vllm_entrypoints.py`. Servers are shared: modules that ask for the same
 settings get the same process, one at a time, as starting one takes longer than most tests.
 """
 

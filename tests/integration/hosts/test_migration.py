@@ -1,6 +1,6 @@
 """Experts move between hosts while an engine steps: not a token changes, whatever happens on the way.
 
-Hosts run in threads of this process and are called directly; benchmarks/migration.py has real ones.
+Hosts run in threads of this process and are called directly; benchmark `migration` has real ones.
 """
 
 from __future__ import annotations
