@@ -11,8 +11,9 @@ import click
 import pytest
 import typer
 import yaml
-from papers import DOCS, ROOT, Page, pages
+from papers import DOCS, README, ROOT, Page, pages
 
+from benchmarks.catalog import BENCHMARKS
 from cluster.cli.main import app
 from cluster.config.load import MoesaicConfig
 
@@ -54,6 +55,27 @@ def test_commands_and_their_flags_exist(page: Page) -> None:
         else:
             wrong += [f"{' '.join(words)}: {flag}" for flag in _flags_in(rest) - _flags_of(command)]
     assert not wrong
+
+
+@every_page
+def test_benchmarks_and_their_flags_exist(page: Page) -> None:
+    wrong: list[str] = []
+    for words in page.command_lines():
+        where = words.index("benchmarks") if "benchmarks" in words else 0
+        if words[max(0, where - 1) : where] != ["-m"] or len(words) == where + 1:
+            continue
+        name, *rest = words[where + 1 :]
+        if name not in BENCHMARKS and not name.isupper():
+            wrong.append(name)
+        wrong += sorted(_flags_in(rest) - _script_flags())
+    assert not wrong
+
+
+def test_commands_of_the_measured_table_are_benchmarks() -> None:
+    section = README.read_text().partition("## Measured\n")[2].partition("\n## ")[0]
+    names = re.findall(r"\| \[(\w+)\]\(docs/measured/", section)
+    assert names
+    assert set(names) <= set(BENCHMARKS)
 
 
 @every_page
