@@ -49,6 +49,32 @@ class LoadedModel:
     problems: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsShape:
+    """The routed experts of a model: layer by module name, one of the modules, and their sizes."""
+
+    modules: dict[str, int]
+    first: nn.Module
+    num_experts: int
+    hidden: int
+    intermediate: int
+
+
+def experts_shape(model: PreTrainedModel) -> ExpertsShape | None:
+    """What a model without weights says of its routed experts; None where it has none."""
+    modules = experts_modules(model)
+    if not modules:
+        return None
+    first = next(iter(modules.values()))
+    return ExpertsShape(
+        modules={name: layer_of(name) for name in modules},
+        first=first,
+        num_experts=int(first.num_experts),  # type: ignore[arg-type]
+        hidden=int(model.config.get_text_config().hidden_size),
+        intermediate=int(first.down_proj.shape[1 if first.is_transposed else 2]),  # type: ignore[union-attr]
+    )
+
+
 def load_model(info: ModelInfo, dtype_name: str, *, dense: bool = True) -> LoadedModel:
     """Build on meta, load dense weights, locate experts.
 
@@ -65,26 +91,25 @@ def load_model(info: ModelInfo, dtype_name: str, *, dense: bool = True) -> Loade
     index = read_index(info.path)
     dtype = _compute_dtype(dtype_name, index)
     model = build_skeleton(info, config, dtype)
-    experts = experts_modules(model)
-    if not experts:
+    experts = experts_shape(model)
+    if experts is None:
         raise CheckpointError(f"{info.path / 'config.json'}: {info.model_type} has no routed experts; nothing to place")
-    first = next(iter(experts.values()))
     text = config.get_text_config()
-    top_k = _top_k(text)
+    top_k = top_k_of(text)
     rules = conversion_rules(info.model_type)
     layout = derive_layout(
         index,
         rules,
-        {name: layer_of(name) for name in experts},
-        num_experts=int(first.num_experts),  # type: ignore[arg-type]
-        hidden=int(text.hidden_size),
-        intermediate=int(first.down_proj.shape[1 if first.is_transposed else 2]),  # type: ignore[union-attr]
-        module_form=_module_form(info, first, fp8_block),
+        experts.modules,
+        num_experts=experts.num_experts,
+        hidden=experts.hidden,
+        intermediate=experts.intermediate,
+        module_form=module_form(info, experts.first, fp8_block),
     )
     attention: tuple[AttentionLayer, ...] = ()
     problems: tuple[str, ...] = ()
     if dense:
-        source = DenseSource(index=index, rules=rules, experts=tuple(experts), fp8_block=fp8_block)
+        source = DenseSource(index=index, rules=rules, experts=tuple(experts.modules), fp8_block=fp8_block)
         problems = load_dense(model, source, layout)
         model.eval()
         attention = outline_attention(model, top_k=top_k)
@@ -99,7 +124,7 @@ def _refuse_files(info: ModelInfo) -> None:
             raise CheckpointError(f"{found[0]}: weights in {suffix} files are not supported; give safetensors")
 
 
-def _module_form(info: ModelInfo, experts: nn.Module, fp8_block: tuple[int, int] | None) -> ModuleForm:
+def module_form(info: ModelInfo, experts: nn.Module, fp8_block: tuple[int, int] | None) -> ModuleForm:
     """What an experts module of transformers says of itself."""
     where, kind = info.path / "config.json", type(experts).__name__
     if not experts.has_gate or getattr(experts, "has_post_expert_norm", False):
@@ -122,7 +147,8 @@ def _compute_dtype(name: str, index: dict[str, TensorRef]) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[held_dtype(name, counts)]
 
 
-def _top_k(text_config: Any) -> int:
+def top_k_of(text_config: Any) -> int:
+    """Experts that a token chooses in a layer."""
     for field in ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts", "moe_top_k", "top_k_experts"):
         value = getattr(text_config, field, None)
         if isinstance(value, int):

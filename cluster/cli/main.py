@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import bench, chat, convert, diagnose, drain, generate, plan, replay, serve, status, trace
+from cluster.cli import bench, chat, config, convert, diagnose, drain, fit, generate, plan, replay, serve, status, trace
 from cluster.cli.command_group import CommandGroup
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("status")(status.status)
+app.command("fit")(fit.fit)
+app.command("config")(config.config)
 app.command("drain")(drain.drain)
 app.command("plan")(plan.plan)
 app.command("diagnose")(diagnose.diagnose)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -63,7 +64,7 @@ def replay(
     from cluster.policies.build import PolicySettings
     from cluster.policies.trace import load_trace
     from cluster.replay.machine import Processor
-    from cluster.replay.result import with_bounds
+    from cluster.replay.result import compute_bound, with_bounds
     from cluster.replay.sweep import Sweep, learn_past, replay_cells
 
     try:
@@ -101,9 +102,12 @@ def replay(
 
         draw(cells, plot)
     if as_json:
-        typer.echo(json.dumps({"trace": str(trace), "cells": [cell.as_row() for cell in cells]}))
+        rows, bound = [cell.as_row() for cell in cells], [asdict(machine) for machine in compute_bound(cells)]
+        typer.echo(json.dumps({"trace": str(trace), "cells": rows, "compute_bound": bound}))
     else:
         _print(cells)
+        for machine in compute_bound(cells):
+            typer.echo(str(machine))
 
 
 def _with_progress(sweep: Sweep, cells: Iterable[ReplayCell]) -> list[ReplayCell]:

@@ -112,7 +112,9 @@ class ExpertsConfig(Section):
         default=None, ge=1, le=1024, description="load may start more hosts, up to this many; default: as many as hosts"
     )
     host_cache: str = Field(
-        default=AUTO, description="a host's budget, as cache; auto: the experts that it owns and an eighth"
+        default=AUTO,
+        description="bytes of experts that one host holds, or percent of all; auto: those it owns and an eighth for "
+        "replicas; less: the rest is read from disk when asked for",
     )
     host_threads: int = Field(
         default=0, ge=0, description="compute threads per host; 0: its share of all cores, at least one"

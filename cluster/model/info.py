@@ -35,9 +35,10 @@ class ModelInfo:
     sampling: SamplingDefaults = _NO_DEFAULTS
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str, *, only_config: bool = False) -> Path:
     """The directory of MODEL: a local directory, an embedded model's name, or a hub id.
 
+    Args: only_config: of a model on the hub, fetch config.json and nothing else.
     Raises:
         ConfigError: nothing of that name; says where it looked.
     """
@@ -57,6 +58,8 @@ def resolve_model(path: str) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
         hub = cast("Any", huggingface_hub)  # its signatures are only partly typed
+        if only_config:
+            return Path(hub.hf_hub_download(path, "config.json")).parent
         return Path(hub.snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated classes; all mean "not had"
         raise ConfigError(f"model {path!r}: not a local directory, and the hub did not give it: {error}") from error
@@ -108,6 +111,31 @@ def load_model_info(
         eos_token_ids=read_eos_ids(directory, config, vocab_size=vocab_size),
         config=config,
         sampling=read_sampling_defaults(directory) if generation_config == "auto" else SamplingDefaults(),
+    )
+
+
+def read_sizes(path: str, *, max_model_len: int | None = None) -> ModelInfo:
+    """What config.json alone says of MODEL: no other file is read, none of weights is fetched.
+
+    The fingerprint is empty: these facts are of no particular weights.
+
+    Raises: as load_model_info.
+    """
+    directory = resolve_model(path, only_config=True)
+    config = _read_config(directory / "config.json")
+    text_config = cast("dict[str, Any]", config.get("text_config", config))
+    context, limited_by = _context(directory, text_config)
+    if max_model_len is not None and max_model_len > context:
+        raise ConfigError(f"--max-model-len: {max_model_len} exceeds the model's context of {context}{limited_by}")
+    return ModelInfo(
+        path=directory,
+        name=directory.name,
+        model_type=str(text_config.get("model_type", "")),
+        fingerprint="",
+        max_model_len=max_model_len or context,
+        vocab_size=int(text_config.get("vocab_size", 0)),
+        eos_token_ids=(),
+        config=config,
     )
 
 

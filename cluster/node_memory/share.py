@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_SHARE = 0.7  # of free memory: the rest is for the processes themselves, activations and other programs
+SHARE = 0.7  # of free memory: the rest is for the processes themselves, activations and other programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def fair_share(free_bytes: int, others: Iterable[LeaseFacts], *, family: str, ex
     others = tuple(others)
     pending = sum(not lease.is_settled for lease in others)
     settled = sum(lease.is_settled and lease.family == family for lease in others)
-    return int(max(0, free_bytes) * _SHARE / max(1 + pending, expected - settled))
+    return int(max(0, free_bytes) * SHARE / max(1 + pending, expected - settled))
 
 
 def is_within(group: str, above: str) -> bool:

@@ -1,4 +1,4 @@
-"""Draws a sweep: timely hit rate over the cache, mean time per token over the link."""
+"""Draws a sweep: timely hit rate and bytes over the cache, mean time per token over the link; every axis from 0."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError
-from cluster.replay.result import ReplayCell
+from cluster.replay.result import ReplayCell, compute_bound
 
 
 def draw(cells: Sequence[ReplayCell], target: Path) -> None:
-    """Write one figure, of the fewest sequences, at the middle link and cache.
+    """Write one figure of three panels, of the fewest sequences, at the middle link and cache.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -24,10 +24,13 @@ def draw(cells: Sequence[ReplayCell], target: Path) -> None:
     shown = [cell for cell in cells if cell.concurrency == concurrency]
     links, caches = sorted({c.link_gb_per_s for c in shown}), sorted({c.cache for c in shown})
     link, cache = links[len(links) // 2], caches[len(caches) // 2]
-    figure: Any = Figure(figsize=(12, 5))  # matplotlib's own annotations are partial
-    axes = figure.subplots(1, 2)
-    _lines(axes[0], [c for c in shown if c.link_gb_per_s == link], lambda c: 100 * c.cache, lambda c: c.timely_hit_rate)
+    figure: Any = Figure(figsize=(17, 5))  # matplotlib's own annotations are partial
+    axes = figure.subplots(1, 3)
+    of_link = [c for c in shown if c.link_gb_per_s == link]
+    _lines(axes[0], of_link, lambda c: 100 * c.cache, lambda c: c.timely_hit_rate)
     axes[0].set(xlabel="cache, % of experts", ylabel="timely hit rate", title=f"link {link:g} GB/s")
+    _lines(axes[2], of_link, lambda c: 100 * c.cache, lambda c: c.bytes_per_token / 2**20)
+    axes[2].set(xlabel="cache, % of experts", ylabel="MiB loaded per token", title=f"bytes, link {link:g} GB/s")
     of_cache = [c for c in shown if c.cache == cache]
     ahead = [c for c in of_cache if "+" in c.policy or c.policy == "lru"]
     compared = [c for c in of_cache if c.slowdown_to_oracle is not None]
@@ -35,10 +38,13 @@ def draw(cells: Sequence[ReplayCell], target: Path) -> None:
     axes[1].set(
         xlabel="link, GB/s",
         ylabel="mean TPOT over oracle prefetch with Belady" if compared else "mean TPOT, ms",
-        title=f"cache {100 * cache:g}%",
+        title=f"cache {100 * cache:g}% (grey: compute-bound)",
         xscale="log",
     )
+    for machine in compute_bound(of_cache):
+        axes[1].axvspan(machine.link_gb_per_s * 0.8, machine.link_gb_per_s * 1.25, color="0.9", zorder=0)
     for side in axes:
+        side.set_ylim(bottom=0)
         side.legend(fontsize=7)
     figure.suptitle(f"replay in virtual time, {concurrency} sequence(s)")
     figure.tight_layout()

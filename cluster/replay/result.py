@@ -94,5 +94,38 @@ def with_bounds(cells: Sequence[ReplayCell]) -> list[ReplayCell]:
     return result
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeBound:
+    """A machine on which no policy waits for experts. largest_stall: of all policies, as a share of the mean TPOT."""
+
+    cache: float
+    link_gb_per_s: float
+    concurrency: int
+    largest_stall: float
+
+    def __str__(self) -> str:
+        return (
+            f"compute-bound at cache {100 * self.cache:g}%, link {self.link_gb_per_s:g} GB/s, {self.concurrency} "
+            f"sequence(s): no policy waits for experts for more than {100 * self.largest_stall:.1f}% of a token's "
+            f"time, so policies cannot differ there by more; try a smaller --cache or a slower --link"
+        )
+
+
+def compute_bound(cells: Sequence[ReplayCell], *, most: float = 0.02) -> list[ComputeBound]:
+    """Machines on which policies cannot differ, because all of them compute nearly all the time.
+
+    Args: most: largest share of the mean TPOT that a policy may wait there.
+    """
+    machines: dict[tuple[float, float, int], list[ReplayCell]] = {}
+    for cell in cells:
+        machines.setdefault((cell.cache, cell.link_gb_per_s, cell.concurrency), []).append(cell)
+    found: list[ComputeBound] = []
+    for (cache, link, concurrency), of_machine in machines.items():
+        stall = max(cell.stall_ms_per_token * cell.concurrency / max(cell.tpot_ms_mean, 1e-12) for cell in of_machine)
+        if stall <= most:
+            found.append(ComputeBound(cache=cache, link_gb_per_s=link, concurrency=concurrency, largest_stall=stall))
+    return found
+
+
 def _key(cell: ReplayCell, policy: str) -> tuple[str, float, float, int]:
     return policy, cell.cache, cell.link_gb_per_s, cell.concurrency
