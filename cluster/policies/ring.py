@@ -56,5 +56,10 @@ class RingPlan:
 
 
 def uses_nearly_all(grid: Grid, num_rows: int) -> bool:
-    """Whether a step of so many rows is expected to use nearly every expert of a layer."""
+    """Whether a step of so many rows is expected to use nearly every expert of a layer.
+
+    >>> grid = Grid((0, 1), num_experts=8, top_k=2)
+    >>> uses_nearly_all(grid, num_rows=1), uses_nearly_all(grid, num_rows=16)
+    (False, True)
+    """
     return 1 - (1 - grid.top_k / grid.num_experts) ** num_rows >= _NEARLY_ALL

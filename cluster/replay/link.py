@@ -23,7 +23,12 @@ class Transfer:
 
 
 class Link:
-    """busy_until_s: end of the last chunk that was begun. busy_s: of all chunks that were begun."""
+    """busy_until_s: end of the last chunk that was begun. busy_s: of all chunks that were begun.
+
+    >>> link = Link(bytes_per_s=8, chunk_bytes=4)
+    >>> link.send(3, asked_s=1.0, is_demand=False), link.send(1, asked_s=2.0, is_demand=True)
+    (2.5, 3.0)
+    """
 
     def __init__(
         self, *, bytes_per_s: float, chunk_bytes: float, on_transfer: Callable[[Transfer], None] | None = None

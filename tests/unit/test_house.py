@@ -22,7 +22,12 @@ MORE_LINES = {
 }
 """Files with more than MOST_LINES lines, and why."""
 
-EXAMPLES = ("cluster.model.sizing",)
+EXAMPLES = (
+    "cluster.model.sizing",
+    "cluster.policies.eviction.lru",
+    "cluster.policies.ring",
+    "cluster.replay.link",
+)
 """Modules of pure decisions whose examples run."""
 
 

@@ -27,6 +27,9 @@ class LruPerLayerScorer(Silent):
     Source: mixtral-offloading (Eliseev and Mazur, arXiv 2312.17238), ProMoE (arXiv 2410.22134). An expert is worth the
     less the more others of its layer were used since: the layer that holds most gives one up, so all hold the same, and
     what was fetched ahead in vain goes first. Uses are heard from the gates, before room is made for what they chose.
+
+    >>> LruPerLayerScorer(Grid((0, 1), num_experts=2, top_k=1)).scores()
+    array([0., 0., 0., 0.])
     """
 
     def __init__(self, grid: Grid) -> None:
