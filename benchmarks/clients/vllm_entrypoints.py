@@ -74,6 +74,7 @@ def main() -> int:
     outcomes = _run(python, laid, given.keep)
     report = _report(outcomes)
     if given.markdown:
+        given.markdown.parent.mkdir(parents=True, exist_ok=True)
         given.markdown.write_text(_markdown(outcomes))
     return report.finish(as_json=given.json)
 
@@ -181,7 +182,7 @@ def _run(python: Path, laid: Path, keep: Sequence[str]) -> list[Outcome]:
     results = laid / "results.xml"
     subprocess.run([*pytest, "-q", "--timeout", "600", f"--junitxml={results}", *chosen], cwd=laid, env=environment)
     left = [Outcome(_short(test), False, feature_of(_short(test)), "") for test in ids if feature_of(_short(test))]
-    return left + _read(results)
+    return left + _read(results, {_short(test) for test in chosen})
 
 
 def _matches(pattern: str, tests: Sequence[str]) -> bool:
@@ -192,14 +193,17 @@ def _short(test: str) -> str:
     return test.removeprefix("tests/entrypoints/")
 
 
-def _read(results: Path) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+def _read(results: Path, chosen: set[str]) -> list[Outcome]:
+    """What became of each test; one with parts of its own (subtests) passed if all of them did."""
+    messages: dict[str, str | None] = {}
     for case in ElementTree.parse(results).getroot().iter("testcase"):
         file = case.get("classname", "").removeprefix("tests.entrypoints.").replace(".", "/") + ".py"
+        test = f"{file}::{case.get('name')}"
+        whole = test if test in chosen else test.partition("[")[0]
         faults = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        message = (faults[0].get("message") or "").splitlines()[0][:200] if faults else ""
-        outcomes.append(Outcome(f"{file}::{case.get('name')}", not faults, None, message))
-    return outcomes
+        message = (faults[0].get("message") or "failed").strip().partition("\n")[0][:200] if faults else None
+        messages[whole] = messages.get(whole) or message
+    return [Outcome(test, message is None, None, message or "") for test, message in messages.items()]
 
 
 def _report(outcomes: Sequence[Outcome]) -> Report:

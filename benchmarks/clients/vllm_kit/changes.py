@@ -55,6 +55,7 @@ _COMPLETION = "openai/completion/test_completion.py"
 _ECHO = "openai/chat_completion/test_chat_echo.py"
 _ROOT = "openai/chat_completion/test_root_path.py"
 _TOKEN_IDS = "openai/test_return_token_ids.py"
+_SAYING = '"Here is a common saying about apple. An apple a day, keeps"'
 _REPEAT = '"Repeat after me: I love cats \U0001f431"'  # what the demonstration model does when asked, whatever the seed
 
 CHANGES: tuple[Change, ...] = (
@@ -70,12 +71,14 @@ CHANGES: tuple[Change, ...] = (
     Change("serve/tokenize/test_tokenization.py", "== 8192", "== 2048", "length"),
     Change("serve/instrumentator/test_basic.py", "=10000", "=2000", "length"),
     Change("serve/instrumentator/test_basic.py", '"min_tokens": 10000', '"min_tokens": 2000', "length"),
+    # Random requests ask for up to 128 answers, each as long as the context, within a minute on a GPU.
+    Change("openai/test_openai_schema.py", '"2048"', '"64"', "length"),
     # What that model answers, its template and its end of text.
     Change(_CHAT, "prompt_logprobs[3]", "prompt_logprobs[4]", "model"),  # a place where it foresees the prompt
-    Change(_ECHO, '"Here is a common saying about apple. An apple a day, keeps"', '" Cats"', "model"),
-    Change(_ECHO, '"tell me a common saying"', _REPEAT, "model"),
-    Change(_ROOT, '"Here is a common saying about apple. An apple a day, keeps"', '" Cats"', "model"),
-    Change(_ROOT, '"tell me a common saying"', _REPEAT, "model"),
+    Change(_ECHO, _SAYING, '" Once upon a time"', "model"),  # which it ends by itself
+    Change(_ECHO, '"tell me a common saying"', '"Tell me a story"', "model"),
+    Change(_ROOT, _SAYING, '" Once upon a time"', "model"),
+    Change(_ROOT, '"tell me a common saying"', '"Tell me a story"', "model"),
     Change(_COMPLETION, "[0, 0, 0, 0, 0]", "[70, 70, 70, 70, 70]", "model"),  # its 0 is a special token: no text
     Change(_CHAT, '"what is 1+1? please provide the result without any other text."', _REPEAT, "model"),
     Change(_CHAT, 'content == "2"', 'content == " Cats \U0001f431"', "model"),
