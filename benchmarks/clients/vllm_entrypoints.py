@@ -226,10 +226,10 @@ def _markdown(outcomes: Sequence[Outcome]) -> str:
     lines = [
         f"# vLLM {_VERSION}'s entry-point tests",
         "",
-        "Written by `python benchmarks/vllm_entrypoints.py --markdown docs/measured/vllm-entrypoints.md`.",
+        "Written by `python -m benchmarks vllm_entrypoints --markdown docs/measured/vllm-entrypoints.md`.",
         "",
         f"{sum(outcome.passed for outcome in ran)} of {len(ran)} tests pass. Changed in them are names of models, "
-        "lengths and fixtures only (`benchmarks/vllm_kit/changes.py`).",
+        "lengths and fixtures only (`benchmarks/clients/vllm_kit/changes.py`).",
         "",
         "## Failed",
         "",
