@@ -29,10 +29,10 @@ class FinishReason(StrEnum):
 
 
 class Tier(StrEnum):
-    """Memories an expert can be in, fastest first."""
+    """Memories an expert can be in, fastest first. RAM: of the same process; REMOTE: of another node."""
 
     DEVICE = "device"
-    HOST = "host"
+    RAM = "ram"
     REMOTE = "remote"
     DISK = "disk"
 
@@ -262,7 +262,7 @@ class LayerExperts:
     activations: Mapping[Phase, tuple[int, ...]]
     hits: int
     misses: int
-    host_resident: tuple[int, ...] = ()
+    ram_resident: tuple[int, ...] = ()
     misses_by_tier: Mapping[Tier, int] = field(default_factory=dict[Tier, int])
     late: int = 0
     prefetch_used: int = 0

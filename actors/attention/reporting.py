@@ -103,9 +103,7 @@ class WorkerExchange:
             prefill_token_s=times.prefill_token_s,
             stalled_s=worker.progress().stalled_s,
             resident=_bits([store.resident(layer) for layer in layers]) if store else b"",
-            host_resident=_bits([store.in_host(layer) for layer in layers])
-            if store and store.host_budget_bytes
-            else b"",
+            ram_resident=_bits([store.in_ram(layer) for layer in layers]) if store and store.ram_budget_bytes else b"",
             mix=batcher.co_batching.mix.to_bytes(),
             miss_s=_miss_s(parts, store),
             hits=counters.num_hits if counters else 0,

@@ -112,7 +112,7 @@ class AttentionWorker:
             store, info.fingerprint, self.worker_id, half_life_s=config.scheduler.half_life_s
         )
         self.cluster_counts = ClusterCounts(store, info.fingerprint)
-        path = config.experts.learned_state
+        path = config.experts.policy_state
         self.learned = LearnedStateLoop(store, info.fingerprint, self.worker_id, None if path is None else Path(path))
         self._config = config
         self._hosts = None if locate_host is None else HostAccess(worker_id=self.worker_id, locate=locate_host)

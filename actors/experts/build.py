@@ -49,7 +49,7 @@ class BackendBuilder:
         self.compute = ExpertCompute(native, loaded.layout.form.held_as(self._held), compute_dtype=loaded.dtype)
         self.total_bytes = held_expert_bytes(loaded.layout, self._held)
         self._lease = lease
-        expert_budget(config.host_tier, total_bytes=self.total_bytes, lease=lease, field="experts.host_tier")
+        expert_budget(config.ram_tier, total_bytes=self.total_bytes, lease=lease, field="experts.ram_tier")
 
     def calibrate(self) -> None:
         """Choose kernels for this machine."""
@@ -63,7 +63,7 @@ class BackendBuilder:
         return expert_budget(setting, total_bytes=self.total_bytes, lease=self._lease, field=field, most=most)
 
     def build(
-        self, budget_bytes: int, *, has_host_tier: bool = True, sources: tuple[FormedLink, ...] = ()
+        self, budget_bytes: int, *, has_ram_tier: bool = True, sources: tuple[FormedLink, ...] = ()
     ) -> ExpertBackend:
         """A backend whose memory hears no gates: where the policy needs them, it evicts what was used longest ago.
 
@@ -75,8 +75,8 @@ class BackendBuilder:
         form = self._form()
         name = self._config.eviction if self._config.eviction in WITHOUT_GATES else "lru"
         policies = build_policies(name, self._context(form, budget_bytes, CostMeter(load_s=0, layer_s=0)))
-        host_bytes = self._host_bytes(form) if has_host_tier else 0
-        store = self._store(form, policies.scorer, budget_bytes=budget_bytes, host_bytes=host_bytes, sources=sources)
+        ram_bytes = self._ram_bytes(form) if has_ram_tier else 0
+        store = self._store(form, policies.scorer, budget_bytes=budget_bytes, ram_bytes=ram_bytes, sources=sources)
         return ExpertBackend(store, self.compute)
 
     def build_conducted(
@@ -93,9 +93,7 @@ class BackendBuilder:
         meter = CostMeter(load_s=_FIRST_GUESS_S, layer_s=_FIRST_GUESS_S)
         context = replace(self._context(form, budget_bytes, meter), mix=mix)
         policies = build_policies(f"{config.eviction}+{config.prediction}", context)
-        store = partial(
-            self._store, form, budget_bytes=budget_bytes, host_bytes=self._host_bytes(form), sources=sources
-        )
+        store = partial(self._store, form, budget_bytes=budget_bytes, ram_bytes=self._ram_bytes(form), sources=sources)
         if not policies.listeners and policies.predictor is None:
             return ExpertBackend(store(policies.scorer), self.compute), None
         published = PublishedScores(policies.scorer, form.grid.size)
@@ -105,10 +103,10 @@ class BackendBuilder:
     def build_smallest(self) -> ExpertBackend:
         """Room for one token's experts of a layer."""
         per_expert = -(-self.total_bytes // len(self._loaded.layout.experts))
-        return self.build(per_expert * self._loaded.top_k, has_host_tier=False)
+        return self.build(per_expert * self._loaded.top_k, has_ram_tier=False)
 
-    def _host_bytes(self, form: SlotForm) -> int:
-        return min(parse_cache_size(self._config.host_tier, total_bytes=self.total_bytes), form.model_bytes)
+    def _ram_bytes(self, form: SlotForm) -> int:
+        return min(parse_cache_size(self._config.ram_tier, total_bytes=self.total_bytes), form.model_bytes)
 
     def _form(self) -> SlotForm:
         return SlotForm(self._loaded.layout, self._held, top_k=self._loaded.top_k)
@@ -128,7 +126,7 @@ class BackendBuilder:
         scorer: Scorer,
         *,
         budget_bytes: int,
-        host_bytes: int,
+        ram_bytes: int,
         sources: tuple[FormedLink, ...] = (),
     ) -> ExpertStore:
         layout, config = self._loaded.layout, self._config
@@ -144,7 +142,7 @@ class BackendBuilder:
             budget_bytes=budget_bytes,
             min_experts=self._loaded.top_k,
             io_threads=config.io_threads,
-            host_bytes=host_bytes,
-            host_gb_per_s=config.link_gb_per_s,
+            ram_bytes=ram_bytes,
+            ram_gb_per_s=config.link_gb_per_s,
             load_timeout_s=config.load_timeout_s,
         )

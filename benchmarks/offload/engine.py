@@ -36,13 +36,13 @@ def engine(info: ModelInfo, policy: str, *, cache: float, link: float | None = N
     """An engine on one thread, which shares the interpreter lock as a worker's does.
 
     Args:
-        link: GB/s from a HOST tier that holds everything; None: there is no HOST.
+        link: GB/s from a RAM tier that holds everything; None: there is no RAM.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     eviction, _, prediction = policy.partition("+")
     experts: dict[str, Any] = {"cache": f"{100 * cache:g}%", "eviction": eviction, "prediction": prediction}
     if link is not None:
-        experts |= {"host_tier": "100%", "link_gb_per_s": link}
+        experts |= {"ram_tier": "100%", "link_gb_per_s": link}
     sections = {
         "model": {"path": str(Path(info.path)), "dtype": "bfloat16", "max_model_len": MAX_LEN},
         "attention": {"kv_cache": "32MiB"},
@@ -63,12 +63,12 @@ def make_resident(parts: EngineParts) -> None:
             pass
 
 
-def fill_host(parts: EngineParts) -> None:
-    """Wait until HOST holds every expert: it fills itself from disk."""
+def fill_ram(parts: EngineParts) -> None:
+    """Wait until RAM holds every expert: it fills itself from disk."""
     store, deadline = parts.store, time.monotonic() + _FILL_LIMIT_S
-    while store.host_resident < store.grid.size:
+    while store.ram_resident < store.grid.size:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"HOST holds {store.host_resident} of {store.grid.size} experts after {_FILL_LIMIT_S} s")
+            raise TimeoutError(f"RAM holds {store.ram_resident} of {store.grid.size} experts after {_FILL_LIMIT_S} s")
         time.sleep(0.02)
 
 

@@ -1,6 +1,6 @@
-"""Part one of benchmark `offload`: our engine with every policy over the declared (emulated) link from HOST to DEVICE.
+"""Part one of benchmark `offload`: our engine with every policy over the declared (emulated) link from RAM to DEVICE.
 
-Each cell is an engine of its own: HOST holds every expert before it starts, DEVICE is empty, the KV cache too; policies
+Each cell is an engine of its own: RAM holds every expert before it starts, DEVICE is empty, the KV cache too; policies
 that learn have seen other prompts (the past), never those that are measured. One thread computes.
 """
 
@@ -19,7 +19,7 @@ from actors.engine.parts import EngineParts
 from actors.engine.trace_recorder import record_trace
 from actors.gates.reader import gate_modules
 from benchmarks.offload.agreement import Agreement, ComputeTimes, Key, RunTimes
-from benchmarks.offload.engine import MAX_LEN, engine, fill_host, keep_loading, learn, make_resident, timed_forecasts
+from benchmarks.offload.engine import MAX_LEN, engine, fill_ram, keep_loading, learn, make_resident, timed_forecasts
 from benchmarks.offload.steps import Figures, MemoryUse, Step, drive
 from benchmarks.shared.command_line import progress
 from benchmarks.shared.measuring import median, read_bytes_of_process
@@ -126,7 +126,7 @@ class Live:
             agreement.expect(self._report.rows[-1], key, cell.times)
         agreement.finish()
         self._report.notes.append(
-            f"{plan.rounds} rounds; HOST full and DEVICE empty at the start of each run; learned from {plan.past} "
+            f"{plan.rounds} rounds; RAM full and DEVICE empty at the start of each run; learned from {plan.past} "
             "other prompts; one compute thread; the link is emulated (declared GB/s); hit: resident or on the way, "
             f"timely: resident; {times.text()}"
         )
@@ -220,14 +220,14 @@ class Live:
         link = self._plan.links[0]
         more: list[float] = []
         with engine(self._info, OFF, cache=0.5, link=link) as parts:
-            fill_host(parts)
+            fill_ram(parts)
             moved = parts.store.counters.bytes_moved
             for number in range(-1, self._plan.pairs):
                 alone_s = self._layer_s(alone)
                 with keep_loading(parts.store):
-                    began_s, moved_bytes = time.perf_counter(), moved[Tier.HOST]
+                    began_s, moved_bytes = time.perf_counter(), moved[Tier.RAM]
                     beside_s = self._layer_s(alone)
-                    elapsed_s, moved_bytes = time.perf_counter() - began_s, moved[Tier.HOST] - moved_bytes
+                    elapsed_s, moved_bytes = time.perf_counter() - began_s, moved[Tier.RAM] - moved_bytes
                 if number >= 0:
                     more.append((beside_s / alone_s - 1) * elapsed_s / (moved_bytes / (link * 1e9)))
         progress(f"computing takes {median(more):.1%} longer beside a busy link")
@@ -270,7 +270,7 @@ class Live:
         """One run: its figures, seconds of search, and what was measured beside."""
         policy, cache, link, concurrency = key
         with engine(self._info, policy, cache=cache, link=link) as parts:
-            fill_host(parts)
+            fill_ram(parts)
             learn(parts, past)
             busy_s = parts.conductor.busy_s if parts.conductor else 0.0
             with timed_forecasts(parts) as forecasts_s:
@@ -299,7 +299,7 @@ class Live:
 def _prefetch_columns(memory: MemoryUse, num_decoded: int) -> dict[str, float | int]:
     num_tokens = max(num_decoded, 1)
     return {
-        "MB link/token": memory.host_bytes / num_tokens / 1e6,
+        "MB link/token": memory.ram_bytes / num_tokens / 1e6,
         "stall ms": 1e3 * memory.stall_s / num_tokens,
         "used": memory.prefetch_used,
         "late": memory.late,

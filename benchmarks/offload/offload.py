@@ -1,7 +1,7 @@
 """Expert memory live: every policy over a declared link, and our engine against peers on one throttled disk.
 
 Part `live`: our engine on the demo model widened 32 times, every eviction and prediction, over the emulated link from
-HOST to DEVICE; the same cells in replay. Part `peers`: our engine, `transformers` with accelerate's disk offload and
+RAM to DEVICE; the same cells in replay. Part `peers`: our engine, `transformers` with accelerate's disk offload and
 llama.cpp with mmap on an 8x copy, equal memory and the same kernel block-I/O throttle.
 
     python -m benchmarks offload [--part live|peers|all] [--quick] [--json] [--plot offload.png] [--mb-per-s 100]

@@ -172,7 +172,7 @@ class Peers:
         return [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in texts]
 
     def _learn(self) -> None:
-        """Serve other prompts, unlimited, and keep what the policies learned, as `experts.learned_state` does."""
+        """Serve other prompts, unlimited, and keep what the policies learned, as `experts.policy_state` does."""
         config = load_config(
             None,
             {

@@ -12,7 +12,7 @@ from unittest.mock import patch
 from transformers import AutoTokenizer
 
 from actors.experts import policy_runner as conductor
-from benchmarks.offload.engine import engine, fill_host
+from benchmarks.offload.engine import engine, fill_ram
 from benchmarks.shared.command_line import progress
 from benchmarks.shared.measuring import median
 from benchmarks.shared.models import wide_model
@@ -30,7 +30,7 @@ def run(options: Namespace) -> Report:
     path = wide_model(FACTOR)
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = [tokenizer(text).input_ids[:200] for text in prompts_of_domains(num_prompts)]
-    report = Report(f"Long prompts, {path.name}, cache {CACHE:.0%}, HOST full, emulated link {GB_PER_S:g} GB/s")
+    report = Report(f"Long prompts, {path.name}, cache {CACHE:.0%}, RAM full, emulated link {GB_PER_S:g} GB/s")
     times: dict[str, list[float]] = {}
     info = load_model_info(str(path), max_model_len=256)
     for name in ("ring", "cache"):
@@ -39,7 +39,7 @@ def run(options: Namespace) -> Report:
             patch.object(conductor, "uses_nearly_all", nearly_all),
             engine(info, POLICY, cache=CACHE, link=GB_PER_S) as parts,
         ):
-            fill_host(parts)
+            fill_ram(parts)
             for i, prompt in enumerate(prompts):
                 sampling = SamplingParams(max_tokens=1, temperature=0.0)
                 parts.engine.add(

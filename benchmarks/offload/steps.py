@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class MemoryUse:
     """What the expert memory counted in one step (or in several: they add). Rates come from `hits`, `late`, `misses`:
-    resident when asked for, on their way by prefetch, and all that were not resident (late ones included). host_bytes,
+    resident when asked for, on their way by prefetch, and all that were not resident (late ones included). ram_bytes,
     disk_bytes: moved from these tiers."""
 
     hits: int = 0
     late: int = 0
     misses: int = 0
     stall_s: float = 0.0
-    host_bytes: int = 0
+    ram_bytes: int = 0
     disk_bytes: int = 0
     prefetch_used: int = 0
     prefetch_wasted: int = 0
@@ -205,7 +205,7 @@ def memory_use(counters: MemoryCounters) -> MemoryUse:
         late=int(counters.late.sum()),
         misses=counters.num_misses,
         stall_s=float(counters.stall_s.sum()),
-        host_bytes=counters.bytes_moved[Tier.HOST],
+        ram_bytes=counters.bytes_moved[Tier.RAM],
         disk_bytes=counters.bytes_moved[Tier.DISK],
         prefetch_used=int(counters.prefetch_used.sum()),
         prefetch_wasted=int(counters.prefetch_wasted.sum()),

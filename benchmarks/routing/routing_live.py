@@ -71,7 +71,7 @@ def _config(routing: str, cache: str) -> str:
     return f"""
 model: {{dtype: float32}}
 attention: {{workers: 2, threads: 1, max_running: {RUNNING}}}
-experts: {{cache: "{cache}", host_tier: "100%", link_gb_per_s: 0.1}}
+experts: {{cache: "{cache}", ram_tier: "100%", link_gb_per_s: 0.1}}
 scheduler: {{routing: {routing}}}
 """
 

@@ -47,9 +47,9 @@ def chat(
     expert_cache: flags.ExpertCache = None,
     eviction: flags.Eviction = None,
     prediction: flags.Prediction = None,
-    host_tier: flags.HostTier = None,
+    ram_tier: flags.RamTier = None,
     link_gb_per_s: flags.LinkRate = None,
-    learned_state: flags.LearnedState = None,
+    policy_state: flags.PolicyState = None,
     kv_cache: flags.KvCache = None,
     max_model_len: flags.MaxModelLen = None,
     dtype: flags.Dtype = None,
@@ -67,9 +67,9 @@ def chat(
         threads=threads,
         eviction=eviction,
         prediction=prediction,
-        host_tier=host_tier,
+        ram_tier=ram_tier,
         link_gb_per_s=link_gb_per_s,
-        learned_state=learned_state,
+        policy_state=policy_state,
     )
     settings = flags.read_config(config, overrides) if url is None else None
     source = open_source(url, model=model, api_key=api_key, config=settings)

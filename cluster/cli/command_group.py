@@ -10,6 +10,7 @@ from typing import Any
 import typer
 import typer.core
 
+from cluster.config.renamed import renamed_flag
 from cluster.errors import ConfigError, DeadlineExceeded, InvalidRequest, MoesaicError, Overloaded, Unavailable
 
 
@@ -29,6 +30,12 @@ class CommandGroup(typer.core.TyperGroup):
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error
+        except Exception as error:  # what names an unknown option is not public in typer: `option_name` tells it
+            flag = getattr(error, "option_name", None)
+            if not isinstance(flag, str) or (new := renamed_flag(flag)) is None:
+                raise
+            typer.echo(describe_error(ConfigError(f"{flag} is called {new} now")), err=True)
+            raise typer.Exit(2) from error
 
 
 def describe_error(error: MoesaicError) -> str:

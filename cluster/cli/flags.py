@@ -39,14 +39,14 @@ Prediction = Annotated[
         help="What is fetched ahead: none, next-gate, whole-layer, eam, fmoe, moesaic; default moesaic.",
     ),
 ]
-HostTier = Annotated[
+RamTier = Annotated[
     str | None,
     typer.Option(metavar="SIZE|PERCENT", help="Slower memory between disk and --expert-cache; default none."),
 ]
 LinkRate = Annotated[
-    float | None, typer.Option("--link-gb-per-s", help="Emulate a link of this rate from --host-tier; default: none.")
+    float | None, typer.Option("--link-gb-per-s", help="Emulate a link of this rate from --ram-tier; default: none.")
 ]
-LearnedState = Annotated[
+PolicyState = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Start from what was learned there, and save it there at the end.")
 ]
 Url = Annotated[str | None, typer.Option(help="Use the server at this URL instead of this process.")]
@@ -71,9 +71,9 @@ def engine_overrides(
     threads: int | None,
     eviction: str | None = None,
     prediction: str | None = None,
-    host_tier: str | None = None,
+    ram_tier: str | None = None,
     link_gb_per_s: float | None = None,
-    learned_state: Path | None = None,
+    policy_state: Path | None = None,
 ) -> Overrides:
     """Flags of the engine, as `load_config` takes them; those not given stay out."""
     return given_only(
@@ -88,10 +88,10 @@ def engine_overrides(
                 "cache": expert_cache,
                 "eviction": eviction,
                 "prediction": prediction,
-                "host_tier": host_tier,
+                "ram_tier": ram_tier,
                 "link_gb_per_s": link_gb_per_s,
                 # Other processes have other working directories.
-                "learned_state": None if learned_state is None else str(learned_state.absolute()),
+                "policy_state": None if policy_state is None else str(policy_state.absolute()),
             },
             "attention": {"kv_cache": kv_cache, "threads": threads},
         }

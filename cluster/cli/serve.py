@@ -22,9 +22,9 @@ def serve(
     expert_cache: flags.ExpertCache = None,
     eviction: flags.Eviction = None,
     prediction: flags.Prediction = None,
-    host_tier: flags.HostTier = None,
+    ram_tier: flags.RamTier = None,
     link_gb_per_s: flags.LinkRate = None,
-    learned_state: flags.LearnedState = None,
+    policy_state: flags.PolicyState = None,
     kv_cache: flags.KvCache = None,
     max_model_len: flags.MaxModelLen = None,
     dtype: flags.Dtype = None,
@@ -61,9 +61,9 @@ def serve(
         threads=threads,
         eviction=eviction,
         prediction=prediction,
-        host_tier=host_tier,
+        ram_tier=ram_tier,
         link_gb_per_s=link_gb_per_s,
-        learned_state=learned_state,
+        policy_state=policy_state,
     )
     overrides.setdefault("model", {}).update(served_name=served_name, fingerprint=fingerprint)
     overrides.setdefault("attention", {}).update(max_queue=max_queue, workers=attention_workers)

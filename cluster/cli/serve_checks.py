@@ -32,7 +32,7 @@ def check_settings(config: MoesaicConfig) -> None:
     _gather(problems, lambda: check_possible(config))
     _check_ports(config, problems)
     _gather(problems, lambda: _check_length(config))
-    _gather(problems, lambda: check_files(config.model, config.experts.learned_state if here else None))
+    _gather(problems, lambda: check_files(config.model, config.experts.policy_state if here else None))
     if here:
         _gather(problems, check_temporary_directory)
         _gather(problems, lambda: _check_tls(config))
@@ -41,12 +41,12 @@ def check_settings(config: MoesaicConfig) -> None:
         raise ConfigError.of(problems)
 
 
-def check_files(model: ModelConfig, learned_state: str | None) -> None:
+def check_files(model: ModelConfig, policy_state: str | None) -> None:
     """Find damaged or missing files before anything is started; reads headers, no weights.
 
     Raises:
         CheckpointError: names the file and the tensor.
-        ConfigError: the file of learned state is damaged or of another model, or none can be saved there.
+        ConfigError: the file of policy state is damaged or of another model, or none can be saved there.
     """
     from cluster.frontend.generation.tokenizer import Tokenizer
     from cluster.model.info import read_model_info, resolve_model
@@ -56,8 +56,8 @@ def check_files(model: ModelConfig, learned_state: str | None) -> None:
     directory = resolve_model(model.path)
     read_index(directory)
     Tokenizer.load(directory)
-    if learned_state is not None:
-        check_learned(Path(learned_state), read_model_info(model).fingerprint)
+    if policy_state is not None:
+        check_learned(Path(policy_state), read_model_info(model).fingerprint)
 
 
 def check_port_is_free(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> None:

@@ -106,7 +106,7 @@ def with_absolute_paths(config: MoesaicConfig) -> MoesaicConfig:
     """The same files and directories for processes that run elsewhere on this machine."""
     fields = (
         ("model", "path"),
-        ("experts", "learned_state"),
+        ("experts", "policy_state"),
         *(("grpc", f"tls_{n}") for n in ("cert", "key", "client_ca")),
     )
     overrides: dict[str, dict[str, Any]] = {}

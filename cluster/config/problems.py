@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from cluster.config.renamed import renamed_key
+
 _SECRETS = frozenset({"api_key", "operator_key", "url"})  # a password may be in them
 
 
@@ -50,6 +52,8 @@ def _describe(path: tuple[int | str, ...], detail: Mapping[str, Any], sections: 
     if detail["type"] == "extra_forbidden":
         if len(path) == 1:
             return unknown_section(name, sections)
+        if (new := renamed_key(_dotted(path))) is not None:
+            return f"config field {_dotted(path)}: it is called {new} now"
         fields = list(sections[str(path[0])].model_fields) if len(path) == 2 else []
         hint = _namesake(name, sections) or _nearest(name, fields, str(path[0])) or _elsewhere(name, sections)
         return f"config field {_dotted(path)}: there is no such field{hint}"

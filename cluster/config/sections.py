@@ -92,16 +92,16 @@ class ExpertsConfig(Section):
     prediction: Literal["none", "next-gate", "whole-layer", "eam", "fmoe", "moesaic"] = Field(
         default="moesaic", description="what is fetched ahead of need"
     )
-    host_tier: str = Field(
+    ram_tier: str = Field(
         default="0", description="slower memory between disk and the budget of cache: bytes or percent; 0: none"
     )
     remote_tier: str = Field(
         default="0", description="experts that each other node keeps in Ray's object store: bytes or percent; 0: none"
     )
     link_gb_per_s: float = Field(
-        default=0.0, ge=0, description="declared rate of the link from host_tier, emulated; 0: as fast as memory copies"
+        default=0.0, ge=0, description="declared rate of the link from ram_tier, emulated; 0: as fast as memory copies"
     )
-    learned_state: str | None = Field(
+    policy_state: str | None = Field(
         default=None, description="file to start from and to save to what eviction and prediction have learned"
     )
     load_timeout_s: float = Field(
@@ -147,7 +147,7 @@ class ExpertsConfig(Section):
             raise ValueError("a frame has 64 KiB to 1 GiB")
         return value
 
-    @field_validator("cache", "host_cache", "host_tier", "remote_tier", mode="before")
+    @field_validator("cache", "host_cache", "ram_tier", "remote_tier", mode="before")
     @classmethod
     def _is_cache_size(cls, value: object, info: ValidationInfo) -> str:
         if value != AUTO or info.field_name not in ("cache", "host_cache"):
@@ -268,7 +268,7 @@ class SchedulerConfig(Section):
     routing: Literal["semantic", "random", "least-loaded", "prefix-affinity"] = Field(
         default="semantic", description="how an attention worker is chosen for a request"
     )
-    clusters: int = Field(default=16, ge=1, le=256, description="kinds of prompt that are told apart")
+    prompt_clusters: int = Field(default=16, ge=1, le=256, description="most clusters that prompts are sorted into")
     half_life_s: float = Field(default=1800.0, gt=0, description="after so long an activation counts half")
     report_interval_s: float = Field(default=1.0, gt=0, le=60, description="workers and hosts report this often")
     placement: Literal["auto", "fixed"] = Field(

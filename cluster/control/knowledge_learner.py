@@ -75,10 +75,10 @@ class KnowledgeLearner:
         state = self._store.get_state(self._fingerprint, _CLUSTERS)
         if state is not None and state.version >= seen_clusters:
             try:
-                return Clusters.from_bytes(state.blob, self._config.clusters)
+                return Clusters.from_bytes(state.blob, self._config.prompt_clusters)
             except (ValueError, KeyError, OSError) as error:
                 log_event(_LOG, logging.WARNING, "remembered clusters cannot be read", reason=repr(error))
-        return Clusters(self._config.clusters, version=max(seen_clusters, state.version if state else 0))
+        return Clusters(self._config.prompt_clusters, version=max(seen_clusters, state.version if state else 0))
 
     def _refit(self, clusters: Clusters) -> None:
         """Fit anew if prompts have changed, and carry over what was counted."""

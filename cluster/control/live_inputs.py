@@ -45,7 +45,7 @@ def placement_inputs(
             index=report.index,
             node_id=report.node_id,
             capacity=report.capacity,
-            host_capacity=report.host_capacity,
+            ram_capacity=report.ram_capacity,
             expert_s=report.expert_s,
             row_s=report.row_s,
             miss_s=report.miss_s,

@@ -31,7 +31,7 @@ class Regime(StrEnum):
 class PlacementHost:
     """One expert host that can take experts. Times in seconds, as measured (HostReport); 0: not measured yet.
 
-    capacity: experts that its fast tier holds, host_capacity those of the tier below. expert_s: one distinct expert,
+    capacity: experts that its fast tier holds, ram_capacity those of the tier below. expert_s: one distinct expert,
     row_s: one row of one. link_row_s: a row there and back. miss_s: getting an expert from a slower tier.
     is_draining: it still serves, and is to own nothing. comes: it has joined, or was emptied and is used again: its
     share is not weighed.
@@ -40,7 +40,7 @@ class PlacementHost:
     index: int
     node_id: str = ""
     capacity: int
-    host_capacity: int = 0
+    ram_capacity: int = 0
     expert_s: float = 0.0
     row_s: float = 0.0
     link_row_s: float = 0.0

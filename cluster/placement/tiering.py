@@ -12,7 +12,7 @@ from cluster.placement.inputs import PlacementInputs
 from cluster.placement.plan import Move, MoveKind
 from cluster.types import ExpertId, Tier
 
-_ORDER = (Tier.DEVICE, Tier.HOST, Tier.REMOTE, Tier.DISK)
+_ORDER = (Tier.DEVICE, Tier.RAM, Tier.REMOTE, Tier.DISK)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +78,7 @@ def tier_moves(inputs: PlacementInputs, owned_LPE: np.ndarray) -> list[Move]:
         touches = [float(each_LE[row, expert]) for row, expert in held]
         budgets = {
             Tier.DEVICE: host.capacity * inputs.expert_bytes,
-            Tier.HOST: host.host_capacity * inputs.expert_bytes,
+            Tier.RAM: host.ram_capacity * inputs.expert_bytes,
         }
         held_at = [now.get(each, Tier.DISK) for each in ids]
         plan = choose_tiers(touches, [inputs.expert_bytes] * len(ids), budgets, host.miss_s, held_at)

@@ -26,7 +26,7 @@ Arrays: TypeAlias = Mapping[str, np.ndarray]
 Groups: TypeAlias = Mapping[str, Arrays]
 
 _NARROWED_FROM = 1024  # values; smaller arrays are counts and rates that have to stay exact
-_WAY_OUT = "delete it, or name another with experts.learned_state"
+_WAY_OUT = "delete it, or name another with experts.policy_state"
 
 
 class Learned(Protocol):
@@ -105,7 +105,7 @@ def check_learned(path: Path, fingerprint: str) -> None:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"config field experts.learned_state: {path} cannot be saved, {path.parent} is no directory that can be "
+            f"config field experts.policy_state: {path} cannot be saved, {path.parent} is no directory that can be "
             f"written; make it, or name another file"
         )
 

@@ -60,14 +60,14 @@ class WorkerTable:
 
 def _miss_ms(report: WorkerReport, size: int) -> np.ndarray:
     costs = np.full(size, 1e3 * _slow_s(report.miss_s), dtype=np.float32)
-    if report.host_resident and Tier.HOST in report.miss_s:
-        costs[_bits(report.host_resident, size)] = 1e3 * report.miss_s[Tier.HOST]
+    if report.ram_resident and Tier.RAM in report.miss_s:
+        costs[_bits(report.ram_resident, size)] = 1e3 * report.miss_s[Tier.RAM]
     return costs
 
 
 def _slow_s(miss_s: Mapping[Tier, float]) -> float:
     """Of what is in no memory here: another node's if there is one, else the disk's."""
-    costs = [miss_s[tier] for tier in (Tier.REMOTE, Tier.DISK, Tier.HOST) if miss_s.get(tier, 0.0) > 0]
+    costs = [miss_s[tier] for tier in (Tier.REMOTE, Tier.DISK, Tier.RAM) if miss_s.get(tier, 0.0) > 0]
     return costs[0] if costs else 0.0
 
 

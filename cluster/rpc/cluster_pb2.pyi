@@ -29,8 +29,8 @@ class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType],
     """Unknown."""
     TIER_DEVICE: _Tier.ValueType  # 1
     """Memory that experts are computed from."""
-    TIER_HOST: _Tier.ValueType  # 2
-    """Slower memory of the same process."""
+    TIER_RAM: _Tier.ValueType  # 2
+    """RAM of the same process, slower than DEVICE."""
     TIER_REMOTE: _Tier.ValueType  # 3
     """Memory of another node."""
     TIER_DISK: _Tier.ValueType  # 4
@@ -43,8 +43,8 @@ TIER_UNSPECIFIED: Tier.ValueType  # 0
 """Unknown."""
 TIER_DEVICE: Tier.ValueType  # 1
 """Memory that experts are computed from."""
-TIER_HOST: Tier.ValueType  # 2
-"""Slower memory of the same process."""
+TIER_RAM: Tier.ValueType  # 2
+"""RAM of the same process, slower than DEVICE."""
 TIER_REMOTE: Tier.ValueType  # 3
 """Memory of another node."""
 TIER_DISK: Tier.ValueType  # 4
@@ -610,11 +610,11 @@ class TierCounts(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HOST_FIELD_NUMBER: _builtins.int
+    RAM_FIELD_NUMBER: _builtins.int
     REMOTE_FIELD_NUMBER: _builtins.int
     DISK_FIELD_NUMBER: _builtins.int
-    host: _builtins.int
-    """From slower memory of the same process."""
+    ram: _builtins.int
+    """From RAM of the same process."""
     remote: _builtins.int
     """From another node."""
     disk: _builtins.int
@@ -622,13 +622,13 @@ class TierCounts(_message.Message):
     def __init__(
         self,
         *,
-        host: _builtins.int = ...,
+        ram: _builtins.int = ...,
         remote: _builtins.int = ...,
         disk: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "host", b"host", "remote", b"remote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "ram", b"ram", "remote", b"remote"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -704,7 +704,7 @@ class LayerExperts(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     MISSES_FIELD_NUMBER: _builtins.int
     NUM_EXPERTS_FIELD_NUMBER: _builtins.int
-    HOST_RESIDENT_FIELD_NUMBER: _builtins.int
+    RAM_RESIDENT_FIELD_NUMBER: _builtins.int
     MISSES_BY_TIER_FIELD_NUMBER: _builtins.int
     LATE_FIELD_NUMBER: _builtins.int
     PREFETCH_USED_FIELD_NUMBER: _builtins.int
@@ -738,7 +738,7 @@ class LayerExperts(_message.Message):
         """What this process counted since start; empty for hosts."""
 
     @_builtins.property
-    def host_resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+    def ram_resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of experts in slower memory of the same process."""
 
     @_builtins.property
@@ -754,7 +754,7 @@ class LayerExperts(_message.Message):
         hits: _builtins.int = ...,
         misses: _builtins.int = ...,
         num_experts: _builtins.int = ...,
-        host_resident: _abc.Iterable[_builtins.int] | None = ...,
+        ram_resident: _abc.Iterable[_builtins.int] | None = ...,
         misses_by_tier: Global___TierCounts | None = ...,
         late: _builtins.int = ...,
         prefetch_used: _builtins.int = ...,
@@ -764,7 +764,7 @@ class LayerExperts(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "misses_by_tier", b"misses_by_tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "hits", b"hits", "host_resident", b"host_resident", "late", b"late", "layer", b"layer", "misses", b"misses", "misses_by_tier", b"misses_by_tier", "num_experts", b"num_experts", "prefetch_dropped", b"prefetch_dropped", "prefetch_used", b"prefetch_used", "prefetch_wasted", b"prefetch_wasted", "resident", b"resident", "stall_s", b"stall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "hits", b"hits", "late", b"late", "layer", b"layer", "misses", b"misses", "misses_by_tier", b"misses_by_tier", "num_experts", b"num_experts", "prefetch_dropped", b"prefetch_dropped", "prefetch_used", b"prefetch_used", "prefetch_wasted", b"prefetch_wasted", "ram_resident", b"ram_resident", "resident", b"resident", "stall_s", b"stall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

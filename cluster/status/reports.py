@@ -16,7 +16,7 @@ from cluster.types import ExpertMemoryStatus, StartupPhase, Tier
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerReport:
-    """One attention worker now. Times in seconds; `resident`, `host_resident`: bits, empty when nothing is held.
+    """One attention worker now. Times in seconds; `resident`, `ram_resident`: bits, empty when nothing is held.
 
     replica_id: of its Serve replica. step_s: a recent decode step's; prefill_token_s: a recent prompt token's.
     stalled_s: since the last step ended, while there is work. waiting_tokens: prompt tokens not yet computed.
@@ -42,7 +42,7 @@ class WorkerReport:
     prefill_token_s: float = 0.0
     stalled_s: float = 0.0
     resident: bytes = b""
-    host_resident: bytes = b""
+    ram_resident: bytes = b""
     mix: bytes = b""
     miss_s: Mapping[Tier, float] = field(default_factory=dict[Tier, float])
     hits: int = 0
@@ -69,10 +69,10 @@ class HostReport:
     phase: StartupPhase
     epochs: tuple[int, ...] = ()
     capacity: int = 0
-    host_capacity: int = 0
+    ram_capacity: int = 0
     expert_bytes: int = 0
     resident: bytes = b""
-    host_resident: bytes = b""
+    ram_resident: bytes = b""
     expert_s: float = 0.0
     row_s: float = 0.0
     miss_s: Mapping[Tier, float] = field(default_factory=dict[Tier, float])

@@ -52,7 +52,7 @@ def test_tensor_of_wrong_shape_is_found_by_the_worker(tmp_path: Path) -> None:
 def test_learned_state_of_another_model_is_found_at_once(tmp_path: Path) -> None:
     path, fingerprint = tmp_path / "learned.npz", load_model_info("moesaic-demo").fingerprint
     save_learned(path, "0123456789abcdef", {"maps": {"maps": np.zeros((1, 2, 3))}})
-    with launched("--learned-state", str(path)) as server:
+    with launched("--policy-state", str(path)) as server:
         server.assert_ends(2, EARLY_S)
         line = _last_line(server)
         assert str(path) in line and "0123456789abcdef" in line and fingerprint in line

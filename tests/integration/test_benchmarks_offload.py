@@ -95,14 +95,14 @@ class TestDrive:
 
         def step() -> Any:
             counters.hits[0] += 2
-            counters.misses[Tier.HOST][0] += 1
-            counters.bytes_moved[Tier.HOST] += 10
+            counters.misses[Tier.RAM][0] += 1
+            counters.bytes_moved[Tier.RAM] += 10
             return compute()
 
         engine.step = step
         parts = SimpleNamespace(engine=engine, store=SimpleNamespace(counters=counters))
         done = list(steps.drive(parts, [[1, 2]], num_tokens=3, concurrency=1))
-        assert [s.memory for s in done] == [steps.MemoryUse(hits=2, misses=1, host_bytes=10)] * 3
+        assert [s.memory for s in done] == [steps.MemoryUse(hits=2, misses=1, ram_bytes=10)] * 3
 
     def test_a_failed_sequence_is_no_measurement(self) -> None:
         engine = make_engine()

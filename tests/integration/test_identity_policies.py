@@ -78,17 +78,17 @@ def test_policies_change_no_token_of_the_demo_model(
     assert alone == answers[:1]
 
 
-@pytest.mark.parametrize("host_tier", ["100%", "40%"])
-def test_tiers_change_no_token(demo: Path, reference: Reference, cases: list[Case], host_tier: str) -> None:
+@pytest.mark.parametrize("ram_tier", ["100%", "40%"])
+def test_tiers_change_no_token(demo: Path, reference: Reference, cases: list[Case], ram_tier: str) -> None:
     with engine_parts(
-        demo, cache="12.5%", max_running=16, experts={"host_tier": host_tier, "link_gb_per_s": 2.0}
+        demo, cache="12.5%", max_running=16, experts={"ram_tier": ram_tier, "link_gb_per_s": 2.0}
     ) as parts:
         assert parts.store.wait_idle(60)
         answers = generate_greedy(parts.engine, cases, alone=False)
 
         moved = parts.store.counters.bytes_moved
-        assert moved[Tier.HOST] > 0
-        if host_tier == "100%":
+        assert moved[Tier.RAM] > 0
+        if ram_tier == "100%":
             assert moved[Tier.DISK] <= 1.01 * parts.store.model_bytes, "read once"
     assert_identical(reference, cases, answers)
 

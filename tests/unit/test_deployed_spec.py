@@ -34,7 +34,7 @@ def _spec(path: Path, /, **sections: dict[str, Any]) -> DeployedSpec:
         ("model", "max_model_len", 64),
         ("experts", "cache", "25%"),
         ("experts", "host_cache", "50%"),
-        ("experts", "host_tier", "10%"),
+        ("experts", "ram_tier", "10%"),
         ("experts", "remote_tier", "10%"),
         ("experts", "io_threads", 7),
         ("experts", "direct_io", "never"),

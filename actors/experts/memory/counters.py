@@ -17,7 +17,7 @@ CALIBRATION_BINS = 10
 class MemoryCounters:
     """Since start. Experts are counted once per layer and step that asks for them.
 
-    hits: [L] resident in DEVICE when asked for. misses: [L] by the tier they had to come from (HOST, REMOTE, DISK).
+    hits: [L] resident in DEVICE when asked for. misses: [L] by the tier they had to come from (RAM, REMOTE, DISK).
     late: [L] of the misses, those that were already on their way by prefetch.
     prefetch_used, prefetch_wasted: [L] fetched ahead, complete in DEVICE, then used, or evicted unused.
     prefetch_dropped: [L] given up before they were complete. stall_s: [L] seconds in which a step waited for loads;
@@ -30,7 +30,7 @@ class MemoryCounters:
     def __init__(self, num_layers: int) -> None:
         self.hits = np.zeros(num_layers, dtype=np.int64)
         self.misses: dict[Tier, np.ndarray] = {
-            tier: np.zeros(num_layers, dtype=np.int64) for tier in (Tier.HOST, Tier.REMOTE, Tier.DISK)
+            tier: np.zeros(num_layers, dtype=np.int64) for tier in (Tier.RAM, Tier.REMOTE, Tier.DISK)
         }
         self.late = np.zeros(num_layers, dtype=np.int64)
         self.prefetch_used = np.zeros(num_layers, dtype=np.int64)
@@ -38,8 +38,8 @@ class MemoryCounters:
         self.prefetch_dropped = np.zeros(num_layers, dtype=np.int64)
         self.stall_s = np.zeros(num_layers)
         self.total_stall_s = 0.0
-        self.bytes_moved: dict[Tier, int] = dict.fromkeys((Tier.HOST, Tier.REMOTE, Tier.DISK), 0)
-        self.prefetch_bytes: dict[Tier, int] = dict.fromkeys((Tier.HOST, Tier.REMOTE, Tier.DISK), 0)
+        self.bytes_moved: dict[Tier, int] = dict.fromkeys((Tier.RAM, Tier.REMOTE, Tier.DISK), 0)
+        self.prefetch_bytes: dict[Tier, int] = dict.fromkeys((Tier.RAM, Tier.REMOTE, Tier.DISK), 0)
         self.num_forecasts = np.zeros(CALIBRATION_BINS, dtype=np.int64)
         self.predicted = np.zeros(CALIBRATION_BINS)
         self.came_true = np.zeros(CALIBRATION_BINS, dtype=np.int64)

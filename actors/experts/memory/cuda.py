@@ -1,4 +1,4 @@
-"""Expert memory on a GPU: pinned RAM as HOST, GPU memory as DEVICE, and the link between them. Never run on a GPU.
+"""Expert memory on a GPU: pinned memory as RAM, GPU memory as DEVICE, and the link between them. Never run on a GPU.
 
 The one file with CUDA streams and events; nothing is wired to it yet, since experts are computed on the CPU. What tests
 pin without a GPU is the order of its calls. Knows bytes, slots and one device; knows no experts' contents, no policies.
@@ -107,7 +107,7 @@ class TorchCuda:
 
 
 class PinnedArena(RamArena):
-    """HOST: RAM that the GPU copies from by itself. A slot is page-locked when it is first written.
+    """The RAM tier: memory that the GPU copies from by itself. A slot is page-locked when it is first written.
 
     Copies from memory that is not page-locked would neither leave the thread free nor end chunk by chunk: there is no
     falling back to it.
@@ -125,7 +125,7 @@ class PinnedArena(RamArena):
         try:
             self.tensor(0)  # better now than at the first request
         except ExpertReadError as error:
-            raise ConfigError(f"config field experts.host_tier: {error.message}") from error
+            raise ConfigError(f"config field experts.ram_tier: {error.message}") from error
 
     def tensor(self, slot: int) -> Tensor:
         """[slot_bytes] uint8, page-locked.
@@ -142,7 +142,7 @@ class PinnedArena(RamArena):
             if code != 0 or not self._cuda.is_pinned(memory):
                 raise ExpertReadError(
                     f"{self.slot_bytes} bytes could not be page-locked beside {len(self._pinned) * self.slot_bytes} "
-                    f"(CUDA error {code}); lower experts.host_tier, or raise the limit of locked memory (ulimit -l)"
+                    f"(CUDA error {code}); lower experts.ram_tier, or raise the limit of locked memory (ulimit -l)"
                 )
             self._pinned[slot] = memory
             return memory
@@ -224,7 +224,7 @@ class CudaArena:
 class CudaLink:
     """From pinned RAM to the GPU, in a stream of its own, a chunk at a time."""
 
-    tier = Tier.HOST
+    tier = Tier.RAM
 
     def __init__(
         self, source: PinnedArena, target: CudaArena, slot_of: Callable[[int], int | None], cuda: CudaApi

@@ -19,7 +19,7 @@ _CHUNKS = 3
 class RamLink:
     """As fast as memory copies."""
 
-    tier = Tier.HOST
+    tier = Tier.RAM
 
     def __init__(self, source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> None:
         """Args: slot_of: where in `source` an expert is, None if it is not there."""

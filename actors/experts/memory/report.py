@@ -14,8 +14,8 @@ def tiers_report(store: ExpertStore) -> tuple[TierStatus, ...]:
     """The tiers there are, fastest first."""
     moved = store.counters.bytes_moved
     tiers = [_arena_status(store, Tier.DEVICE, store.budget_bytes, store.num_resident, 0)]
-    if store.host_budget_bytes:
-        tiers.append(_arena_status(store, Tier.HOST, store.host_budget_bytes, store.host_resident, moved[Tier.HOST]))
+    if store.ram_budget_bytes:
+        tiers.append(_arena_status(store, Tier.RAM, store.ram_budget_bytes, store.ram_resident, moved[Tier.RAM]))
     for tier in store.source_tiers:
         tiers.append(
             TierStatus(tier=tier, budget_bytes=None, resident_bytes=0, num_resident=0, bytes_moved=moved[tier])
@@ -36,7 +36,7 @@ def layers_report(
             activations=activations.get(layer, {}),
             hits=int(counters.hits[row]),
             misses=sum(int(values[row]) for values in counters.misses.values()),
-            host_resident=_indices(store.in_host(layer)),
+            ram_resident=_indices(store.in_ram(layer)),
             misses_by_tier={tier: int(values[row]) for tier, values in counters.misses.items()},
             late=int(counters.late[row]),
             prefetch_used=int(counters.prefetch_used[row]),
@@ -55,7 +55,7 @@ def _arena_status(store: ExpertStore, tier: Tier, budget_bytes: int, num_residen
         resident_bytes=num_resident * store.slot_bytes,
         num_resident=num_resident,
         bytes_moved=moved,
-        emulated=tier is Tier.HOST and store.link_is_emulated,
+        emulated=tier is Tier.RAM and store.link_is_emulated,
     )
 
 

@@ -1,9 +1,9 @@
 """The expert memory of one process: asked for experts, it has them in the DEVICE arena, within a budget in bytes.
 
 One thread (whoever computes) acquires; the threads of the transfer queues fill slots; a forecast may come from a third.
-What is in use is never evicted, a demand always finds a slot, and a forecast is only ever a wish. With a HOST arena
-below it experts come in two stages that run by themselves: from REMOTE or DISK into HOST, from HOST into DEVICE. An
-expert in DEVICE keeps its place in HOST as long as that is worth it: weights never change, so nothing is written back.
+What is in use is never evicted, a demand always finds a slot, and a forecast is only ever a wish. With a RAM arena
+below it experts come in two stages that run by themselves: from REMOTE or DISK into RAM, from RAM into DEVICE. An
+expert in DEVICE keeps its place in RAM as long as that is worth it: weights never change, so nothing is written back.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cluster.policies.base import Scorer
 from cluster.types import ExpertId, Tier
 
 LinkFactory = Callable[[RamArena], Link]
-HostLinkFactory = Callable[[RamArena, RamArena, Callable[[int], int | None]], Link]
+RamLinkFactory = Callable[[RamArena, RamArena, Callable[[int], int | None]], Link]
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -50,19 +50,19 @@ class ExpertStore:
         budget_bytes: int,
         min_experts: int = 1,
         io_threads: int = 3,
-        host_bytes: int = 0,
-        host_link: HostLinkFactory = RamLink,
-        host_gb_per_s: float = 0.0,
+        ram_bytes: int = 0,
+        ram_link: RamLinkFactory = RamLink,
+        ram_gb_per_s: float = 0.0,
         load_timeout_s: float = 30.0,
     ) -> None:
-        """Args: sources: links into the lowest arena, best first; the last one has every expert. host_bytes: budget of
-        HOST; 0: there is none. host_gb_per_s: declared rate of the link from HOST; 0: what it is.
+        """Args: sources: links into the lowest arena, best first; the last one has every expert. ram_bytes: budget of
+        RAM; 0: there is none. ram_gb_per_s: declared rate of the link from RAM; 0: what it is.
 
         Raises:
             ConfigError: a budget does not hold `min_experts`; says the minimum.
         """
         self.form, self.grid, self.layout = form, form.grid, form.layout
-        self.budget_bytes, self.host_budget_bytes = budget_bytes, host_bytes
+        self.budget_bytes, self.ram_budget_bytes = budget_bytes, ram_bytes
         self.counters = MemoryCounters(self.grid.num_layers)
         self._min_experts = min_experts
         self._rows = {layer: row for row, layer in enumerate(self.grid.layers)}
@@ -74,14 +74,14 @@ class ExpertStore:
         device = Residents(arena, scorer, self.grid.size, num_slots, self._on_evict)
         self._backoff = ReadBackoff([form.files(index)[0] for index in range(self.grid.size)])
         stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._done, backoff=self._backoff)
-        if host_bytes:
-            host_slots = self.form.num_slots(host_bytes, self._min_experts, "experts.host_tier")
+        if ram_bytes:
+            ram_slots = self.form.num_slots(ram_bytes, self._min_experts, "experts.ram_tier")
             below = RamArena(self.grid.size, form.slot_bytes)
-            host = Residents(below, scorer, self.grid.size, host_slots, lambda _: None)
+            host = Residents(below, scorer, self.grid.size, ram_slots, lambda _: None)
             links = [make(below) for make in sources]
-            self._host: Stage | None = stage("host", host, links, num_threads=io_threads, fills_up=True)
-            link = host_link(below, arena, host.slot_of)  # one chunk after the other: one thread
-            rate = host_gb_per_s * 1e9
+            self._host: Stage | None = stage("ram", host, links, num_threads=io_threads, fills_up=True)
+            link = ram_link(below, arena, host.slot_of)  # one chunk after the other: one thread
+            rate = ram_gb_per_s * 1e9
             self._device = stage("device", device, [link], num_threads=1, below=self._host, bytes_per_s=rate)
         else:
             self._host = None
@@ -169,7 +169,7 @@ class ExpertStore:
     def want(self, priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
         """Replace what is to be fetched ahead.
 
-        Args: priority: [N] float32, larger first, 0 and below is not fetched. below: for HOST, if not the same.
+        Args: priority: [N] float32, larger first, 0 and below is not fetched. below: for RAM, if not the same.
         """
         with self._lock:
             self._device.want(priority, keeps_begun=False)
@@ -186,7 +186,7 @@ class ExpertStore:
     def load_ahead(self, expert: ExpertId, *, replaces: Callable[[ExpertId], bool]) -> bool:
         """Begin to bring one expert that nobody waits for a stage higher, one at a time; False if there is no room.
 
-        It comes from where it is now: into HOST first, where there is one, and into DEVICE when it is asked for again.
+        It comes from where it is now: into RAM first, where there is one, and into DEVICE when it is asked for again.
         Args: replaces: whether the expert is worth more than this one, which would be evicted.
         """
         index = self._index(expert)
@@ -207,8 +207,8 @@ class ExpertStore:
         """[E] bool: which experts of a layer are in DEVICE; a live view."""
         return self._of_layer(self._device.residents.resident, layer)
 
-    def in_host(self, layer: int) -> np.ndarray:
-        """[E] bool: which experts of a layer are in HOST; a live view."""
+    def in_ram(self, layer: int) -> np.ndarray:
+        """[E] bool: which experts of a layer are in RAM; a live view."""
         if self._host is None:
             return np.zeros(self.grid.num_experts, dtype=np.bool_)
         return self._of_layer(self._host.residents.resident, layer)
@@ -252,12 +252,12 @@ class ExpertStore:
 
     @property
     def link_is_emulated(self) -> bool:
-        """Whether the way from HOST only pretends to its rate."""
+        """Whether the way from RAM only pretends to its rate."""
         return self._device.queue.bytes_per_s > 0
 
     @property
-    def host_resident(self) -> int:
-        """Experts in HOST."""
+    def ram_resident(self) -> int:
+        """Experts in RAM."""
         return 0 if self._host is None else sum(self._host.residents.is_resident)
 
     def load_s(self) -> float:
@@ -267,7 +267,7 @@ class ExpertStore:
 
     def load_s_from(self, tier: Tier) -> float:
         """Average time one expert takes from a tier into DEVICE, once begun and alone; 0: none came from there."""
-        if self._host is None or tier is Tier.HOST:
+        if self._host is None or tier is Tier.RAM:
             return self._device.queue.expert_s_from.get(tier, 0.0) / self._device.queue.num_threads
         below_s = self._host.queue.expert_s_from.get(tier, 0.0) / self._host.queue.num_threads
         return below_s and below_s + self.load_s()
@@ -280,7 +280,7 @@ class ExpertStore:
 
     def miss_s(self) -> dict[Tier, float]:
         """`load_s_from` of the tiers that something came from."""
-        costs = {tier: self.load_s_from(tier) for tier in (Tier.HOST, Tier.REMOTE, Tier.DISK)}
+        costs = {tier: self.load_s_from(tier) for tier in (Tier.RAM, Tier.REMOTE, Tier.DISK)}
         return {tier: cost_s for tier, cost_s in costs.items() if cost_s > 0}
 
     def load_cpu_s(self) -> float:

@@ -49,8 +49,8 @@ def _uses(store: ExpertStore, counts: Mapping[Phase, Mapping[int, Mapping[int, i
 
 def _fetch(store: ExpertStore, uses: np.ndarray, timeout_s: float) -> None:
     order = np.argsort(-uses, kind="stable")[: int((uses > 0).sum())]
-    host_slots = store.host_budget_bytes // store.slot_bytes
-    store.want(_first(order, store.num_slots, uses), _first(order, host_slots, uses))
+    ram_slots = store.ram_budget_bytes // store.slot_bytes
+    store.want(_first(order, store.num_slots, uses), _first(order, ram_slots, uses))
     is_done = store.wait_idle(timeout_s)
     store.want(None)
     store.rank(order[::-1].tolist())  # they came in the other order: by recency the best would leave first

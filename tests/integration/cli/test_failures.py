@@ -12,6 +12,7 @@ import pytest
 from live_server import COMMAND, clean_environment, free_port
 from typer.testing import Result
 
+from cluster.config.renamed import RENAMED_FLAGS
 from cluster.errors import ConfigError
 from cluster.model.info import load_model_info
 from cluster.policies.learned_state import save_learned
@@ -39,7 +40,7 @@ def _assert_one_line(result: Result, code: int, *parts: str) -> None:
         (["serve", "--dtype", "int3"], ["dtype", "int3"]),
         (["serve", "--eviction", "belady"], ["experts.eviction", "belady", "lru"]),
         (["serve", "--prediction", "oracle"], ["experts.prediction", "oracle", "next-gate"]),
-        (["serve", "--host-tier", "auto"], ["host_tier", "auto"]),
+        (["serve", "--ram-tier", "auto"], ["ram_tier", "auto"]),
         (["serve", "--link-gb-per-s", "-1"], ["link_gb_per_s", "-1"]),
         (["serve", "--max-model-len", "999999"], ["max_model_len", "999999", "2048"]),
         (["serve", "--port", "99999"], ["port", "99999"]),
@@ -82,6 +83,14 @@ def test_unknown_key_in_config_file(run: Run, tmp_path: Path) -> None:
     _assert_one_line(run("serve", "--config", str(path)), 2, "experts.cash")
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED_FLAGS.items())
+@pytest.mark.parametrize("command", ["serve", "chat", "generate"])
+def test_an_old_flag_is_refused_with_the_new_one(run: Run, command: str, old: str, new: str) -> None:
+    for args in ([old, "1"], [f"{old}=1"]):
+        _assert_one_line(run(command, *args), 2, f"{old} is called {new} now")
+    assert f"{new} " in run(command, "--help").stdout
+
+
 def test_interrupt_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -112,12 +121,12 @@ def test_learned_state_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
 
     def serve(path: Path) -> Result:
         ports = ["--port", str(free_port()), "--grpc-port", str(free_port())]
-        return run("serve", *ports, "--learned-state", str(path))
+        return run("serve", *ports, "--policy-state", str(path))
 
     other, damaged = tmp_path / "other.npz", tmp_path / "damaged.npz"
     save_learned(other, "0123456789abcdef", {})
     fingerprint = load_model_info("moesaic-demo").fingerprint
-    _assert_one_line(serve(other), 2, str(other), "0123456789abcdef", fingerprint, "experts.learned_state")
+    _assert_one_line(serve(other), 2, str(other), "0123456789abcdef", fingerprint, "experts.policy_state")
     save_learned(damaged, fingerprint, {})
     damaged.write_bytes(damaged.read_bytes()[:-30])
     _assert_one_line(serve(damaged), 2, str(damaged), "damaged", "delete it")

@@ -36,7 +36,7 @@ def test_status_shows_tiers_prefetch_and_forecasts(run: Run, server: Any) -> Non
     rows = memory_rows(server.pages["/status"]["workers"][0]["expert_memory"])
     assert rows["eviction / prediction"] == "moesaic / fmoe"
     assert rows["device tier"] == "0.5 MiB of 1.0 MiB, 90% found here"
-    assert rows["host tier"] == "2.0 MiB of 4.0 MiB, 7% found here, moved 3.0 MiB (emulated link)"
+    assert rows["ram tier"] == "2.0 MiB of 4.0 MiB, 7% found here, moved 3.0 MiB (emulated link)"
     assert rows["disk tier"] == "3% found here"
     assert rows["prefetch"] == "21 used, 2 late, 4 wasted, 1 dropped; 1.5 MiB; search 3.4% of step time"
     assert rows["forecast: came true"] == "12%: 9%, 80%: 75%"

@@ -35,8 +35,8 @@ def test_flags_reach_the_server(run: Callable[..., Result], monkeypatch: pytest.
     flags += ["--api-key", "k", "--max-queue", "3", "--redis-url", "redis://r:1/0", "--served-name", "n"]
     flags += ["--grpc-port", "8124", "--no-grpc"]
     flags += ["--dtype", "float32", "--max-model-len", "256", "--ray-address", "auto"]
-    flags += ["--eviction", "fmoe", "--prediction", "next-gate", "--host-tier", "50%", "--link-gb-per-s", "2.5"]
-    flags += ["--learned-state", "learned.npz"]
+    flags += ["--eviction", "fmoe", "--prediction", "next-gate", "--ram-tier", "50%", "--link-gb-per-s", "2.5"]
+    flags += ["--policy-state", "learned.npz"]
     result = run("serve", "moesaic-demo", *flags)
     assert result.exit_code == 0, result.output
     (config,) = seen
@@ -45,8 +45,8 @@ def test_flags_reach_the_server(run: Callable[..., Result], monkeypatch: pytest.
     assert config.frontend.api_key is not None and config.frontend.api_key.get_secret_value() == "k"
     assert (config.experts.cache, config.attention.kv_cache) == ("25%", "64MiB")
     assert (config.experts.eviction, config.experts.prediction) == ("fmoe", "next-gate")
-    assert (config.experts.host_tier, config.experts.link_gb_per_s) == ("50%", 2.5)
-    assert config.experts.learned_state == str(Path.cwd() / "learned.npz"), "workers are elsewhere"
+    assert (config.experts.ram_tier, config.experts.link_gb_per_s) == ("50%", 2.5)
+    assert config.experts.policy_state == str(Path.cwd() / "learned.npz"), "workers are elsewhere"
     assert (config.attention.threads, config.attention.max_queue) == (1, 3)
     assert (config.redis.url, config.ray.address) == ("redis://r:1/0", "auto")
     assert (config.model.served_name, config.model.dtype, config.model.max_model_len) == ("n", "float32", 256)

@@ -118,9 +118,9 @@ def test_generate_in_this_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_interrupted_answer_stays_in_the_chat(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     service = _FakeService(interrupt_after=1)
     configs = _install_engine(monkeypatch, service)
-    result = run("chat", "--host-tier", "50%", stdin="hi\nhello\n")
+    result = run("chat", "--ram-tier", "50%", stdin="hi\nhello\n")
     assert result.exit_code == 0, result.output
-    assert configs[0].experts.host_tier == "50%"
+    assert configs[0].experts.ram_tier == "50%"
     assert "(stopped)" in result.stdout
     assert [prompt for prompt, _ in service.seen] == [(2,), (2, 3, 5)]
     assert service.closed == 2

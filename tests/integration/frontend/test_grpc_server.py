@@ -267,15 +267,15 @@ def test_cluster_service_shows_workers_and_experts(serve, run):
     assert status.workers[0].worker_id == "w0"
     assert status.workers[0].phase == cluster_pb2.STARTUP_PHASE_READY
     memory = status.workers[0].expert_memory
-    assert (memory.hits, memory.misses_by_tier.host) == (7, 3)
+    assert (memory.hits, memory.misses_by_tier.ram) == (7, 3)
     assert [tier.tier for tier in memory.tiers] == [
         cluster_pb2.TIER_DEVICE,
-        cluster_pb2.TIER_HOST,
+        cluster_pb2.TIER_RAM,
         cluster_pb2.TIER_DISK,
     ]
     assert experts.reports[0].owner_id == "w0"
     assert list(experts.reports[0].layers[0].resident) == [1]
-    assert list(experts.reports[0].layers[0].host_resident) == [0, 1]
+    assert list(experts.reports[0].layers[0].ram_resident) == [0, 1]
     assert list(experts.reports[0].layers[0].activations.prefill) == [2, 3]
     assert list(experts.cluster.layers[0].activations.prefill) == [2, 6]
     assert away.code() is grpc.StatusCode.UNAVAILABLE

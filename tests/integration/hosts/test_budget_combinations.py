@@ -21,7 +21,7 @@ from cluster.model.info import load_model_info
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
 
 NUM_DRAWN = 10
-REPORTED = {"cache": "25%", "host_cache": "50%", "host_tier": "25%", "hosts": 1}  # HOST no larger than DEVICE
+REPORTED = {"cache": "25%", "host_cache": "50%", "ram_tier": "25%", "hosts": 1}  # RAM no larger than DEVICE
 SHARES = ("25%", "50%", "75%", "100%")
 
 
@@ -94,7 +94,7 @@ def drawn(seed: int) -> dict[str, Any]:
         "hosts": hosts,
         "cache": draw.choice([*SHARES, "0"] if hosts else SHARES),
         "host_cache": draw.choice(SHARES),
-        "host_tier": draw.choice(["0", *SHARES]),
+        "ram_tier": draw.choice(["0", *SHARES]),
         "remote_tier": draw.choice(["0", "50%"]),
     }
 
@@ -104,7 +104,7 @@ def test_any_combination_of_budgets_answers_as_transformers(
     model: Path, cases: list[Case], reference: Reference, other_node: OtherNode, seed: int
 ) -> None:
     budgets: Mapping[str, Any] = drawn(seed)
-    experts = {name: budgets[name] for name in ("host_tier",)}
+    experts = {name: budgets[name] for name in ("ram_tier",)}
     shelves = other_node if budgets["remote_tier"] != "0" else None
     num_hosts = budgets["hosts"]
     with (

@@ -25,13 +25,13 @@ def promised(directory: Path) -> list[dict[str, int]]:
 def test_budgets_of_both_kinds_are_promised_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.node_memory.leases.lease_directory", lambda: tmp_path)
     info = load_model_info("moesaic-demo")
-    experts = {"cache": "50%", "host_tier": "60%"}
+    experts = {"cache": "50%", "ram_tier": "60%"}
     parts = build_engine(load_config(None, {"experts": experts, "attention": {"kv_cache": "16MiB"}}), info, threads=1)
     model_bytes = parts.store.model_bytes
     [of_engine] = promised(tmp_path)
 
     assert of_engine["experts.cache"] == parts.store.budget_bytes == model_bytes // 2
-    assert of_engine["experts.host_tier"] == model_bytes * 6 // 10
+    assert of_engine["experts.ram_tier"] == model_bytes * 6 // 10
     assert parse_size("15MiB") < of_engine["attention.kv_cache"] <= parse_size("16MiB")
 
     parts.dispatcher.close()

@@ -199,7 +199,7 @@ def test_answers_are_the_same_from_another_nodes_memory_and_after_its_loss(nodes
     cases = demo_cases(Tokenizer.load(DEMO).encode, num_domains=4, prompts_per_domain=2)
     half, threads = len(cases) // 2, torch.get_num_threads()
     torch.set_num_threads(1)
-    with engine_parts(DEMO, cache="12.5%", experts={"host_tier": "40%"}, shelves=nodes.shelves) as parts:
+    with engine_parts(DEMO, cache="12.5%", experts={"ram_tier": "40%"}, shelves=nodes.shelves) as parts:
         moved = parts.store.counters.bytes_moved
 
         def loads_from_there() -> bool:

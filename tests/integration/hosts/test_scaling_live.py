@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 CONFIG = """
 model: {dtype: float32}
 attention: {max_workers: 2, max_running: 2}
-experts: {hosts: 1, max_hosts: 2, host_cache: "30%", host_tier: "100%", link_gb_per_s: 0.05, host_threads: 1}
+experts: {hosts: 1, max_hosts: 2, host_cache: "30%", ram_tier: "100%", link_gb_per_s: 0.05, host_threads: 1}
 scheduler: {scale_up_after_s: 1, scale_down_after_s: 15, placement_interval_s: 5, report_interval_s: 0.5}
 """
 NUM_CLIENTS = 6

@@ -27,7 +27,7 @@ NUM_TOKENS = 24
 
 @contextmanager
 def _worker(store: StateStore, policy: str, path: Path | None = None) -> Iterator[AttentionWorker]:
-    experts = {"cache": "25%", "eviction": policy, "prediction": policy, "learned_state": path and str(path)}
+    experts = {"cache": "25%", "eviction": policy, "prediction": policy, "policy_state": path and str(path)}
     config = load_config(None, {"experts": experts, "attention": {"threads": 1}})
     worker = AttentionWorker(config, load_model_info("moesaic-demo"), store)
     worker.start()
@@ -82,5 +82,5 @@ def test_a_file_of_another_model_fails_the_start_with_both_fingerprints(tmp_path
     with _worker(MemoryStore(), "moesaic", path) as worker:
         assert worker.phase is StartupPhase.FAILED
         assert worker.error is not None
-        for part in (str(path), "0123456789abcdef", worker.info.fingerprint, "experts.learned_state"):
+        for part in (str(path), "0123456789abcdef", worker.info.fingerprint, "experts.policy_state"):
             assert part in worker.error.message

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.ray
 CONFIG = """
 model: {dtype: float32}
 attention: {workers: 2}
-experts: {cache: "50%", host_tier: "100%", link_gb_per_s: 0.05, prediction: none}
-scheduler: {report_interval_s: 0.5, clusters: 2}
+experts: {cache: "50%", ram_tier: "100%", link_gb_per_s: 0.05, prediction: none}
+scheduler: {report_interval_s: 0.5, prompt_clusters: 2}
 """
 CODE, PROSE = BUNDLED_PROMPTS[:8], BUNDLED_PROMPTS[8:16]
 

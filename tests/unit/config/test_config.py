@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.config.check import impossible_settings
-from cluster.config.load import load_config
+from cluster.config.load import MoesaicConfig, load_config
+from cluster.config.renamed import RENAMED_KEYS
 from cluster.errors import ConfigError
 
 
@@ -52,6 +53,30 @@ def test_the_nearest_field_is_named(section: str, key: str, nearest: str) -> Non
     assert f"{section}.{key}" in problem and f"did you mean {nearest}?" in problem
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+@pytest.mark.parametrize("source", ["file", "environment", "override"])
+def test_an_old_key_is_refused_with_the_new_one(
+    source: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, _, field = old.partition(".")
+    path = _file(tmp_path, f"{section}:\n  {field}: 1\n") if source == "file" else None
+    if source == "environment":
+        monkeypatch.setenv(f"MOESAIC__{section}__{field}".upper(), "1")
+    (problem,) = _problems({section: {field: 1}} if source == "override" else None, path)
+    assert problem == f"config field {old}: it is called {new} now"
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_renamed_key_exists_under_its_new_name_only(old: str, new: str) -> None:
+    tree = MoesaicConfig().model_dump()
+    assert _has(tree, new) and not _has(tree, old)
+
+
+def _has(tree: dict[str, Any], key: str) -> bool:
+    section, _, field = key.partition(".")
+    return field in tree[section]
+
+
 def test_a_name_like_no_other_has_no_guess() -> None:
     (problem,) = _problems({"experts": {"zzzzzz": 1}})
     assert "experts.zzzzzz" in problem and "did you mean" not in problem
@@ -83,7 +108,7 @@ def test_problems_cross_processes() -> None:
     assert ConfigError("alone").problems == ("alone",)
 
 
-@pytest.mark.parametrize("field", ["cache", "host_cache", "host_tier", "remote_tier"])
+@pytest.mark.parametrize("field", ["cache", "host_cache", "ram_tier", "remote_tier"])
 @pytest.mark.parametrize("setting", ["900%", "100.1%", "much", "-1", ""])
 def test_sizes_that_cannot_be(field: str, setting: str) -> None:
     (problem,) = _problems({"experts": {field: setting}})

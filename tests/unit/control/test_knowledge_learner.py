@@ -13,7 +13,7 @@ from cluster.semantics.knowledge import Knowledge
 from cluster.semantics.statistics import COUNT, DECODE, no_statistics
 from cluster.stats.memory_store import MemoryStore
 
-CONFIG = SchedulerConfig(clusters=2)
+CONFIG = SchedulerConfig(prompt_clusters=2)
 
 
 def _prompts(direction: int, count: int) -> list[bytes]:

@@ -89,7 +89,7 @@ def test_workers_whose_hosts_have_the_experts_have_nothing_to_change() -> None:
         change_cache(SimpleNamespace(backend=None), "50%")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("field", ["cache", "host_cache", "host_tier", "remote_tier"])
+@pytest.mark.parametrize("field", ["cache", "host_cache", "ram_tier", "remote_tier"])
 def test_no_setting_is_more_than_all(field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}.*100% is the most"):
         load_config(None, {"experts": {field: "200%"}})

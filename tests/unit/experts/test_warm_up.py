@@ -79,11 +79,11 @@ def test_prompts_count_where_nothing_was_decoded_yet(small: ExpertStore) -> None
 
 def test_through_host_memory_the_best_are_in_both(file: ExpertFile, statistics: StateStore) -> None:
     slot_bytes = open_store(file, slots=1).slot_bytes
-    store = open_store(file, slots=2, host_bytes=5 * slot_bytes)
+    store = open_store(file, slots=2, ram_bytes=5 * slot_bytes)
     warm_up(store, statistics, FINGERPRINT)
     assert _resident(store) == set(MOST_USED[:2])
-    in_host = {(layer, int(expert)) for layer in (0, 1) for expert in store.in_host(layer).nonzero()[0]}
-    assert in_host >= set(MOST_USED[:2])
+    in_ram = {(layer, int(expert)) for layer in (0, 1) for expert in store.in_ram(layer).nonzero()[0]}
+    assert in_ram >= set(MOST_USED[:2])
     store.close()
 
 

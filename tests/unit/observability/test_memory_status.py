@@ -18,7 +18,7 @@ from actors.experts.report import calibration, memory_status
 from cluster.config.sections import ExpertsConfig
 from cluster.types import CalibrationBin, Tier
 
-NUM_EXPERTS, SLOTS, HOST_SLOTS = 6, 3, 5
+NUM_EXPERTS, SLOTS, RAM_SLOTS = 6, 3, 5
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def store(experts: ExpertFile) -> Iterator[ExpertStore]:
     opened = open_store(
         experts,
         slots=SLOTS,
-        host_bytes=HOST_SLOTS * probe.slot_bytes,
-        host_gb_per_s=1.0,
+        ram_bytes=RAM_SLOTS * probe.slot_bytes,
+        ram_gb_per_s=1.0,
     )
     yield opened
     opened.close()
@@ -52,17 +52,17 @@ def test_tiers_counts_and_layers_agree(store: ExpertStore) -> None:
     _acquire(store, 0, 0, 1)  # both are there
     _acquire(store, 1, 3, 4)  # so that two leave
     end_s = time.monotonic() + 10
-    while store.host_resident < HOST_SLOTS or not store.wait_idle(10):  # it fills up by itself
+    while store.ram_resident < RAM_SLOTS or not store.wait_idle(10):  # it fills up by itself
         assert time.monotonic() < end_s
 
     memory = memory_status(backend, ExpertsConfig(eviction="moesaic", prediction="moesaic"))
 
     assert (memory.eviction, memory.prediction, memory.search_share) == ("lru", "none", 0.0), "it hears no gates"
     assert memory_status(backend, ExpertsConfig(eviction="lfu")).eviction == "lfu"
-    assert [tier.tier for tier in memory.tiers] == [Tier.DEVICE, Tier.HOST, Tier.DISK]
+    assert [tier.tier for tier in memory.tiers] == [Tier.DEVICE, Tier.RAM, Tier.DISK]
     device, host, disk = memory.tiers
     assert device.resident_bytes == SLOTS * store.slot_bytes == device.budget_bytes == memory.resident_bytes
-    assert host.budget_bytes == HOST_SLOTS * store.slot_bytes
+    assert host.budget_bytes == RAM_SLOTS * store.slot_bytes
     assert host.emulated and not disk.emulated
     assert (disk.budget_bytes, disk.bytes_moved) == (None, memory.bytes_read)
     assert (memory.hits, memory.misses) == (2, 5)
@@ -74,7 +74,7 @@ def test_tiers_counts_and_layers_agree(store: ExpertStore) -> None:
     assert [(layer.hits, layer.misses) for layer in layers] == [(2, 2), (0, 3)]
     assert sum(layer.stall_s for layer in layers) == pytest.approx(memory.stall_s)
     assert sum(len(layer.resident) for layer in layers) == memory.num_resident == SLOTS
-    assert sum(len(layer.host_resident) for layer in layers) == host.num_resident == HOST_SLOTS
+    assert sum(len(layer.ram_resident) for layer in layers) == host.num_resident == RAM_SLOTS
     for tier, count in memory.misses_by_tier.items():
         assert sum(layer.misses_by_tier[tier] for layer in layers) == count
 

@@ -57,8 +57,8 @@ def test_misses_and_bytes_are_told_by_tier(samples: dict[str, float]) -> None:
     misses = {tier: samples[f'moesaic_expert_cache_misses_total{{tier="{tier}"}}'] for tier in MEMORY.misses_by_tier}
     assert misses == MEMORY.misses_by_tier
     assert samples['moesaic_expert_prefetch_bytes_total{tier="disk"}'] == 12
-    assert samples['moesaic_expert_moved_bytes_total{tier="host"}'] == 25
-    assert samples['moesaic_expert_resident_bytes{tier="host"}'] == 10
+    assert samples['moesaic_expert_moved_bytes_total{tier="ram"}'] == 25
+    assert samples['moesaic_expert_resident_bytes{tier="ram"}'] == 10
     assert samples['moesaic_expert_budget_bytes{tier="device"}'] == 10
     assert 'moesaic_expert_budget_bytes{tier="disk"}' not in samples, "it has none"
     assert samples["moesaic_expert_stall_seconds_total{}"] == 0.5

@@ -137,7 +137,7 @@ def test_each_regime_counts_its_own_work() -> None:
     assert found(row_s=1e-3, expert_s=1e-4)[0] is Regime.COMPUTE
 
 
-MISS_S = {Tier.DEVICE: 0.0, Tier.HOST: 0.001, Tier.REMOTE: 0.003, Tier.DISK: 0.02}
+MISS_S = {Tier.DEVICE: 0.0, Tier.RAM: 0.001, Tier.REMOTE: 0.003, Tier.DISK: 0.02}
 
 
 @given(
@@ -146,7 +146,7 @@ MISS_S = {Tier.DEVICE: 0.0, Tier.HOST: 0.001, Tier.REMOTE: 0.003, Tier.DISK: 0.0
 )
 @QUICK
 def test_equal_experts_are_tiered_for_the_least_stall(touches: list[float], budgets: tuple[int, int, int]) -> None:
-    room = dict(zip((Tier.DEVICE, Tier.HOST, Tier.REMOTE), budgets, strict=True))
+    room = dict(zip((Tier.DEVICE, Tier.RAM, Tier.REMOTE), budgets, strict=True))
 
     plan = choose_tiers(touches, [1] * len(touches), room, MISS_S, [Tier.DISK] * len(touches), hysteresis=0.0)
 

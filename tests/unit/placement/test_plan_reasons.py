@@ -143,12 +143,12 @@ def test_hosts_that_were_not_measured_are_left_alone() -> None:
 def test_hot_experts_are_promoted_and_colder_ones_make_room() -> None:
     inputs = inputs_of({Phase.DECODE: [[5.0, 1.0, 4.0, 0.5]]}, placed({0: (0, 1, 2, 3)}), capacity=2)
     tiers = {ExpertId(0, 0): Tier.DISK, ExpertId(0, 1): Tier.DEVICE, ExpertId(0, 2): Tier.DEVICE}
-    host = replace(inputs.hosts[0], miss_s={Tier.DISK: 0.02, Tier.HOST: 0.001}, host_capacity=1)
+    host = replace(inputs.hosts[0], miss_s={Tier.DISK: 0.02, Tier.RAM: 0.001}, ram_capacity=1)
 
     plan = plan_placement(replace(inputs, hosts=(host,), tiers={0: tiers}))
 
     found = {(move.expert.expert, move.from_tier, move.to_tier) for move in plan.moves}
-    assert found == {(0, Tier.DISK, Tier.DEVICE), (1, Tier.DEVICE, Tier.HOST)}
+    assert found == {(0, Tier.DISK, Tier.DEVICE), (1, Tier.DEVICE, Tier.RAM)}
 
 
 def test_no_host_left_is_a_reason_to_stay() -> None:

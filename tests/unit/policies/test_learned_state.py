@@ -61,7 +61,7 @@ def test_a_file_gives_back_every_array_exactly(tmp_path: Path) -> None:
 def test_another_model_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
     save_learned(tmp_path / "l", "aaaa", _groups())
     for refuse in (load_learned, check_learned):
-        with pytest.raises(ConfigError, match=r"model aaaa, the model here is bbbb.*experts\.learned_state"):
+        with pytest.raises(ConfigError, match=r"model aaaa, the model here is bbbb.*experts\.policy_state"):
             refuse(tmp_path / "l", "bbbb")
     with pytest.raises(ConfigError, match=r"model aaaa, the model here is bbbb"):
         unpack_share(pack_share("aaaa", "maps", _groups()["maps"]), "bbbb", "maps")
@@ -92,14 +92,14 @@ def test_damaged_files_are_never_anything_but_an_error(tmp_path: Path) -> None:
             load_learned(path, "aaaa")
         except ConfigError as error:
             num_refused += 1
-            assert str(path) in error.message and "experts.learned_state" in error.message
+            assert str(path) in error.message and "experts.policy_state" in error.message
     assert num_refused > 250
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x93NUMPY\x01\x00"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "l").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"not a file of learned state.*experts\.learned_state"):
+    with pytest.raises(ConfigError, match=r"not a file of learned state.*experts\.policy_state"):
         load_learned(tmp_path / "l", "aaaa")
 
 

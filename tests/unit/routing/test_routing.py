@@ -116,8 +116,8 @@ def test_experts_are_not_worth_any_queue() -> None:
 
 
 def test_a_faster_tier_is_nearer() -> None:
-    slow = {Tier.DISK: 0.003, Tier.HOST: 0.0001}
-    near, far = _worker("a", miss_s=slow, host_resident=_resident(0)), _worker("b", miss_s=slow)
+    slow = {Tier.DISK: 0.003, Tier.RAM: 0.0001}
+    near, far = _worker("a", miss_s=slow, ram_resident=_resident(0)), _worker("b", miss_s=slow)
 
     assert _router([near, far]).rank(_request(0)) == ["a", "b"]
     assert _router([far, near]).rank(_request(0)) == ["a", "b"]
@@ -211,7 +211,7 @@ _reports = st.builds(
     prefill_token_s=st.sampled_from([0.0, 1e-3]),
     stalled_s=st.sampled_from([0.0, 100.0]),
     resident=st.one_of(st.just(b""), st.lists(st.integers(0, KINDS - 1)).map(lambda kinds: _resident(*kinds))),
-    miss_s=st.sampled_from([{}, {Tier.DISK: 0.0}, {Tier.DISK: 0.01}, {Tier.HOST: 0.001, Tier.REMOTE: 0.002}]),
+    miss_s=st.sampled_from([{}, {Tier.DISK: 0.0}, {Tier.DISK: 0.01}, {Tier.RAM: 0.001, Tier.REMOTE: 0.002}]),
 )
 _fleets = st.lists(_reports, min_size=1, max_size=6, unique_by=lambda report: report.replica_id)
 

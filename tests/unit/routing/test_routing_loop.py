@@ -98,7 +98,7 @@ def _requests(num: int) -> Iterator[tuple[int, GenerationRequest]]:
 def _loads(routing: str) -> float:
     """Experts loaded for a request, once routing has been taught."""
     now_s = 0.0
-    store, config = MemoryStore(clock=lambda: now_s), SchedulerConfig(clusters=KINDS)
+    store, config = MemoryStore(clock=lambda: now_s), SchedulerConfig(prompt_clusters=KINDS)
     learner = KnowledgeLearner(store, "f", config, lambda: now_s)
     scheduler = Scheduler(config, fingerprint="f", store=store, learner=learner, placer=None, clock=lambda: now_s)
     workers = {name: _Worker(name, store) for name in ("w0", "w1")}

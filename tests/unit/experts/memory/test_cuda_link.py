@@ -92,7 +92,7 @@ class FakeEvent:
 
 
 def make_link(cuda: FakeCuda) -> tuple[CudaLink, PinnedArena, CudaArena]:
-    """Expert i is in slot i of HOST; HOST has 2 slots, DEVICE 3."""
+    """Expert i is in slot i of RAM; RAM has 2 slots, DEVICE 3."""
     host, device = PinnedArena(2, SLOT, cuda), CudaArena(3, SLOT, DEVICE, cuda)
     for slot in range(2):
         host.view(slot)[:] = bytes([slot + 1]) * SLOT
@@ -177,7 +177,7 @@ def test_only_slots_that_hold_something_are_page_locked_and_given_back_slots_are
 
 
 def test_memory_that_cannot_be_page_locked_is_refused_at_the_start() -> None:
-    with pytest.raises(ConfigError, match=r"experts\.host_tier: 12288 bytes .* \(CUDA error 2\).*ulimit -l"):
+    with pytest.raises(ConfigError, match=r"experts\.ram_tier: 12288 bytes .* \(CUDA error 2\).*ulimit -l"):
         PinnedArena(2, SLOT, FakeCuda(max_pinned=0))
 
 

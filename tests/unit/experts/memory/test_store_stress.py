@@ -77,7 +77,7 @@ class ChaoticLink:
                 self._chaos.wrong.append(f"slot {slot} is written for experts {writers} at once")
         try:
             time.sleep(self._chaos.draw() * 5e-4)
-            if self.tier is not Tier.HOST and self._chaos.draw() < self._chaos.fails:
+            if self.tier is not Tier.RAM and self._chaos.draw() < self._chaos.fails:
                 if self.tier is Tier.DISK:
                     self._chaos.failed.add(index)
                 raise ExpertReadError(f"{self.tier} failed for expert {index}")
@@ -95,15 +95,15 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> ExpertFile:
     return write_experts(tmp_path_factory.mktemp("stress") / "m", layers=LAYERS, num_experts=EXPERTS)
 
 
-def _open(file: ExpertFile, chaos: Chaos, slots: int, host_slots: int) -> ExpertStore:
-    """REMOTE before DISK, into HOST if it has slots, all of them chaotic."""
+def _open(file: ExpertFile, chaos: Chaos, slots: int, ram_slots: int) -> ExpertStore:
+    """REMOTE before DISK, into RAM if it has slots, all of them chaotic."""
     form = SlotForm(file.layout, torch.float32)
 
     def remote(arena: RamArena) -> Link:
         return ChaoticLink(DiskLink(ExpertReader([file.file]), form, arena), chaos, Tier.REMOTE)
 
-    def host_link(source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
-        return ChaoticLink(RamLink(source, target, slot_of), chaos, Tier.HOST)
+    def ram_link(source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
+        return ChaoticLink(RamLink(source, target, slot_of), chaos, Tier.RAM)
 
     return open_store(
         file,
@@ -111,8 +111,8 @@ def _open(file: ExpertFile, chaos: Chaos, slots: int, host_slots: int) -> Expert
         io_threads=3,
         first=remote,
         wrap=lambda link: ChaoticLink(link, chaos, Tier.DISK),
-        host_bytes=host_slots * form.slot_bytes,
-        host_link=host_link,
+        ram_bytes=ram_slots * form.slot_bytes,
+        ram_link=ram_link,
         load_timeout_s=_DEADLINE_S,
     )
 
@@ -208,7 +208,7 @@ PROGRAMS = st.lists(
 @given(
     program=PROGRAMS,
     slots=st.integers(1, 8),
-    host_slots=st.sampled_from([0, 1, 5, NUM]),
+    ram_slots=st.sampled_from([0, 1, 5, NUM]),
     fails=st.sampled_from([0.0, 0.05]),
     budgets=st.one_of(st.just([]), st.lists(st.integers(1, 8), min_size=1, max_size=4)),
     seed=st.integers(0, 2**16),
@@ -218,13 +218,13 @@ def test_any_program_beside_any_forecasts_budgets_and_failures(
     experts: ExpertFile,
     program: list[tuple[int, list[int], int]],
     slots: int,
-    host_slots: int,
+    ram_slots: int,
     fails: float,
     budgets: list[int],
     seed: int,
 ) -> None:
     chaos = Chaos(seed, fails)
-    store = _open(experts, chaos, slots, host_slots)
+    store = _open(experts, chaos, slots, ram_slots)
     forecaster = Forecaster(store, chaos, budgets or [slots])
     forecaster.start()
     try:

@@ -51,7 +51,7 @@ class Recorded:
         self.made.append(HeldLink(link))
         return self.made[-1]
 
-    def host_link(self, source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
+    def ram_link(self, source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
         return self.wrap(RamLink(source, target, slot_of))
 
 
@@ -105,13 +105,13 @@ def test_an_expert_rises_from_disk_through_host_and_stays_there(
 ) -> None:
     links = Recorded()
 
-    def closed(link: Link) -> Link:  # HOST has free slots: it would fill itself at once
+    def closed(link: Link) -> Link:  # RAM has free slots: it would fill itself at once
         held = links.wrap(link)
         assert isinstance(held, HeldLink)
         held.gate.clear()
         return held
 
-    store = opened(slots=2, wrap=closed, host_bytes=10**9, host_link=links.host_link)
+    store = opened(slots=2, wrap=closed, ram_bytes=10**9, ram_link=links.ram_link)
     disk, _ = links.made
     threading.Timer(0.05, disk.gate.set).start()
 
@@ -120,10 +120,10 @@ def test_an_expert_rises_from_disk_through_host_and_stays_there(
     read = store.bytes_read
 
     assert _misses(store) == {Tier.DISK: 1}
-    assert store.host_resident == SIZE, "free memory is filled with what is worth most"
+    assert store.ram_resident == SIZE, "free memory is filled with what is worth most"
     for layer in (0, 1, 0):
         _wanted(store, experts, layer, range(NUM_EXPERTS))
-    assert _misses(store) == {Tier.DISK: 1, Tier.HOST: 3 * NUM_EXPERTS - 1}
+    assert _misses(store) == {Tier.DISK: 1, Tier.RAM: 3 * NUM_EXPERTS - 1}
     assert store.bytes_read == read, "nothing is read twice"
     assert store.num_resident == 2
 
@@ -131,15 +131,15 @@ def test_an_expert_rises_from_disk_through_host_and_stays_there(
 def test_host_smaller_than_the_model_evicts_and_reads_again(
     experts: ExpertFile, opened: Callable[..., ExpertStore]
 ) -> None:
-    store = opened(slots=2, host_bytes=0)
-    small = opened(slots=2, host_bytes=4 * store.slot_bytes, host_link=RamLink, io_threads=3)
+    store = opened(slots=2, ram_bytes=0)
+    small = opened(slots=2, ram_bytes=4 * store.slot_bytes, ram_link=RamLink, io_threads=3)
 
     for _ in range(3):
         for layer in range(LAYERS):
             _wanted(small, experts, layer, range(NUM_EXPERTS))
     assert small.wait_idle(10)
 
-    assert small.host_resident == 4
+    assert small.ram_resident == 4
     assert small.num_resident == 2
     assert sum(_misses(small).values()) >= 3 * SIZE - 2
 
@@ -147,8 +147,8 @@ def test_host_smaller_than_the_model_evicts_and_reads_again(
 def test_loads_give_way_on_a_link_of_one_thread_and_not_where_all_chunks_move_at_once(
     opened: Callable[..., ExpertStore],
 ) -> None:
-    assert opened(slots=2, host_bytes=10**9, host_link=RamLink).loads_give_way
-    assert not opened(slots=2, host_bytes=0, io_threads=8).loads_give_way
+    assert opened(slots=2, ram_bytes=10**9, ram_link=RamLink).loads_give_way
+    assert not opened(slots=2, ram_bytes=0, io_threads=8).loads_give_way
 
 
 def test_what_another_node_has_comes_from_there_and_from_disk_when_it_is_lost(
@@ -352,7 +352,7 @@ def test_the_declared_rate_is_kept(experts: ExpertFile, opened: Callable[..., Ex
     clock = time.perf_counter
     probe = opened(slots=1)
     rate = probe.slot_bytes / 5e-3  # 5 ms an expert
-    store = opened(slots=1, host_bytes=10**9, host_gb_per_s=rate / 1e9)
+    store = opened(slots=1, ram_bytes=10**9, ram_gb_per_s=rate / 1e9)
     assert store.wait_idle(10)
 
     began = clock()
@@ -437,15 +437,15 @@ def test_a_load_ahead_goes_up_one_tier_at_a_time_and_never_costs_a_slot(
     experts: ExpertFile, opened: Callable[..., ExpertStore]
 ) -> None:
     slot_bytes = opened(slots=1).slot_bytes
-    store = opened(slots=2, host_bytes=3 * slot_bytes, host_link=RamLink)
+    store = opened(slots=2, ram_bytes=3 * slot_bytes, ram_link=RamLink)
     assert store.wait_idle(10)
     absent = next(index for index in range(SIZE) if not store._host.residents.is_resident[index])  # type: ignore[union-attr]
     expert = store.form.expert(absent)
 
-    assert not store.load_ahead(expert, replaces=lambda _: False), "HOST is full of what is worth more"
+    assert not store.load_ahead(expert, replaces=lambda _: False), "RAM is full of what is worth more"
     assert store.load_ahead(expert, replaces=lambda _: True)
     assert store.wait_idle(10)
-    assert store.in_host(expert.layer)[expert.expert] and not store.resident(expert.layer)[expert.expert]
+    assert store.in_ram(expert.layer)[expert.expert] and not store.resident(expert.layer)[expert.expert]
     assert store.load_ahead(expert, replaces=lambda _: True)
     assert store.wait_idle(10)
     assert store.resident(expert.layer)[expert.expert]

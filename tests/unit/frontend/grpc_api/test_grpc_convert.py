@@ -229,8 +229,8 @@ def test_experts_are_copied_by_layer():
         activations=counts,
         hits=3,
         misses=1,
-        host_resident=(1,),
-        misses_by_tier={Tier.HOST: 1, Tier.DISK: 0},
+        ram_resident=(1,),
+        misses_by_tier={Tier.RAM: 1, Tier.DISK: 0},
         late=1,
         stall_s=0.5,
     )
@@ -246,8 +246,8 @@ def test_experts_are_copied_by_layer():
                 "activations": {"prefill": ["5", "0", "6"]},
                 "hits": "3",
                 "misses": "1",
-                "host_resident": [1],
-                "misses_by_tier": {"host": "1"},
+                "ram_resident": [1],
+                "misses_by_tier": {"ram": "1"},
                 "late": "1",
                 "stall_s": 0.5,
             }
@@ -260,11 +260,11 @@ def test_expert_memory_is_copied_with_its_tiers_and_its_calibration():
     fill(message, MEMORY)
     assert [(tier.tier, tier.HasField("budget_bytes"), tier.bytes_moved) for tier in message.tiers] == [
         (cluster_pb2.TIER_DEVICE, True, 0),
-        (cluster_pb2.TIER_HOST, True, 25),
+        (cluster_pb2.TIER_RAM, True, 25),
         (cluster_pb2.TIER_DISK, False, 5),
     ]
     assert message.tiers[1].emulated
-    assert (message.misses_by_tier.host, message.misses_by_tier.disk) == (3, 2)
+    assert (message.misses_by_tier.ram, message.misses_by_tier.disk) == (3, 2)
     assert message.prefetch_bytes.disk == 12
     assert [(b.predicted, b.observed, b.count) for b in message.calibration] == [(0.125, 0.25, 16), (0.75, 0.5, 4)]
     assert (message.eviction, message.prediction, message.search_share) == ("moesaic", "fmoe", 0.25)

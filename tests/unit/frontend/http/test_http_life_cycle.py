@@ -232,11 +232,11 @@ def test_operator_routes(make_app, call):
         assert page["cluster"] == {"layers": [{"layer": 0, "activations": counts}], "degraded": None}
         experts = page["workers"][0]
         assert experts["memory"]["budget_bytes"] == 10
-        assert experts["memory"]["misses_by_tier"] == {"host": 3, "remote": 0, "disk": 2}
-        assert [tier["tier"] for tier in experts["memory"]["tiers"]] == ["device", "host", "disk"]
+        assert experts["memory"]["misses_by_tier"] == {"ram": 3, "remote": 0, "disk": 2}
+        assert [tier["tier"] for tier in experts["memory"]["tiers"]] == ["device", "ram", "disk"]
         assert experts["memory"]["calibration"][1] == {"predicted": 0.75, "observed": 0.5, "count": 4}
-        assert experts["layers"][0]["host_resident"] == [0, 1]
-        assert experts["layers"][0]["misses_by_tier"] == {"host": 1, "remote": 0, "disk": 0}
+        assert experts["layers"][0]["ram_resident"] == [0, 1]
+        assert experts["layers"][0]["misses_by_tier"] == {"ram": 1, "remote": 0, "disk": 0}
         assert experts["layers"][0]["activations"] == {"prefill": [2, 3], "decode": [0, 0]}
         status = (await call(app, "GET", "/status")).json()
         assert status["workers"][0]["phase"] == "ready"
