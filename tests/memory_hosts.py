@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.data_plane.channel import ExpertChannel, HostEndpoint, HostLost, Welcome
 from actors.data_plane.frames import Answer, CombineFrame, DispatchFrame, RefusalFrame, RefusalReason
 from actors.expert_client.dispatch import HostDispatcher
-from actors.expert_client.host_links import HostLinks
+from actors.expert_client.host_connections import HostConnections
 from actors.expert_client.local_memory import LocalMemory
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
@@ -110,8 +110,8 @@ class MemoryChannel:
         return RefusalFrame(sequence=sequence, reason=reason, epoch=self._host.epoch, message=reason.name)
 
 
-class InlineLinks(HostLinks):
-    """HostLinks without its thread: connects at once if `reconnects`, else never again."""
+class InlineLinks(HostConnections):
+    """HostConnections without its thread: connects at once if `reconnects`, else never again."""
 
     def __init__(self, hosts: Sequence[Host], *, reconnects: bool) -> None:
         self.reconnects = True

@@ -19,14 +19,14 @@ from actors.engine.model_runner import ModelRunner
 from actors.engine.parts import EngineParts
 from actors.engine.signal_tap import SignalTap
 from actors.expert_client.dispatch import HostDispatcher
-from actors.expert_client.host_links import HostLinks, Locate
+from actors.expert_client.host_connections import HostConnections, Locate
 from actors.expert_client.local_memory import LocalMemory
 from actors.experts.backend import ExpertBackend
 from actors.experts.build import BackendBuilder
 from actors.experts.dispatch import Dispatcher, LocalDispatcher
 from actors.experts.lease import closed_on_error, open_lease
 from actors.experts.memory.remote import Shelves, remote_source
-from actors.experts.policy_runner import Conductor
+from actors.experts.policy_runner import PolicyRunner
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.kernels.native import load_native
 from actors.kernels.sampling import load_sampling_kernel
@@ -110,16 +110,16 @@ def _build(
     recorder = ActivationRecorder(loaded.layout.layers, loaded.layout.num_experts, native)
     co_batching = CoBatching() if config.attention.co_batching else CoBatching(max_overtaken=0)
     backend: ExpertBackend | None
-    links: HostLinks | None = None
-    conductor: Conductor | None = None
+    links: HostConnections | None = None
+    policy_runner: PolicyRunner | None = None
     if hosts is None or not config.experts.hosts:
         budget = builder.budget("experts.cache", config.experts.cache)
         timeout_s, sources = config.experts.load_timeout_s, ()
         if shelves is not None:
             sources = (remote_source(shelves, fingerprint=info.fingerprint, load_timeout_s=timeout_s),)
         several = max(config.attention.workers, config.attention.max_workers or 0) > 1
-        backend, conductor = builder.build_conducted(budget, sources, co_batching.mix if several else None)
-        dispatcher: Dispatcher = LocalDispatcher(backend, recorder, conductor)
+        backend, policy_runner = builder.build_with_policies(budget, sources, co_batching.mix if several else None)
+        dispatcher: Dispatcher = LocalDispatcher(backend, recorder, policy_runner)
     else:
         backend = _local_backend(config, builder)
         on_phase(StartupPhase.CONNECTING)
@@ -135,8 +135,8 @@ def _build(
     runner = ModelRunner(
         loaded, dispatcher, native, num_blocks=num_blocks, block_size=block_size, native_rows=native_rows
     )
-    if conductor is not None:
-        runner.signals = SignalTap(loaded.model, conductor)
+    if policy_runner is not None:
+        runner.signals = SignalTap(loaded.model, policy_runner)
     batcher = Batcher(
         KvBlocks(num_blocks, block_size),
         max_batch_tokens=config.attention.max_batch_tokens,
@@ -157,7 +157,7 @@ def _build(
         dispatcher,
         recorder,
         backend,
-        conductor,
+        policy_runner,
         links,
         loaded.layout,
         loaded.top_k,
@@ -176,7 +176,7 @@ def _local_backend(config: MoesaicConfig, builder: BackendBuilder) -> ExpertBack
     return builder.build(budget) if budget else None
 
 
-def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, hosts: HostAccess) -> HostLinks:
+def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, hosts: HostAccess) -> HostConnections:
     connector = Connector(
         config.experts.carrier,
         worker_id=hosts.worker_id,
@@ -188,7 +188,7 @@ def _connect_hosts(config: MoesaicConfig, info: ModelInfo, loaded: LoadedModel, 
         limits=stream_limits(config.experts),
     )
     layout = loaded.layout
-    links = HostLinks(
+    links = HostConnections(
         config.experts.hosts, hosts.locate, connector.connect, layers=layout.layers, num_experts=layout.num_experts
     )
     links.start(_HOSTS_TIMEOUT_S)

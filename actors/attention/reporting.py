@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from actors.experts.memory.store import ExpertStore
 
 
-class WorkerExchange:
+class WorkerReporter:
     """Reports of one worker. `replica_id` and `node_id` are Ray's names of where it runs."""
 
     def __init__(

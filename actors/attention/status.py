@@ -36,8 +36,8 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         degraded.extend(parts.links.degraded)
     if parts and parts.backend:
         degraded.extend(parts.backend.store.problems)
-    if parts and parts.conductor and parts.conductor.problem:
-        degraded.append(parts.conductor.problem)
+    if parts and parts.policy_runner and parts.policy_runner.problem:
+        degraded.append(parts.policy_runner.problem)
     if parts:
         degraded.extend(parts.problems)
     if parts and parts.kernel == "torch":
@@ -91,7 +91,7 @@ async def experts_report(worker: AttentionWorker) -> ExpertsReport:
 
 def own_memory_status(parts: EngineParts, config: ExpertsConfig) -> ExpertMemoryStatus | None:
     """The worker's expert memory, if it has one."""
-    return None if parts.backend is None else memory_status(parts.backend, config, parts.conductor)
+    return None if parts.backend is None else memory_status(parts.backend, config, parts.policy_runner)
 
 
 def _data_plane(dispatcher: HostDispatcher) -> DataPlaneStatus:

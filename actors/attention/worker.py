@@ -24,7 +24,7 @@ from actors.engine.engine import StepOutput
 from actors.engine.failed_steps import FailedSteps
 from actors.engine.isolation import failure_of, lost_to
 from actors.engine.parts import EngineParts
-from actors.expert_client.host_links import Locate
+from actors.expert_client.host_connections import Locate
 from actors.experts.memory.remote import Shelves
 from actors.experts.memory.warm_up import warm_up
 from cluster.config.load import MoesaicConfig, worker_threads
@@ -234,8 +234,8 @@ class AttentionWorker:
                 num_nodes=self._num_nodes,
                 on_phase=self._set_phase,
             )
-            if parts.conductor is not None:
-                self.learned.start(LearnedParts(parts.conductor.policies.learned, parts.conductor.ask))
+            if parts.policy_runner is not None:
+                self.learned.start(LearnedParts(parts.policy_runner.policies.learned, parts.policy_runner.ask))
             if parts.backend is not None:
                 self.phase = StartupPhase.WARMING_UP
                 warm_up(parts.backend.store, self._store, self.info.fingerprint)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from actors.engine.engine import Engine
-from actors.expert_client.host_links import HostLinks
+from actors.expert_client.host_connections import HostConnections
 from actors.experts.backend import ExpertBackend
 from actors.experts.dispatch import Dispatcher
 from actors.experts.memory.store import ExpertStore
-from actors.experts.policy_runner import Conductor
+from actors.experts.policy_runner import PolicyRunner
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.weights.expert_layout import ExpertLayout
 from cluster.node_memory.leases import MemoryLease
@@ -21,7 +21,7 @@ from cluster.node_memory.leases import MemoryLease
 class EngineParts:
     """The engine and the parts that status and statistics look at.
 
-    backend None: no experts in this process. conductor None: its memory hears no gates.
+    backend None: no experts in this process. policy_runner None: its memory hears no gates.
     problems: what is odd about the checkpoint, in words.
     """
 
@@ -29,8 +29,8 @@ class EngineParts:
     dispatcher: Dispatcher
     recorder: ActivationRecorder
     backend: ExpertBackend | None
-    conductor: Conductor | None
-    links: HostLinks | None
+    policy_runner: PolicyRunner | None
+    links: HostConnections | None
     layout: ExpertLayout
     top_k: int
     kernel: str

@@ -1,7 +1,7 @@
-"""Hands what the gates of a model say to the conductor, step by step, while it matters.
+"""Hands what the gates of a model say to the policy runner, step by step, while it matters.
 
 Knows the packing of a step and transformers' gate modules; everything but keeping references to tensors happens on the
-conductor's thread. Padding rows never enter. While all experts are resident nothing is handed over.
+policy_runner's thread. Padding rows never enter. While all experts are resident nothing is handed over.
 
 Shapes: T packed rows, S sequences, D model dim, E experts of a layer, K experts per token (top-k).
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import StepInputs, packed_order
-from actors.experts.policy_runner import Conductor, LayerTimes
+from actors.experts.policy_runner import LayerTimes, PolicyRunner
 from actors.gates.reader import GateReader, gate_modules, means
 from actors.gates.work import ExpertWork
 from actors.kernels.search import load_search
@@ -27,13 +27,13 @@ from cluster.types import RequestId
 
 
 class SignalTap:
-    """Between one model and one conductor; the engine's thread calls it."""
+    """Between one model and one policy runner; the engine's thread calls it."""
 
-    def __init__(self, model: nn.Module, conductor: Conductor) -> None:
+    def __init__(self, model: nn.Module, policy_runner: PolicyRunner) -> None:
         """Raises: CheckpointError: an experts module without a gate beside it."""
         gates = gate_modules(model)
         layers = tuple(gates)
-        self.conductor = conductor
+        self.policy_runner = policy_runner
         kernels, following = load_search(), None
         self._readers: dict[int, GateReader] = {}
         for row, layer in reversed(list(enumerate(layers))):
@@ -52,13 +52,13 @@ class SignalTap:
 
     def begin(self, rows: Seq[ScheduledRows], step: StepInputs) -> None:
         """A step is about to run."""
-        store = self.conductor.store
+        store = self.policy_runner.store
         self._starts = None
-        self._stride = self.conductor.stride
+        self._stride = self.policy_runner.stride
         if store.holds_everything:
             return
-        if self.conductor.is_behind:
-            self.conductor.num_skipped += 1
+        if self.policy_runner.is_behind:
+            self.policy_runner.num_skipped += 1
             return
         ordered = packed_order(rows)
         lengths = np.array([item.num_rows for item in ordered])
@@ -69,7 +69,7 @@ class SignalTap:
         self._began_s = self._last_s = time.perf_counter()
         self._stall_s, self._demand_s = store.counters.total_stall_s, store.demand_s()
         starts = self._starts
-        self.conductor.begin(
+        self.policy_runner.begin(
             lambda: StepSignal(
                 sequences, means(self._embeddings[token_ids].float().numpy(), starts), lengths, is_decode
             )
@@ -91,7 +91,7 @@ class SignalTap:
             if is_whole:
                 self._hand_over()
             self._starts = None
-            self.conductor.end(time.perf_counter() - self._began_s, is_whole=is_whole)
+            self.policy_runner.end(time.perf_counter() - self._began_s, is_whole=is_whole)
         self._heard.clear()
         self._logits.clear()
 
@@ -99,7 +99,7 @@ class SignalTap:
         """A request is over."""
         number = self._numbers.pop(request_id, None)
         if number is not None:
-            self.conductor.forget(number)
+            self.policy_runner.forget(number)
 
     def _on_gate(self, layer: int, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
         if self._starts is not None:
@@ -116,11 +116,11 @@ class SignalTap:
         heard, self._heard = self._heard, []
         if not heard or self._starts is None:
             return
-        store, num_layers = self.conductor.store, len(heard)
+        store, num_layers = self.policy_runner.store, len(heard)
         now_s, stall_s, demand_s = time.perf_counter(), store.counters.total_stall_s, store.demand_s()
         took_s, stalled_s, held_s = now_s - self._last_s, stall_s - self._stall_s, demand_s - self._demand_s
         self._last_s, self._stall_s, self._demand_s = now_s, stall_s, demand_s
-        self.conductor.gates(
+        self.policy_runner.gates(
             partial(self._signals, heard, self._num_rows, self._starts),
             LayerTimes(max(took_s - stalled_s, 0.0) / num_layers, held_s / num_layers, took_s / num_layers),
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from actors.data_plane.channel import HostLost, checked_rows
 from actors.data_plane.frames import CombineFrame, DispatchFrame, FrameError, RefusalReason
-from actors.expert_client.host_links import HostLinks
+from actors.expert_client.host_connections import HostConnections
 from actors.expert_client.local_memory import LocalMemory
 from actors.expert_client.parts import Part, Sent, as_wire
 from actors.expert_client.routes import Routes
@@ -57,7 +57,7 @@ class HostDispatcher:
 
     def __init__(
         self,
-        links: HostLinks,
+        links: HostConnections,
         local: LocalMemory,
         recorder: ActivationRecorder,
         *,

@@ -14,7 +14,7 @@ from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.links import Link
 from actors.experts.memory.store import ExpertStore
 from actors.experts.memory.views import view_bytes_for
-from actors.experts.policy_runner import Conductor
+from actors.experts.policy_runner import PolicyRunner
 from actors.kernels.native import NativeKernels
 from actors.kernels.search import load_search
 from actors.model.checkpoint import LoadedModel
@@ -79,10 +79,11 @@ class BackendBuilder:
         store = self._store(form, policies.scorer, budget_bytes=budget_bytes, ram_bytes=ram_bytes, sources=sources)
         return ExpertBackend(store, self.compute)
 
-    def build_conducted(
+    def build_with_policies(
         self, budget_bytes: int, sources: tuple[FormedLink, ...] = (), mix: RequestMix | None = None
-    ) -> tuple[ExpertBackend, Conductor | None]:
-        """A backend with the configured policies; who runs the model tells the conductor, if any, what its gates say.
+    ) -> tuple[ExpertBackend, PolicyRunner | None]:
+        """A backend with the configured policies; who runs the model tells the policy runner, if any,
+        what its gates say.
 
         Args: sources: links to prefer to the disk. mix: as in PolicyContext.
 
@@ -98,7 +99,7 @@ class BackendBuilder:
             return ExpertBackend(store(policies.scorer), self.compute), None
         published = PublishedScores(policies.scorer, form.grid.size)
         backend = ExpertBackend(store(published), self.compute)
-        return backend, Conductor(backend.store, policies, published, meter)
+        return backend, PolicyRunner(backend.store, policies, published, meter)
 
     def build_smallest(self) -> ExpertBackend:
         """Room for one token's experts of a layer."""

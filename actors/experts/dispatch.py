@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actors.experts.backend import ExpertBackend
-from actors.experts.policy_runner import Conductor
+from actors.experts.policy_runner import PolicyRunner
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.gates.work import ExpertWork
 
@@ -43,11 +43,11 @@ class LocalDispatcher:
     """Runs every expert from this process's expert memory; the base and the specification."""
 
     def __init__(
-        self, backend: ExpertBackend, recorder: ActivationRecorder, conductor: Conductor | None = None
+        self, backend: ExpertBackend, recorder: ActivationRecorder, policy_runner: PolicyRunner | None = None
     ) -> None:
         self.recorder = recorder
         self._backend = backend
-        self._conductor = conductor
+        self._policy_runner = policy_runner
 
     def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
         """Compute at once; see Dispatcher."""
@@ -59,8 +59,8 @@ class LocalDispatcher:
 
     def close(self) -> None:
         """Stop reading and give the memory back."""
-        if self._conductor is not None:
-            self._conductor.close()
+        if self._policy_runner is not None:
+            self._policy_runner.close()
         self._backend.store.close()
 
 

@@ -42,7 +42,7 @@ class LayerTimes(NamedTuple):
     took_s: float
 
 
-class Conductor:
+class PolicyRunner:
     """Between the engine's thread, which posts, and the policies, which live on the searching thread.
 
     num_skipped: steps left out. num_unsound: forecasts left out, that were not finite. problem: why search has ended

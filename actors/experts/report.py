@@ -7,7 +7,7 @@ import numpy as np
 from actors.experts.backend import ExpertBackend
 from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.report import tiers_report
-from actors.experts.policy_runner import Conductor
+from actors.experts.policy_runner import PolicyRunner
 from cluster.config.sections import ExpertsConfig
 from cluster.policies.build import WITHOUT_GATES
 from cluster.types import (
@@ -17,14 +17,14 @@ from cluster.types import (
 
 
 def memory_status(
-    backend: ExpertBackend, config: ExpertsConfig, conductor: Conductor | None = None
+    backend: ExpertBackend, config: ExpertsConfig, policy_runner: PolicyRunner | None = None
 ) -> ExpertMemoryStatus:
-    """One process's expert memory. Args: conductor: None for a memory that hears no gates."""
+    """One process's expert memory. Args: policy_runner: None for a memory that hears no gates."""
     store, counters = backend.store, backend.store.counters
     needs_gates = config.eviction not in WITHOUT_GATES
     return ExpertMemoryStatus(
-        eviction="lru" if conductor is None and needs_gates else config.eviction,
-        prediction="none" if conductor is None else config.prediction,
+        eviction="lru" if policy_runner is None and needs_gates else config.eviction,
+        prediction="none" if policy_runner is None else config.prediction,
         tiers=tiers_report(store),
         budget_bytes=store.budget_bytes,
         resident_bytes=store.num_resident * store.slot_bytes,
@@ -41,7 +41,7 @@ def memory_status(
         prefetch_bytes={**counters.prefetch_bytes},
         bytes_read=store.bytes_read,
         stall_s=float(counters.stall_s.sum()),
-        search_share=0.0 if conductor is None else conductor.search_share,
+        search_share=0.0 if policy_runner is None else policy_runner.search_share,
         calibration=calibration(counters),
         read_mode=store.read_mode,
         kernel=backend.compute.plan.label,

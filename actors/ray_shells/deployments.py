@@ -44,7 +44,7 @@ class AttentionWorkerReplica:
     """Serve replica around one AttentionWorker."""
 
     def __init__(self, spec: DeployedSpec) -> None:
-        from actors.attention.reporting import WorkerExchange
+        from actors.attention.reporting import WorkerReporter
         from actors.attention.worker import AttentionWorker
 
         configure_logging()
@@ -60,14 +60,14 @@ class AttentionWorkerReplica:
         store = open_store(spec.redis_url, application)
         self._worker = AttentionWorker(config, info, store, locate, shelves, num_nodes=num_nodes())
         self._replica_id = replica.replica_id.unique_id
-        self._exchange = WorkerExchange(
+        self._reporter = WorkerReporter(
             self._worker,
             config,
             link.report_worker,
             replica_id=self._replica_id,
             node_id=here.get_node_id(),
         )
-        self._reports = ReportLoop(self._exchange.tell, interval_s=config.scheduler.report_interval_s)
+        self._reports = ReportLoop(self._reporter.tell, interval_s=config.scheduler.report_interval_s)
         self._demand = DemandMeter(partial(worker_load, self._worker, config.attention.max_running))
         self._outbox: TokenOutbox | None = None  # made in the event loop that serves requests
         self._worker.start(on_ready=self._reports.soon)
@@ -98,7 +98,7 @@ class AttentionWorkerReplica:
         """Serve shows the message of a start that failed, and replaces a worker that will not move again."""
         if self._worker.phase is StartupPhase.FAILED and self._worker.error is not None:
             raise self._worker.error
-        self._exchange.check_progress()
+        self._reporter.check_progress()
 
     async def __del__(self) -> None:
         await asyncio.to_thread(self._reports.stop)

@@ -74,29 +74,29 @@ def fill_ram(parts: EngineParts) -> None:
 
 def learn(parts: EngineParts, past: Sequence[ReplayStep]) -> None:
     """Show the steps of other prompts to the policies, as if they had been computed here."""
-    conductor = parts.conductor
-    if conductor is None:
+    policy_runner = parts.policy_runner
+    if policy_runner is None:
         return
-    policies = conductor.policies
+    policies = policy_runner.policies
 
     def show_all() -> None:
         for step in past:
             show(step, policies.listeners, asked=policies.scorer.scores)
 
-    conductor.post(show_all)
-    conductor.ask(dict, _LEARN_LIMIT_S)
+    policy_runner.post(show_all)
+    policy_runner.ask(dict, _LEARN_LIMIT_S)
 
 
 @contextlib.contextmanager
 def timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
     """From a gate, or a step's beginning, to what is wanted by it; nothing for a policy that fetches nothing ahead."""
-    conductor, store = parts.conductor, parts.store
+    policy_runner, store = parts.policy_runner, parts.store
     took_s: list[float] = []
-    if conductor is None or conductor.policies.predictor is None:
+    if policy_runner is None or policy_runner.policies.predictor is None:
         yield took_s
         return
     spoke_s: deque[float] = deque()  # those that nothing is wanted by yet
-    begin, gates, want = conductor.begin, conductor.gates, store.want
+    begin, gates, want = policy_runner.begin, policy_runner.gates, store.want
 
     def timed_begin(make: Callable[[], StepSignal]) -> None:
         spoke_s.append(time.perf_counter())
@@ -111,8 +111,8 @@ def timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
         took_s.append(time.perf_counter() - spoke_s.popleft())
 
     with (
-        patch.object(conductor, "begin", timed_begin),
-        patch.object(conductor, "gates", timed_gates),
+        patch.object(policy_runner, "begin", timed_begin),
+        patch.object(policy_runner, "gates", timed_gates),
         patch.object(store, "want", timed_want),
     ):
         yield took_s

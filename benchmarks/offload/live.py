@@ -272,10 +272,10 @@ class Live:
         with engine(self._info, policy, cache=cache, link=link) as parts:
             fill_ram(parts)
             learn(parts, past)
-            busy_s = parts.conductor.busy_s if parts.conductor else 0.0
+            busy_s = parts.policy_runner.busy_s if parts.policy_runner else 0.0
             with timed_forecasts(parts) as forecasts_s:
                 figures = self._figures(parts, self._ordered, concurrency)
-            busy_s = parts.conductor.busy_s - busy_s if parts.conductor else 0.0
+            busy_s = parts.policy_runner.busy_s - busy_s if parts.policy_runner else 0.0
             times = RunTimes(load_cpu_s=parts.store.load_cpu_s(), lag_s=parts.store.load_late_s())
             if forecasts_s:
                 logs = np.log(forecasts_s)  # a few that met a pause of the machine count little

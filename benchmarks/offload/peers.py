@@ -182,11 +182,11 @@ class Peers:
         )
         info = load_model_info(str(self._model), max_model_len=MAX_LEN)
         parts = build_engine(config, info, threads=1)
-        assert parts.conductor is not None
+        assert parts.policy_runner is not None
         past = self._prompts()[self._plan.rounds * self._plan.prompts :]
         for _ in drive(parts, past, num_tokens=_PAST_TOKENS, concurrency=1, read_bytes=lambda: 0):
             pass
-        learned = LearnedParts(parts.conductor.policies.learned, parts.conductor.ask)
+        learned = LearnedParts(parts.policy_runner.policies.learned, parts.policy_runner.ask)
         save_learned(self._learned, info.fingerprint, learned.snapshot())
         parts.dispatcher.close()
         self._report.notes.append(f"{OURS} starts from what it learned from {len(past)} other prompts")

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from transformers import AutoTokenizer
 
-from actors.experts import policy_runner as conductor
+from actors.experts import policy_runner as policy_runner
 from benchmarks.offload.engine import engine, fill_ram
 from benchmarks.shared.command_line import progress
 from benchmarks.shared.measuring import median
@@ -34,9 +34,9 @@ def run(options: Namespace) -> Report:
     times: dict[str, list[float]] = {}
     info = load_model_info(str(path), max_model_len=256)
     for name in ("ring", "cache"):
-        nearly_all = conductor.uses_nearly_all if name == "ring" else lambda *_: False
+        nearly_all = policy_runner.uses_nearly_all if name == "ring" else lambda *_: False
         with (
-            patch.object(conductor, "uses_nearly_all", nearly_all),
+            patch.object(policy_runner, "uses_nearly_all", nearly_all),
             engine(info, POLICY, cache=CACHE, link=GB_PER_S) as parts,
         ):
             fill_ram(parts)

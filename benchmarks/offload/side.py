@@ -99,8 +99,8 @@ def _ours(task: Task) -> Loaded:
     )
     info = load_model_info(task.model, max_model_len=MAX_LEN)
     parts = build_engine(config, info, threads=1)
-    if task.learned and parts.conductor is not None:
-        learned = LearnedParts(parts.conductor.policies.learned, parts.conductor.ask)
+    if task.learned and parts.policy_runner is not None:
+        learned = LearnedParts(parts.policy_runner.policies.learned, parts.policy_runner.ask)
         learned.load(load_learned(Path(task.learned), info.fingerprint))
     store = parts.store
     dense = sum(p.numel() * p.element_size() for p in parts.engine.runner.model.parameters() if not p.is_meta)

@@ -72,8 +72,8 @@ def test_policies_change_no_token_of_the_demo_model(
 
         counters = parts.store.counters
         assert counters.prefetch_used.sum() + counters.late.sum() > 0
-        assert parts.conductor is not None
-        assert parts.conductor.search_share > 0
+        assert parts.policy_runner is not None
+        assert parts.policy_runner.search_share > 0
     assert_identical(reference, cases, answers)
     assert alone == answers[:1]
 
@@ -127,5 +127,5 @@ def test_everything_resident_reads_nothing_and_hears_nothing(demo: Path, cases: 
         generate_greedy(parts.engine, cases[:4], alone=False)
 
         assert parts.store.bytes_read == read
-        assert parts.conductor is not None
-        assert parts.conductor.step_s == 0.0
+        assert parts.policy_runner is not None
+        assert parts.policy_runner.step_s == 0.0

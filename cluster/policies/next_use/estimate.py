@@ -29,7 +29,7 @@ from cluster.policies.learned_state import NUM_LEARNED
 from cluster.policies.next_use import trajectory
 from cluster.policies.next_use.heads import Blend, LearningRates, LinearHead, log_odds, sigmoid
 from cluster.policies.next_use.kernels import NextUseKernels, StepArrays
-from cluster.policies.next_use.step import Context, Expected, FollowedStep, join, parts_of, with_model
+from cluster.policies.next_use.step import Context, Expected, StepUnderWay, join, parts_of, with_model
 from cluster.policies.next_use.trajectory import Trajectory
 from cluster.policies.signals import GateSignal, Grid, Silent, StepSignal
 from cluster.policies.state_average import average_in
@@ -103,7 +103,7 @@ class NextUse(Silent):
         )
         self._contexts: dict[int, Context] = {}
         self._valued: set[int] = set()  # sequences of which somebody asked in their last step
-        self._step: FollowedStep | None = None
+        self._step: StepUnderWay | None = None
         layer = np.arange(grid.num_layers)
         layers_ahead = (layer[None] - layer[:, None] - 1) % grid.num_layers + 1
         self._nearness = (settings.discount ** (layers_ahead / grid.num_layers)).astype(np.float32)
@@ -122,7 +122,7 @@ class NextUse(Silent):
         topic = before.topic + shares[:, :1] * (vectors - before.topic)
         embedded = np.concatenate([vectors, topic], axis=1)
         after = Context(topic, before.averages, embedded, before.gates, before.worth)
-        self._step = FollowedStep(step, self._grid, before, after, shares[:, 1:])
+        self._step = StepUnderWay(step, self._grid, before, after, shares[:, 1:])
 
     def on_gate(self, gate: GateSignal) -> None:
         self._present.hear(gate)
@@ -205,11 +205,11 @@ class NextUse(Silent):
         return {"popularity": self._popularity, **fields}
 
     @property
-    def _present(self) -> FollowedStep:
+    def _present(self) -> StepUnderWay:
         assert self._step is not None, "between on_step and on_step_end"
         return self._step
 
-    def _ask(self, step: FollowedStep) -> Expected:
+    def _ask(self, step: StepUnderWay) -> Expected:
         if step.expected is None:
             discount = self._settings.discount
             popular, long_popular, ahead = self._popular
@@ -230,7 +230,7 @@ class NextUse(Silent):
             self._value(step.expected.worth, step.expected.row)
         return step.expected
 
-    def _catch_up(self, step: FollowedStep, expected: Expected) -> Expected:
+    def _catch_up(self, step: StepUnderWay, expected: Expected) -> Expected:
         """Take in the gates heard since the last time."""
         if expected.row == step.row:
             return expected
@@ -252,7 +252,7 @@ class NextUse(Silent):
     def _value(self, worth: np.ndarray, row: int) -> None:
         np.multiply(worth, self._nearness[row][:, None], out=self._values)
 
-    def _arrays_of(self, step: FollowedStep, expected: Expected, kernels: NextUseKernels) -> StepArrays:
+    def _arrays_of(self, step: StepUnderWay, expected: Expected, kernels: NextUseKernels) -> StepArrays:
         num_sequences, num_layers, num_gates, num_experts = step.gates.shape
         sizes = {"S": num_sequences, "L": num_layers, "A": num_gates - 2, "E": num_experts, "R": self._trajectory.reach}
         arrays = {name: getattr(step, name) for name in ("num_rows", "shares", "kept", "gates", "logs", "used")}
@@ -264,7 +264,7 @@ class NextUse(Silent):
         arrays |= {"matrices": models["matrices"], "ahead_blend": models["weights"]}
         return kernels.followed(sizes, self._settings.discount, arrays)
 
-    def _pass(self, step: FollowedStep, expected: Expected, row: int) -> None:
+    def _pass(self, step: StepUnderWay, expected: Expected, row: int) -> None:
         """The next use of a layer's experts is now in the next step."""
         step.add_features(row + 1)
         parts = expected.worth_parts[:, row]
@@ -272,7 +272,7 @@ class NextUse(Silent):
         merged = self._merge(sigmoid(self._worth_blend.logits(parts, row)))
         expected.worth[row], expected.hazards[row] = merged, _hazard(merged, self._settings.discount)
 
-    def _look_ahead(self, step: FollowedStep, expected: Expected, row: int) -> None:
+    def _look_ahead(self, step: StepUnderWay, expected: Expected, row: int) -> None:
         logits = self._trajectory.logits(row, step.logs[:, row, :2], expected.ahead_parts)
         rows = slice(row + 1, row + 1 + logits.shape[1])
         unused = sigmoid(-logits) ** step.num_rows
@@ -292,7 +292,7 @@ class NextUse(Silent):
         shares = 1 - (1 - self._weights) ** signal.num_rows[:, None]
         return np.where(is_new[:, None], 1, shares).astype(np.float32)
 
-    def _learn(self, step: FollowedStep, expected: Expected) -> None:
+    def _learn(self, step: StepUnderWay, expected: Expected) -> None:
         """Steps of one token teach; the mean over a prompt's tokens would not."""
         signal = step.signal
         known = [sequence in self._valued for sequence in signal.sequences]
@@ -314,7 +314,7 @@ class NextUse(Silent):
         if self._num_steps % _POPULARITY_EVERY == 0:
             self._notice_popularity()
 
-    def _learn_rows(self, step: FollowedStep, expected: Expected, rows: np.ndarray, layers: slice) -> None:
+    def _learn_rows(self, step: StepUnderWay, expected: Expected, rows: np.ndarray, layers: slice) -> None:
         before, after = step.before, step.after
         own, used = before.gates[rows], step.used[rows]
         soon_parts, past_parts, worth_parts = (
@@ -328,7 +328,7 @@ class NextUse(Silent):
         self._soon_blend.learn(soon_parts, used - expected.soon[rows])
         self._trajectory.learn(step.logs[rows, :, :2], expected.ahead_parts[rows], used, layers)
 
-    def _lesson(self, step: FollowedStep, expected: Expected, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _lesson(self, step: StepUnderWay, expected: Expected, rows: np.ndarray) -> dict[str, np.ndarray]:
         soon, worth = self._soon.arrays, self._worth.arrays
         return {
             "examples": rows,

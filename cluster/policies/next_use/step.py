@@ -21,7 +21,7 @@ _FLOOR = 0.3  # of a uniform gate probability; below it differences mean little
 class Context:
     """What is known of sequences after a step. First axis S, or none for one sequence.
 
-    topic: [S, P] average embedding. averages: [S, L, A, E] of gates, as in FollowedStep. Features made of these and
+    topic: [S, P] average embedding. averages: [S, L, A, E] of gates, as in StepUnderWay. Features made of these and
     of the step itself: embedded [S, X] and gates [S, L, G]. worth: [S, L, E], log odds of y by the head. Zero for a
     sequence of which nothing is known.
     """
@@ -33,7 +33,7 @@ class Context:
     worth: np.ndarray
 
 
-class FollowedStep:
+class StepUnderWay:
     """A step under way: what was heard of it, and what was made of it for who asked.
 
     heard: gates that are not in the arrays yet, up to `row`.

@@ -60,7 +60,7 @@ class FleetRequest:
 
 
 class _StepScores:
-    """The policy's scores, or those of the ring in a step that uses nearly every expert, as live (conductor.py)."""
+    """The policy's scores, or those of the ring in a step that uses nearly every expert, as live (policy_runner.py)."""
 
     def __init__(self, policies: PolicySet, grid: Grid, num_slots: int) -> None:
         self._policies, self._grid, self._num_slots = policies, grid, num_slots

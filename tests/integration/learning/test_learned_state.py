@@ -47,9 +47,11 @@ def _generate(worker: AttentionWorker) -> None:
 
 
 def _num_learned(worker: AttentionWorker) -> dict[str, int]:
-    assert worker.parts is not None and worker.parts.conductor is not None
-    conductor = worker.parts.conductor
-    groups = conductor.ask(lambda: {name: part.to_arrays() for name, part in conductor.policies.learned.items()}, 10)
+    assert worker.parts is not None and worker.parts.policy_runner is not None
+    policy_runner = worker.parts.policy_runner
+    groups = policy_runner.ask(
+        lambda: {name: part.to_arrays() for name, part in policy_runner.policies.learned.items()}, 10
+    )
     return {name: num_learned(arrays) for name, arrays in groups.items()}
 
 

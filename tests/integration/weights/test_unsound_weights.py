@@ -104,16 +104,16 @@ def _assert_finite(parts: EngineParts) -> None:
     parts.recorder.settle()
     assert np.isfinite(parts.recorder.statistics.values).all()
     assert parts.engine.batcher.blocks.num_used == 0
-    if parts.conductor is None:
+    if parts.policy_runner is None:
         return
-    learned = parts.conductor.ask(
-        lambda: {name: part.to_arrays() for name, part in parts.conductor.policies.learned.items()},  # type: ignore[union-attr]
+    learned = parts.policy_runner.ask(
+        lambda: {name: part.to_arrays() for name, part in parts.policy_runner.policies.learned.items()},  # type: ignore[union-attr]
         10,
     )
-    assert parts.conductor.problem is None
-    assert parts.conductor.num_unsound == 0
+    assert parts.policy_runner.problem is None
+    assert parts.policy_runner.num_unsound == 0
     assert all(np.isfinite(array).all() for arrays in learned.values() for array in arrays.values())
-    assert np.isfinite(parts.conductor.policies.scorer.scores()).all()
+    assert np.isfinite(parts.policy_runner.policies.scorer.scores()).all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])

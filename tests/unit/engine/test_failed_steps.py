@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.attention.reporting import WorkerExchange
+from actors.attention.reporting import WorkerReporter
 from actors.attention.status import worker_status
 from actors.attention.worker import AttentionWorker
 from actors.engine.engine import StepOutput
@@ -86,7 +86,7 @@ def test_a_worker_whose_steps_all_fail_says_so_and_is_replaced(raises: bool) -> 
     config = load_config()
     worker = AttentionWorker(config, load_model_info("moesaic-demo"), MemoryStore())
     worker.failed_steps = FailedSteps(clock=(clock := Clock()))
-    exchange = WorkerExchange(worker, config, lambda _: None, replica_id="r", node_id="n")  # type: ignore[arg-type]
+    exchange = WorkerReporter(worker, config, lambda _: None, replica_id="r", node_id="n")  # type: ignore[arg-type]
     parts: Any = SimpleNamespace(engine=BrokenEngine(raises=raises))
     for count in range(1, FAILING_AFTER + 1):
         worker._step(parts)

@@ -56,7 +56,7 @@ def worker(runner: Gated, monkeypatch: pytest.MonkeyPatch) -> Any:
             dispatcher=SimpleNamespace(close=lambda: None),
             lease=SimpleNamespace(close=lambda: None),
             backend=None,
-            conductor=None,
+            policy_runner=None,
             links=None,
         )
 

@@ -10,7 +10,7 @@ import pytest
 from expert_builders import ExpertFile, open_store, write_experts
 
 from actors.experts.memory.store import ExpertStore
-from actors.experts.policy_runner import Conductor, LayerTimes
+from actors.experts.policy_runner import LayerTimes, PolicyRunner
 from cluster.policies.base import PolicySet
 from cluster.policies.build import PolicyContext, build_policies
 from cluster.policies.eviction.published import PublishedScores
@@ -140,9 +140,9 @@ def store(experts: ExpertFile, told: Told) -> Iterator[ExpertStore]:
     opened.close()
 
 
-def _conductor(store: ExpertStore, policies: PolicySet) -> Conductor:
+def _policy_runner(store: ExpertStore, policies: PolicySet) -> PolicyRunner:
     published = PublishedScores(policies.scorer, GRID.size)
-    return Conductor(store, policies, published, CostMeter(load_s=1e-3, layer_s=1e-3), inline=True)
+    return PolicyRunner(store, policies, published, CostMeter(load_s=1e-3, layer_s=1e-3), inline=True)
 
 
 def _spoil(values: np.ndarray | None, value: float) -> None:
@@ -155,26 +155,26 @@ def _spoil(values: np.ndarray | None, value: float) -> None:
 def test_signals_that_are_not_finite_reach_no_policy(store: ExpertStore, name: str, value: float) -> None:
     """However they come about: what is learned is finite, and the search goes on."""
     policies, steps = _policies(name), Steps()
-    conductor = _conductor(store, policies)
+    policy_runner = _policy_runner(store, policies)
     for number in range(12):
         step = steps.step()
         if number == 4:
             _spoil(step.embeddings, value)
-        conductor.begin(lambda step=step: step)
+        policy_runner.begin(lambda step=step: step)
         for row in range(3):
             gate = steps.gate(row)
             if number == 5:
                 _spoil(gate.probs, value)
             if number == 6:
                 _spoil(gate.ahead, value)
-            conductor.gates(lambda gate=gate: [gate], TIMES)
+            policy_runner.gates(lambda gate=gate: [gate], TIMES)
             assert np.isfinite(policies.scorer.scores()).all()
-        conductor.end(1e-3)
+        policy_runner.end(1e-3)
     for sequence in (1, 2):
-        conductor.forget(sequence)
+        policy_runner.forget(sequence)
 
-    assert conductor.problem is None
-    assert conductor.num_unsound == 0
+    assert policy_runner.problem is None
+    assert policy_runner.num_unsound == 0
     learned = [array for part in policies.learned.values() for array in part.to_arrays().values()]
     assert all(np.isfinite(array).all() for array in learned)
 
@@ -184,20 +184,20 @@ def test_signals_that_are_not_finite_reach_no_policy(store: ExpertStore, name: s
 def test_a_forecast_that_is_not_finite_is_left_out_and_the_next_one_is_not(
     store: ExpertStore, told: Told, value: float, field: str
 ) -> None:
-    conductor = _conductor(store, PolicySet(told, told, ()))
+    policy_runner = _policy_runner(store, PolicySet(told, told, ()))
     steps = Steps()
     bad, good = np.full((3, 8), 0.5, np.float32), np.zeros((3, 8), np.float32)
     bad[1, 3], good[2, 7] = value, 0.9
     fine = np.full((3, 8), 0.5, np.float32)
     for priority, probability in ((bad, fine) if field == "priority" else (fine, bad), (good, good)):
         told.forecast = Forecast(priority, probability)
-        conductor.begin(steps.step)
+        policy_runner.begin(steps.step)
         for row in range(3):
-            conductor.gates(lambda row=row: [steps.gate(row)], TIMES)
-        conductor.end(1e-3)
+            policy_runner.gates(lambda row=row: [steps.gate(row)], TIMES)
+        policy_runner.end(1e-3)
 
-    assert conductor.problem is None
-    assert conductor.num_unsound == 4
+    assert policy_runner.problem is None
+    assert policy_runner.num_unsound == 4
     assert store.wait_idle(10)
     assert np.flatnonzero(store.resident(2)).tolist() == [7], "of the bad one nothing was fetched"
 

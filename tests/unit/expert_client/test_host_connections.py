@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from actors.data_plane.channel import HostEndpoint, Welcome
-from actors.expert_client.host_links import HostLinks, Routes
+from actors.expert_client.host_connections import HostConnections, Routes
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.placement.plan import Placement
 
@@ -44,7 +44,7 @@ class Cluster:
         self.now_s = 1000.0
         self.attempts: list[tuple[int, float]] = []
         self.made: list[Channel] = []
-        self.links = HostLinks(
+        self.links = HostConnections(
             len(owned) if num_hosts is None else num_hosts,
             self._locate,
             self._connect,  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The conductor: signals reach the policies in order and forecasts the memory; when late, steps are left out."""
+"""The policy runner: signals reach the policies in order and forecasts the memory; when late, steps are left out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from expert_builders import ExpertFile, open_store, write_experts
 
 from actors.experts.memory.store import ExpertStore
-from actors.experts.policy_runner import Conductor, LayerTimes
+from actors.experts.policy_runner import LayerTimes, PolicyRunner
 from cluster.policies.base import PolicySet
 from cluster.policies.eviction.published import PublishedScores
 from cluster.policies.prefetch.base import Forecast
@@ -73,11 +73,11 @@ def store(experts: ExpertFile, policy: Scripted) -> Iterator[ExpertStore]:
     opened.close()
 
 
-def _conductor(store: ExpertStore, policy: Scripted, *, inline: bool) -> Conductor:
+def _policy_runner(store: ExpertStore, policy: Scripted, *, inline: bool) -> PolicyRunner:
     published = store._device.residents.order._scorer
     assert isinstance(published, PublishedScores)
     policies = PolicySet(policy, policy, (policy,))
-    return Conductor(store, policies, published, CostMeter(load_s=1e-3, layer_s=1e-3), inline=inline)
+    return PolicyRunner(store, policies, published, CostMeter(load_s=1e-3, layer_s=1e-3), inline=inline)
 
 
 def _step(num_rows: int = 1) -> StepSignal:
@@ -90,21 +90,21 @@ def _gate(row: int, *used: int) -> GateSignal:
     return GateSignal(row, np.full((1, NUM_EXPERTS), 1 / NUM_EXPERTS, np.float32), counts, None)
 
 
-def _run(conductor: Conductor, *, num_rows: int = 1) -> None:
-    conductor.begin(lambda: _step(num_rows))
-    conductor.gates(lambda: [_gate(0, 1)], TIMES)
-    conductor.gates(lambda: [_gate(1, 2)], TIMES)
-    conductor.end(1e-3)
+def _run(policy_runner: PolicyRunner, *, num_rows: int = 1) -> None:
+    policy_runner.begin(lambda: _step(num_rows))
+    policy_runner.gates(lambda: [_gate(0, 1)], TIMES)
+    policy_runner.gates(lambda: [_gate(1, 2)], TIMES)
+    policy_runner.end(1e-3)
 
 
 @pytest.mark.parametrize("inline", [True, False])
 def test_signals_come_in_order_and_forecasts_are_fetched(store: ExpertStore, policy: Scripted, inline: bool) -> None:
-    conductor = _conductor(store, policy, inline=inline)
+    policy_runner = _policy_runner(store, policy, inline=inline)
     policy.probability[1, 4] = 0.95
 
-    _run(conductor)
-    conductor.forget(7)
-    conductor.close()
+    _run(policy_runner)
+    policy_runner.forget(7)
+    policy_runner.close()
 
     assert [what for what in policy.heard if "use" not in what] == ["step", "gate 0", "gate 1", "end", "over 7"]
     assert store.wait_idle(10)
@@ -114,11 +114,11 @@ def test_signals_come_in_order_and_forecasts_are_fetched(store: ExpertStore, pol
 
 
 def test_forecasts_are_checked_against_what_the_gates_chose(store: ExpertStore, policy: Scripted) -> None:
-    conductor = _conductor(store, policy, inline=True)
+    policy_runner = _policy_runner(store, policy, inline=True)
     policy.probability[:] = 0.05
     policy.probability[0, 1] = policy.probability[1, 3] = 0.95
 
-    _run(conductor)
+    _run(policy_runner)
 
     counters = store.counters
     assert counters.num_forecasts.tolist() == [10, 0, 0, 0, 0, 0, 0, 0, 0, 2]
@@ -129,12 +129,12 @@ def test_forecasts_are_checked_against_what_the_gates_chose(store: ExpertStore, 
 def test_layers_are_heard_one_by_one_only_while_something_is_fetched_ahead(
     store: ExpertStore, policy: Scripted
 ) -> None:
-    conductor = _conductor(store, policy, inline=True)
-    strides = [conductor.stride]
+    policy_runner = _policy_runner(store, policy, inline=True)
+    strides = [policy_runner.stride]
     for expects in (True, False, True):
         policy.expects = expects
-        _run(conductor)
-        strides.append(conductor.stride)
+        _run(policy_runner)
+        strides.append(policy_runner.stride)
 
     assert strides[:2] == [1, 1] and strides[2] > 1 and strides[3] == 1
 
@@ -142,24 +142,24 @@ def test_layers_are_heard_one_by_one_only_while_something_is_fetched_ahead(
 def test_layers_are_heard_one_by_one_while_steps_wait_more_than_they_compute(
     store: ExpertStore, policy: Scripted
 ) -> None:
-    conductor = _conductor(store, policy, inline=True)
+    policy_runner = _policy_runner(store, policy, inline=True)
     policy.expects = False
     strides: list[int] = []
     for took_s in (1.5e-3, 4e-3):
-        conductor.begin(_step)
+        policy_runner.begin(_step)
         for row in range(LAYERS):
-            conductor.gates(lambda row=row: [_gate(row, 1)], LayerTimes(1e-3, 0.0, took_s))
-        conductor.end(1e-3)
-        strides.append(conductor.stride)
+            policy_runner.gates(lambda row=row: [_gate(row, 1)], LayerTimes(1e-3, 0.0, took_s))
+        policy_runner.end(1e-3)
+        strides.append(policy_runner.stride)
 
     assert strides[0] > 1 and strides[1] == 1
 
 
 def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scripted) -> None:
-    conductor = _conductor(store, policy, inline=True)
+    policy_runner = _policy_runner(store, policy, inline=True)
 
-    conductor.begin(lambda: _step(64))
-    conductor.gates(lambda: [_gate(0, *range(NUM_EXPERTS))], TIMES)
+    policy_runner.begin(lambda: _step(64))
+    policy_runner.gates(lambda: [_gate(0, *range(NUM_EXPERTS))], TIMES)
 
     scores = store._device.residents.order.scores()
     assert scores[np.argsort(policy.values)[-1]] == scores.max(), "what is worth most is pinned"
@@ -175,64 +175,64 @@ def test_ring_on_a_busy_link_fetches_nothing_that_may_not_be_used(
     monkeypatch.setattr(store, "load_s", lambda: 1e-3)
     monkeypatch.setattr(store, "load_cpu_s", lambda: 1e-4)
     assert not store.loads_give_way, "as from a disk"
-    conductor = _conductor(store, policy, inline=True)
+    policy_runner = _policy_runner(store, policy, inline=True)
     wanted: dict[str, bool] = {}
     for name, times in (("busy", LayerTimes(1e-5, 1.0, 1.0)), ("idle", LayerTimes(1.0, 0.0, 1.0))):
         for _ in range(100):
-            conductor.begin(lambda: _step(64))
-            conductor.gates(lambda: [_gate(0, *range(NUM_EXPERTS // 2))], times)
+            policy_runner.begin(lambda: _step(64))
+            policy_runner.gates(lambda: [_gate(0, *range(NUM_EXPERTS // 2))], times)
             wanted[name] = store._device.priority is not None
-            conductor.end(1e-3)
+            policy_runner.end(1e-3)
 
     assert wanted == {"busy": False, "idle": True}
 
 
 def test_steps_are_left_out_while_search_is_behind(store: ExpertStore, policy: Scripted) -> None:
-    conductor = _conductor(store, policy, inline=False)
+    policy_runner = _policy_runner(store, policy, inline=False)
     policy.pause.clear()
-    assert not conductor.is_behind
+    assert not policy_runner.is_behind
 
     for _ in range(2):
-        _run(conductor)
-    assert conductor.is_behind
+        _run(policy_runner)
+    assert policy_runner.is_behind
 
     policy.pause.set()
-    conductor.close()
-    assert not conductor.is_behind
+    policy_runner.close()
+    assert not policy_runner.is_behind
     assert policy.heard.count("step") == 2
 
 
 def test_answers_are_made_between_signals(store: ExpertStore, policy: Scripted) -> None:
-    conductor = _conductor(store, policy, inline=False)
-    _run(conductor)
+    policy_runner = _policy_runner(store, policy, inline=False)
+    _run(policy_runner)
 
-    answer = conductor.ask(lambda: {"heard": {"n": np.array([len(policy.heard)])}}, 10)
+    answer = policy_runner.ask(lambda: {"heard": {"n": np.array([len(policy.heard)])}}, 10)
 
     assert answer["heard"]["n"].tolist() == [4]
     policy.pause.clear()
-    conductor.begin(_step)
+    policy_runner.begin(_step)
     with pytest.raises(TimeoutError):
-        conductor.ask(dict, 0.01)
+        policy_runner.ask(dict, 0.01)
     policy.pause.set()
-    conductor.close()
+    policy_runner.close()
 
 
 def test_a_search_that_fails_leaves_the_memory_to_recency_and_says_so(store: ExpertStore, policy: Scripted) -> None:
-    conductor = _conductor(store, policy, inline=False)
+    policy_runner = _policy_runner(store, policy, inline=False)
     policy.probability[1, 4] = 0.95
 
     def breaks() -> StepSignal:
         raise ValueError("gates of another world")
 
-    conductor.begin(breaks)
-    conductor.gates(lambda: [_gate(0, 1)], TIMES)
-    assert conductor.ask(dict, 10) == {}, "questions are still answered"
-    conductor.close()
+    policy_runner.begin(breaks)
+    policy_runner.gates(lambda: [_gate(0, 1)], TIMES)
+    assert policy_runner.ask(dict, 10) == {}, "questions are still answered"
+    policy_runner.close()
 
-    assert conductor.problem is not None
-    assert "gates of another world" in conductor.problem
+    assert policy_runner.problem is not None
+    assert "gates of another world" in policy_runner.problem
     assert policy.heard == [], "what came after it is void"
-    assert conductor.is_behind, "no more steps are handed over"
+    assert policy_runner.is_behind, "no more steps are handed over"
     assert not store._device.residents.order.scores().any()
     assert store.wait_idle(10)
     assert store.num_resident == 0

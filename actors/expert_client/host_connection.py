@@ -1,6 +1,6 @@
 """One expert host, as a worker sees it: its connection, when to try it next, what it owns and at which epoch it is.
 
-Knows no threads: HostLinks guards it.
+Knows no threads: HostConnections guards it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _STABLE_S = 5.0  # a connection that lasted this long starts the back-off anew
 
 
 @dataclass(slots=True)
-class HostLink:
+class HostConnection:
     """slow_since_s: it owes answers that nobody waits for any more. behind: the epoch it is still at, if it said so."""
 
     channel: ExpertChannel | None = None
@@ -51,7 +51,7 @@ class HostLink:
 
 
 def make_routes(
-    links: Mapping[int, HostLink], placement: Placement | None, layers: Sequence[int], num_experts: int
+    links: Mapping[int, HostConnection], placement: Placement | None, layers: Sequence[int], num_experts: int
 ) -> Routes:
     """Routes over the hosts that answer; the newer of placement and welcome says what each owns."""
     hosts = [
@@ -67,7 +67,7 @@ def make_routes(
     return Routes.of(hosts, layers, num_experts)
 
 
-def _epoch(link: HostLink, welcome: Welcome, placement: Placement | None) -> int:
+def _epoch(link: HostConnection, welcome: Welcome, placement: Placement | None) -> int:
     if link.behind is not None:
         return link.behind
     return welcome.epoch if placement is None else max(welcome.epoch, placement.epoch)

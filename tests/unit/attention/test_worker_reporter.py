@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scheduler_values import knowledge
 
-from actors.attention.reporting import WorkerExchange
+from actors.attention.reporting import WorkerReporter
 from actors.engine.failed_steps import FailedSteps
 from cluster.config.load import MoesaicConfig
 from cluster.errors import Unavailable
@@ -42,9 +42,9 @@ class _Scheduler:
         return self.answers.pop(0)
 
 
-def _exchange(worker: _Worker, scheduler: _Scheduler) -> WorkerExchange:
+def _exchange(worker: _Worker, scheduler: _Scheduler) -> WorkerReporter:
     any_worker: Any = worker
-    return WorkerExchange(any_worker, MoesaicConfig(), scheduler.report, replica_id="r0", node_id="n0")
+    return WorkerReporter(any_worker, MoesaicConfig(), scheduler.report, replica_id="r0", node_id="n0")
 
 
 def test_knowledge_and_draining_are_followed_and_told_back() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from actors.data_plane.channel import ExpertChannel, HostEndpoint, HostLost, Welcome
-from actors.expert_client.host_link import HostLink, make_routes
+from actors.expert_client.host_connection import HostConnection, make_routes
 from actors.expert_client.routes import Routes
 from cluster.errors import ConfigError, MoesaicError, Unavailable
 from cluster.logs import log_event
@@ -29,7 +29,7 @@ Locate = Callable[[int], HostEndpoint]
 Connect = Callable[[HostEndpoint], ExpertChannel]
 
 
-class HostLinks:
+class HostConnections:
     """Connections of one worker to hosts: those that it starts with, later those of the placement."""
 
     def __init__(
@@ -49,7 +49,7 @@ class HostLinks:
         self._layers = tuple(layers)
         self._num_experts = num_experts
         self._clock = clock
-        self._links = {index: HostLink() for index in range(num_hosts)}
+        self._links = {index: HostConnection() for index in range(num_hosts)}
         self._placement: Placement | None = None
         self._next: Placement | None = None  # followed when those that it brings are connected, or had their time
         self._joining: set[int] = set()
@@ -126,7 +126,7 @@ class HostLinks:
             if placement.epoch <= (self.epoch if self._next is None else self._next.epoch):
                 return
             newcomers = _wanted(placement) - set(self._links)
-            self._links = dict(sorted({**self._links, **{index: HostLink() for index in newcomers}}.items()))
+            self._links = dict(sorted({**self._links, **{index: HostConnection() for index in newcomers}}.items()))
             self._next, self._next_by_s = placement, self._clock() + _JOIN_S
             self._joining = newcomers | (self._joining & _wanted(placement))
             self._follow_if_due()
