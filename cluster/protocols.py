@@ -6,16 +6,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cluster.semantics.statistics import ExpertStatistics
-from cluster.types import (
-    ExpertHostStatus,
-    ExpertMemoryStatus,
-    ExpertsReport,
-    GenerationRequest,
-    Phase,
-    RequestId,
-    TokenChunk,
-    WorkerStatus,
-)
+from cluster.status.expert_memory import ExpertMemoryStatus
+from cluster.status.experts import ExpertsReport
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import WorkerStatus
+from cluster.types import GenerationRequest, Phase, RequestId, TokenChunk
 
 if TYPE_CHECKING:
     from cluster.placement.plan import PlacementPlan

@@ -108,8 +108,10 @@ def _metrics_page() -> str:
     from cluster.observability.metrics import FrontendMetrics
     from cluster.observability.scheduler_metrics import scheduler_metrics_text
     from cluster.observability.worker_metrics import worker_metrics_text
+    from cluster.status.experts import ClusterActivations
+    from cluster.status.host import ExpertHostStatus
     from cluster.status.scheduler import SchedulerStatus
-    from cluster.types import ClusterActivations, ExpertHostStatus, WorkerStatus
+    from cluster.status.worker import WorkerStatus
 
     front_end = FrontendMetrics()
     front_end.count_sequence(finished_reason="stop", wait_s=1, prompt_tokens=1, completion_tokens=1, cached_tokens=1)

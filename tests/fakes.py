@@ -10,24 +10,19 @@ from typing import Any
 
 from actors.engine.failed_steps import FailedSteps
 from cluster.errors import MoesaicError
+from cluster.status.expert_memory import CalibrationBin, ExpertMemoryStatus, TierStatus
+from cluster.status.experts import ClusterActivations, ExpertsReport, LayerActivations, LayerExperts
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import WorkerStatus
 from cluster.types import (
-    CalibrationBin,
-    ClusterActivations,
-    ExpertHostStatus,
-    ExpertMemoryStatus,
-    ExpertsReport,
     FinishReason,
     GenerationRequest,
-    LayerActivations,
-    LayerExperts,
     Phase,
     RequestId,
     StartupPhase,
     Tier,
-    TierStatus,
     TokenChunk,
     TokenLogprob,
-    WorkerStatus,
 )
 
 MEMORY = ExpertMemoryStatus(

@@ -9,15 +9,10 @@ from actors.experts.memory.report import layers_report
 from actors.experts.report import memory_status
 from cluster.config.load import MoesaicConfig
 from cluster.config.sections import ExpertsConfig
-from cluster.types import (
-    DataPlaneStatus,
-    ExpertMemoryStatus,
-    ExpertsReport,
-    LayerExperts,
-    Phase,
-    StartupPhase,
-    WorkerStatus,
-)
+from cluster.status.expert_memory import ExpertMemoryStatus
+from cluster.status.experts import ExpertsReport, LayerExperts
+from cluster.status.worker import DataPlaneStatus, WorkerStatus
+from cluster.types import Phase, StartupPhase
 
 if TYPE_CHECKING:
     from actors.attention.worker import AttentionWorker

@@ -36,18 +36,11 @@ from cluster.semantics.knowledge import Knowledge
 from cluster.stats.cluster_counts import ClusterCounts
 from cluster.stats.learned_state_loop import LearnedParts, LearnedStateLoop
 from cluster.stats.statistics_loop import StatisticsLoop
+from cluster.status.experts import ExpertsReport
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import WorkerStatus
 from cluster.token_stream.progress import Progress, ProgressMeter
-from cluster.types import (
-    ExpertHostStatus,
-    ExpertsReport,
-    FinishReason,
-    GenerationRequest,
-    RequestId,
-    StartupPhase,
-    TokenChunk,
-    TokenLogprob,
-    WorkerStatus,
-)
+from cluster.types import FinishReason, GenerationRequest, RequestId, StartupPhase, TokenChunk, TokenLogprob
 
 _LOG = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.5

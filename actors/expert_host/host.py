@@ -43,8 +43,11 @@ from cluster.logs import log_event
 from cluster.model.info import ModelInfo
 from cluster.node_memory.leases import MemoryLease
 from cluster.placement.migration import CommandKind, HostCommand, HostEpochs
+from cluster.status.expert_memory import ExpertMemoryStatus
+from cluster.status.experts import ExpertsReport
+from cluster.status.host import ExpertHostStatus
 from cluster.status.reports import HostReport
-from cluster.types import ExpertHostStatus, ExpertId, ExpertMemoryStatus, ExpertsReport, StartupPhase
+from cluster.types import ExpertId, StartupPhase
 
 _LOG = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 60.0

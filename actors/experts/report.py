@@ -10,10 +10,7 @@ from actors.experts.memory.report import tiers_report
 from actors.experts.policy_runner import PolicyRunner
 from cluster.config.sections import ExpertsConfig
 from cluster.policies.build import WITHOUT_GATES
-from cluster.types import (
-    CalibrationBin,
-    ExpertMemoryStatus,
-)
+from cluster.status.expert_memory import CalibrationBin, ExpertMemoryStatus
 
 
 def memory_status(

@@ -29,9 +29,11 @@ from cluster.control.report_loop import ReportLoop
 from cluster.deployed_spec import DeployedSpec
 from cluster.logs import configure_logging
 from cluster.stats.open_store import open_store
+from cluster.status.experts import ExpertsReport
+from cluster.status.worker import WorkerStatus
 from cluster.token_stream.frames import StreamAddress
 from cluster.token_stream.outbox import TokenOutbox
-from cluster.types import ExpertsReport, GenerationRequest, StartupPhase, WorkerStatus
+from cluster.types import GenerationRequest, StartupPhase
 
 INGRESS_DEPLOYMENT = "HttpIngress"
 

@@ -28,8 +28,10 @@ from cluster.logs import configure_logging
 from cluster.model.info import read_model_info
 from cluster.placement.migration import HostCommand, HostEpochs
 from cluster.scaling.spread import deal_nodes, usable_nodes
+from cluster.status.experts import ExpertsReport
+from cluster.status.host import ExpertHostStatus
 from cluster.status.reports import HostReport
-from cluster.types import ExpertHostStatus, ExpertId, ExpertsReport, StartupPhase
+from cluster.types import ExpertId, StartupPhase
 
 if TYPE_CHECKING:
     import numpy as np

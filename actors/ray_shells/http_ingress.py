@@ -13,7 +13,8 @@ from cluster.frontend.build import build_front_end
 from cluster.frontend.generation.prompt_embedder import PromptEmbedder
 from cluster.frontend.security.cross_site import exposure_notices
 from cluster.logs import configure_logging, log_event
-from cluster.types import ExpertHostStatus, WorkerStatus
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import WorkerStatus
 
 
 class HttpIngress:

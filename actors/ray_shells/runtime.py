@@ -30,7 +30,8 @@ from actors.ray_shells.serve_state import check_route_is_free
 from actors.ray_shells.valkey_actor import start_valkey_actor
 from cluster.application import ApplicationId
 from cluster.errors import ConfigError, Unavailable
-from cluster.types import ExpertHostStatus, WorkerStatus
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import WorkerStatus
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # experts do not travel through it on one machine
 _CALL_TIMEOUT_S = 30.0

@@ -24,15 +24,11 @@ from cluster.errors import MoesaicError, Overloaded, Unavailable
 from cluster.logs import log_event
 from cluster.routing.attempts import Attempts
 from cluster.routing.failover_gate import FailoverGate, Turn
+from cluster.status.experts import ExpertsReport
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import WorkerStatus
 from cluster.token_stream.inbox import TokenInbox
-from cluster.types import (
-    ExpertHostStatus,
-    ExpertsReport,
-    GenerationRequest,
-    RequestId,
-    TokenChunk,
-    WorkerStatus,
-)
+from cluster.types import GenerationRequest, RequestId, TokenChunk
 
 _LOG = logging.getLogger(__name__)
 _SUBMIT_TIMEOUT_S = (3.0, 6.0, 12.0)  # to be taken by a worker, attempt after attempt: all may be busy

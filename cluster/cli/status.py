@@ -11,6 +11,10 @@ import typer
 from cluster.cli import flags
 from cluster.cli.scheduler_lines import scheduler_lines
 from cluster.stats.activation_counts import load_balance
+from cluster.status.expert_memory import MEMORY_ROWS, TRAFFIC_ROWS, ExpertMemoryStatus
+from cluster.status.fields import Unit, rows, shown
+from cluster.status.host import HOST_ROWS, ExpertHostStatus
+from cluster.status.worker import WORKER_ROWS, WorkerStatus
 from cluster.types import Phase, Tier
 
 if TYPE_CHECKING:
@@ -112,14 +116,14 @@ def residency_line(layer: dict[str, Any]) -> str:
 
 def activation_rows(layers: list[dict[str, Any]]) -> dict[str, str]:
     """Counts by phase, and the layer where the busiest expert has most, as a multiple of the layer's mean."""
-    rows: dict[str, str] = {}
+    found: dict[str, str] = {}
     for phase in Phase:
         counts = {layer["layer"]: cast("list[int]", layer["activations"].get(phase, [])) for layer in layers}
         ratios = {layer: ratio for layer, row in counts.items() if (ratio := load_balance(row)) is not None}
         worst = max(ratios, key=ratios.__getitem__, default=None)
-        rows[f"{phase} activations"] = f"{sum(map(sum, counts.values())):,}"
-        rows[f"{phase} max / mean"] = "-" if worst is None else f"{ratios[worst]:.2f} (layer {worst})"
-    return rows
+        found[f"{phase} activations"] = f"{sum(map(sum, counts.values())):,}"
+        found[f"{phase} max / mean"] = "-" if worst is None else f"{ratios[worst]:.2f} (layer {worst})"
+    return found
 
 
 def _activation_parts(state: dict[str, Any]) -> list[RenderableType]:
@@ -135,7 +139,7 @@ def _activation_parts(state: dict[str, Any]) -> list[RenderableType]:
             columns[str(experts.get("id"))] = activation_rows(experts["layers"])
     table = Table("", *columns)
     for name in columns["cluster"]:
-        table.add_row(name, *(rows[name] for rows in columns.values()))
+        table.add_row(name, *(column[name] for column in columns.values()))
     parts: list[RenderableType] = [table]
     if cluster.get("degraded"):
         parts.append(Text(f"degraded (cluster-wide counts): {cluster['degraded']}", style="yellow"))
@@ -147,63 +151,38 @@ def _process_table(columns: dict[str, dict[str, str]]) -> RenderableType:
     from rich.table import Table
 
     table = Table("", *columns)
-    for name in {name: None for rows in columns.values() for name in rows}:
-        table.add_row(name, *(rows.get(name, "-") for rows in columns.values()))
+    for name in {name: None for column in columns.values() for name in column}:
+        table.add_row(name, *(column.get(name, "-") for column in columns.values()))
     return table
 
 
 def _host_rows(host: dict[str, Any]) -> dict[str, str]:
-    rows = {
-        "phase": str(host.get("phase")),
-        "owned experts": f"{host.get('owned')} (epoch {host.get('epoch')})",
-        "frames / rows": f"{host.get('num_frames')} / {host.get('num_rows')}",
-    }
-    return rows | memory_rows(host.get("expert_memory"))
+    return rows(ExpertHostStatus, HOST_ROWS, host) | memory_rows(host.get("expert_memory"))
 
 
 def _worker_rows(worker: dict[str, Any]) -> dict[str, str]:
-    rows = {
-        "phase": str(worker.get("phase")),
-        "model": f"{worker.get('model')} ({worker.get('dtype')}, {worker.get('max_model_len')} tokens)",
-        "running / waiting": f"{worker.get('num_running')} / {worker.get('num_waiting')}",
-        "KV blocks": f"{worker.get('kv_blocks_used')} of {worker.get('kv_blocks_total')}",
-        "tokens": f"{worker.get('prompt_tokens')} prompt, {worker.get('generated_tokens')} generated",
-    }
-    return rows | memory_rows(worker.get("expert_memory"))
+    return rows(WorkerStatus, WORKER_ROWS, worker) | memory_rows(worker.get("expert_memory"))
 
 
 def memory_rows(memory: dict[str, Any] | None) -> dict[str, str]:
     """An expert memory: its tiers, where experts were found, what was fetched ahead, how forecasts came true."""
     if memory is None:
         return {"expert memory": "-"}
-    rows = {
-        "expert memory": (
-            f"{_mib(memory['resident_bytes'])} of {_mib(memory['budget_bytes'])} "
-            f"({memory['num_resident']} of {memory['num_experts']} experts, {_mib(memory['model_expert_bytes'])})"
-        ),
-        "eviction / prediction": f"{memory['eviction']} / {memory['prediction']}",
-        "hits / misses": f"{memory['hits']} / {memory['misses']}",
-    }
     found = {Tier.DEVICE: memory["hits"], **memory["misses_by_tier"]}
-    for tier in cast("list[dict[str, Any]]", memory["tiers"]):
-        rows[f"{tier['tier']} tier"] = _tier_line(tier, found.get(tier["tier"], 0), memory["hits"] + memory["misses"])
-    rows["prefetch"] = (
-        f"{memory['prefetch_used']} used, {memory['late']} late, {memory['prefetch_wasted']} wasted, "
-        f"{memory['prefetch_dropped']} dropped; {_mib(sum(memory['prefetch_bytes'].values()))}; "
-        f"search {memory['search_share']:.1%} of step time"
-    )
-    rows["forecast: came true"] = _calibration_line(memory["calibration"])
-    rows["reads"] = f"{_mib(memory['bytes_read'])}, {memory['read_mode']}, stalled {memory['stall_s']:.1f} s"
-    rows["kernel"] = str(memory["kernel"])
-    return rows
+    lookups = memory["hits"] + memory["misses"]
+    tiers = cast("list[dict[str, Any]]", memory["tiers"])
+    lines = {f"{tier['tier']} tier": _tier_line(tier, found.get(tier["tier"], 0), lookups) for tier in tiers}
+    lines |= rows(ExpertMemoryStatus, TRAFFIC_ROWS, memory)
+    lines["forecast: came true"] = _calibration_line(memory["calibration"])
+    return rows(ExpertMemoryStatus, MEMORY_ROWS, memory) | lines
 
 
 def _tier_line(tier: dict[str, Any], found: int, lookups: int) -> str:
     facts = [f"{found / lookups:.0%} found here" if lookups else "not used"]
     if tier["budget_bytes"] is not None:
-        facts.insert(0, f"{_mib(tier['resident_bytes'])} of {_mib(tier['budget_bytes'])}")
+        facts.insert(0, f"{shown(tier['resident_bytes'], Unit.BYTES)} of {shown(tier['budget_bytes'], Unit.BYTES)}")
     if tier["bytes_moved"]:
-        facts.append(f"moved {_mib(tier['bytes_moved'])}")
+        facts.append(f"moved {shown(tier['bytes_moved'], Unit.BYTES)}")
     return ", ".join(facts) + (" (emulated link)" if tier["emulated"] else "")
 
 
@@ -211,10 +190,6 @@ def _calibration_line(bins: list[dict[str, Any]]) -> str:
     """Mean forecast and the share that came true, for every range of probability that had any."""
     pairs = [f"{b['predicted']:.0%}: {b['observed']:.0%}" for b in bins if b["count"]]
     return ", ".join(pairs) if pairs else "no forecasts"
-
-
-def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _watch(url: str, api_key: str | None, interval_s: float, *, as_json: bool) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from cluster.protocols import StateStore
 from cluster.stats.activation_counts import Counts
-from cluster.types import ClusterActivations, LayerActivations, Phase
+from cluster.status.experts import ClusterActivations, LayerActivations
+from cluster.types import Phase
 
 
 class ClusterCounts:

@@ -17,7 +17,7 @@ from typing import TypeVar
 from cluster.protocols import LearnedShare, StateStore, VersionedState
 from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
-from cluster.types import ExpertMemoryStatus
+from cluster.status.expert_memory import ExpertMemoryStatus
 
 T = TypeVar("T")
 

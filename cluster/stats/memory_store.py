@@ -17,7 +17,7 @@ from cluster.stats.decayed_totals import DecayedTotals
 from cluster.stats.learned_shares import MAX_SHARES, check_size
 from cluster.stats.owner_reports import OWNER_TTL_S
 from cluster.stats.recent_prompts import MAX_PROMPTS, checked_prompts
-from cluster.types import ExpertMemoryStatus
+from cluster.status.expert_memory import ExpertMemoryStatus
 
 
 class MemoryStore:

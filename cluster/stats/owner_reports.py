@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.types import ExpertMemoryStatus
+from cluster.status.expert_memory import ExpertMemoryStatus
 
 OWNER_TTL_S = 60.0
 """Who has not reported for so long is gone."""

@@ -13,7 +13,7 @@ from cluster.protocols import LearnedShare, VersionedState
 from cluster.stats.learned_shares import MAX_SHARES, SHARE_TTL_S, check_size
 from cluster.stats.owner_reports import MAX_OWNERS, OWNER_TTL_S, pack_owner, unpack_owner
 from cluster.stats.redis_connection import RedisConnection
-from cluster.types import ExpertMemoryStatus
+from cluster.status.expert_memory import ExpertMemoryStatus
 
 _WEIGHT = struct.Struct("<Q")
 

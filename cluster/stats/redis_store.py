@@ -31,7 +31,7 @@ from cluster.stats.redis_connection import RedisConnection
 from cluster.stats.redis_counts import RedisCounts
 from cluster.stats.redis_states import RedisStates
 from cluster.stats.redis_statistics import RedisStatistics
-from cluster.types import ExpertMemoryStatus
+from cluster.status.expert_memory import ExpertMemoryStatus
 
 
 class RedisStore:

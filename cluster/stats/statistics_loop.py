@@ -16,7 +16,8 @@ from cluster.periodic import Pace, PeriodicLoop
 from cluster.protocols import StateStore
 from cluster.semantics.statistics import ExpertStatistics, no_statistics
 from cluster.stats.activation_counts import Counts
-from cluster.types import ExpertMemoryStatus, Phase
+from cluster.status.expert_memory import ExpertMemoryStatus
+from cluster.types import Phase
 
 _INTERVAL_S = 2.0
 _REPORT_INTERVAL_S = 10.0

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from cluster.placement.plan import Placement
 from cluster.semantics.knowledge import Knowledge
-from cluster.types import ExpertMemoryStatus, StartupPhase, Tier
+from cluster.status.expert_memory import ExpertMemoryStatus
+from cluster.types import StartupPhase, Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

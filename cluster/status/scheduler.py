@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from cluster.placement.snapshot import Snapshot
+from cluster.status.fields import Unit, counter, fact, gauge, label
 from cluster.types import StartupPhase
+
+_age = gauge("moesaic_report_age_seconds", "Age of a process's last report.", Unit.SECONDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +20,7 @@ class WorkerLine:
     replica_id: str
     node_id: str
     phase: StartupPhase
-    age_s: float
+    age_s: Annotated[float, _age]
     is_draining: bool
     num_running: int
     num_waiting: int
@@ -28,17 +32,22 @@ class WorkerLine:
     knowledge_version: int
     placement_epoch: int
 
+    @property
+    def process(self) -> Annotated[str, label("process", "The worker, as in its own metrics.")]:
+        """`worker-` and its id."""
+        return f"worker-{self.worker_id}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostLine:
     """An expert host by its last report. owned: experts that the placement gives it, None if the
     scheduler places none; busy_s: since start."""
 
-    host_id: str
+    host_id: Annotated[str, label("process", "The host, as in its own metrics.")]
     index: int
     node_id: str
     phase: StartupPhase
-    age_s: float
+    age_s: Annotated[float, _age]
     is_draining: bool
     owned: int | None
     resident: int
@@ -53,9 +62,15 @@ class KnowledgeLine:
 
     version: int
     clusters_version: int
-    num_clusters: int
-    age_s: float
-    mutual_information: float
+    num_clusters: Annotated[int, gauge("moesaic_prompt_clusters", "Kinds of prompt that are told apart.")]
+    age_s: Annotated[float, gauge("moesaic_knowledge_age_seconds", "Since knowledge last changed.", Unit.SECONDS)]
+    mutual_information: Annotated[
+        float,
+        gauge(
+            "moesaic_prompt_expert_information_bits",
+            "Bits per layer that the kind of prompt tells of the expert; about 0: routing by kind gains nothing.",
+        ),
+    ]
     support: float
 
 
@@ -67,15 +82,25 @@ class PlacementLine:
     None before anything is known of it. migration: what is under way, in words; empty for nothing.
     """
 
-    epoch: int
-    num_plans: int = 0
-    num_migrations: int = 0
-    num_aborted: int = 0
-    bytes_moved: int = 0
+    epoch: Annotated[int, gauge("moesaic_expert_placement_epoch", "Of the published placement.")]
+    num_plans: Annotated[int, fact("Placements planned.")] = 0
+    num_migrations: Annotated[int, counter("moesaic_expert_rebalance", "Migrations begun.")] = 0
+    num_aborted: Annotated[int, counter("moesaic_expert_rebalance_aborted", "Migrations given up.")] = 0
+    bytes_moved: Annotated[int, counter("moesaic_expert_rebalance_bytes", "Bytes of experts moved.", Unit.BYTES)] = 0
     balance: float | None = None
     reason: str = ""
     migration: str = ""
     plan_age_s: float | None = None
+
+    @property
+    def balancedness(
+        self,
+    ) -> Annotated[
+        float | None,
+        gauge("moesaic_expert_balancedness", "Mean over largest load of expert hosts, by the last plan; 1 is even."),
+    ]:
+        """None before anything is known of it."""
+        return 1 / self.balance if self.balance else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,3 +126,14 @@ class SchedulerStatus:
     drains: tuple[DrainLine, ...] = ()
     degraded: tuple[str, ...] = ()
     snapshot: Snapshot | None = None
+
+    @property
+    def load_ratio(
+        self,
+    ) -> Annotated[
+        float | None,
+        gauge("moesaic_worker_load_ratio", "Requests of the busiest attention worker over the mean; 1 is even."),
+    ]:
+        """Of workers that are not draining; None while there are no requests."""
+        loads = [worker.num_running + worker.num_waiting for worker in self.workers if not worker.is_draining]
+        return max(loads) * len(loads) / sum(loads) if sum(loads) else None

@@ -16,7 +16,8 @@ from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.fallback_store import FallbackStore
 from cluster.stats.redis_store import RedisStore
 from cluster.stats.statistics_loop import StatisticsLoop
-from cluster.types import ClusterActivations, Phase
+from cluster.status.experts import ClusterActivations
+from cluster.types import Phase
 
 NUM_EXPERTS = 3
 DEADLINE_S = 20.0

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from actors.experts.memory.store import ExpertStore
-from cluster.types import LayerExperts, Phase, Tier, TierStatus
+from cluster.status.expert_memory import TierStatus
+from cluster.status.experts import LayerExperts
+from cluster.types import Phase, Tier
 
 
 def tiers_report(store: ExpertStore) -> tuple[TierStatus, ...]:

@@ -6,7 +6,10 @@ from collections.abc import AsyncIterator
 
 from cluster.errors import Unavailable
 from cluster.protocols import AttentionWorkerClient
-from cluster.types import ExpertHostStatus, ExpertsReport, GenerationRequest, RequestId, TokenChunk, WorkerStatus
+from cluster.status.experts import ExpertsReport
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import WorkerStatus
+from cluster.types import GenerationRequest, RequestId, TokenChunk
 
 
 class LateWorkers:

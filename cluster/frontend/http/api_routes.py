@@ -21,8 +21,11 @@ from cluster.frontend.openai_api.schema import (
 from cluster.frontend.openapi.docs_page import docs_page
 from cluster.frontend.openapi.document import Operation, openapi_document
 from cluster.frontend.openapi.schemas import Schema, a_list, an_object, named, or_null
+from cluster.status.expert_memory import ExpertMemoryStatus
+from cluster.status.experts import ClusterActivations, LayerExperts
+from cluster.status.host import ExpertHostStatus
 from cluster.status.scheduler import SchedulerStatus
-from cluster.types import ClusterActivations, ExpertHostStatus, ExpertMemoryStatus, LayerExperts, WorkerStatus
+from cluster.status.worker import WorkerStatus
 
 OPERATIONS = (
     Operation(

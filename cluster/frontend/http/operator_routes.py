@@ -20,7 +20,9 @@ from cluster.observability.metrics import FrontendMetrics
 from cluster.observability.scheduler_metrics import scheduler_metrics_text
 from cluster.observability.worker_metrics import worker_metrics_text
 from cluster.protocols import AttentionWorkerClient, SchedulerClient
-from cluster.types import ClusterActivations, ExpertsReport, StartupPhase, WorkerStatus
+from cluster.status.experts import ClusterActivations, ExpertsReport
+from cluster.status.worker import WorkerStatus
+from cluster.types import StartupPhase
 
 _WORKER_TIMEOUT_S = 5.0
 _PROBE_TIMEOUT_S = 0.5  # who asks whether the process lives gives it a second

@@ -10,7 +10,7 @@ from scheduler_values import host_report
 
 from cluster.control.host_memories import HostMemories
 from cluster.stats.memory_store import MemoryStore
-from cluster.types import ExpertMemoryStatus
+from cluster.status.expert_memory import ExpertMemoryStatus
 
 
 class _Store(MemoryStore):

@@ -16,7 +16,8 @@ from actors.experts.memory.report import layers_report
 from actors.experts.memory.store import ExpertStore
 from actors.experts.report import calibration, memory_status
 from cluster.config.sections import ExpertsConfig
-from cluster.types import CalibrationBin, Tier
+from cluster.status.expert_memory import CalibrationBin
+from cluster.types import Tier
 
 NUM_EXPERTS, SLOTS, RAM_SLOTS = 6, 3, 5
 

@@ -8,7 +8,8 @@ import pytest
 from fakes import MEMORY, FakeAttentionWorker
 
 from cluster.observability.worker_metrics import worker_metrics_text
-from cluster.types import ClusterActivations, LayerActivations, Phase
+from cluster.status.experts import ClusterActivations, LayerActivations
+from cluster.types import Phase
 
 CLUSTER = ClusterActivations(
     layers=(
@@ -40,6 +41,12 @@ def test_series_per_expert_when_asked_for() -> None:
 
 def test_no_series_without_counts() -> None:
     assert _samples(worker_metrics_text((), ())) == set()
+
+
+def test_the_load_ratio_is_named_before_anything_is_counted() -> None:
+    """Who looks for it must find that there is none yet, not that there is no such metric."""
+    nothing = ClusterActivations(layers=(), degraded=None)
+    assert "# TYPE moesaic_expert_load_ratio gauge" in worker_metrics_text((), (), nothing)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from google.rpc import error_details_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
-from cluster import errors, types
+from cluster import errors
 from cluster.errors import ContextTooLong, InvalidRequest, Overloaded, Unavailable, codes_of
 from cluster.frontend.generation.sequence import LogprobEntry, SamplingOptions, TextChunk, TokenText, Usage
 from cluster.frontend.grpc_api.convert import (
@@ -24,6 +24,10 @@ from cluster.frontend.grpc_api.convert import (
 from cluster.frontend.grpc_api.errors import InvalidFields, status_of
 from cluster.rpc import cluster_pb2
 from cluster.rpc import generation_pb2 as pb
+from cluster.status.expert_memory import CalibrationBin, ExpertMemoryStatus, TierStatus
+from cluster.status.experts import ClusterActivations, ExpertsReport, LayerActivations, LayerExperts
+from cluster.status.host import ExpertHostStatus
+from cluster.status.worker import DataPlaneStatus, WorkerStatus
 from cluster.types import FinishReason, Phase, StartupPhase, Tier
 
 MAX_TRAILER_BYTES = 8192
@@ -56,15 +60,15 @@ SAMPLING = {
     "truncation_side": ("right", "right"),
 }
 STATUS_PAIRS = [
-    (types.WorkerStatus, cluster_pb2.WorkerStatus),
-    (types.ExpertHostStatus, cluster_pb2.ExpertHostStatus),
-    (types.ExpertMemoryStatus, cluster_pb2.ExpertMemoryStatus),
-    (types.TierStatus, cluster_pb2.TierStatus),
-    (types.CalibrationBin, cluster_pb2.CalibrationBin),
-    (types.LayerExperts, cluster_pb2.LayerExperts),
-    (types.DataPlaneStatus, cluster_pb2.DataPlaneStatus),
-    (types.ClusterActivations, cluster_pb2.ClusterActivations),
-    (types.LayerActivations, cluster_pb2.LayerActivations),
+    (WorkerStatus, cluster_pb2.WorkerStatus),
+    (ExpertHostStatus, cluster_pb2.ExpertHostStatus),
+    (ExpertMemoryStatus, cluster_pb2.ExpertMemoryStatus),
+    (TierStatus, cluster_pb2.TierStatus),
+    (CalibrationBin, cluster_pb2.CalibrationBin),
+    (LayerExperts, cluster_pb2.LayerExperts),
+    (DataPlaneStatus, cluster_pb2.DataPlaneStatus),
+    (ClusterActivations, cluster_pb2.ClusterActivations),
+    (LayerActivations, cluster_pb2.LayerActivations),
 ]
 ERRORS = [getattr(errors, name) for name in dir(errors)]
 ERRORS = [cls for cls in ERRORS if isinstance(cls, type) and issubclass(cls, errors.MoesaicError)]
@@ -200,7 +204,7 @@ def test_every_field_of_a_status_has_one_in_its_message(ours, message):
 
 @pytest.mark.parametrize("phase", list(StartupPhase))
 def test_a_status_is_copied_whole(phase):
-    host = types.ExpertHostStatus(
+    host = ExpertHostStatus(
         host_id="h0",
         phase=phase,
         error=None,
@@ -222,7 +226,7 @@ def test_a_status_is_copied_whole(phase):
 
 def test_experts_are_copied_by_layer():
     counts = {Phase.PREFILL: (5, 0, 6), Phase.DECODE: ()}
-    layer = types.LayerExperts(
+    layer = LayerExperts(
         layer=1,
         num_experts=3,
         resident=(0, 2),
@@ -235,7 +239,7 @@ def test_experts_are_copied_by_layer():
         stall_s=0.5,
     )
     message = cluster_pb2.ExpertsReport()
-    fill(message, types.ExpertsReport(owner_id="w0", layers=(layer,)))
+    fill(message, ExpertsReport(owner_id="w0", layers=(layer,)))
     assert json_format.MessageToDict(message, preserving_proto_field_name=True) == {
         "owner_id": "w0",
         "layers": [
