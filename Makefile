@@ -51,7 +51,7 @@ bench: $(VENV)/.installed-bench
 	missed=0; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks $$name --quick $(ARGS) || missed=1; done; exit $$missed
 
 # Installed again when the requirements, or what is compiled, have changed.
-$(VENV)/.installed: pyproject.toml actors/kernels/native.c
+$(VENV)/.installed: pyproject.toml actors/kernels/native.c $(wildcard actors/kernels/*.h)
 	@echo "installing into $(VENV); the first time takes minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) '.[dev]'
