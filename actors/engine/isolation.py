@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Runner(Protocol):
+class StepRunner(Protocol):
     """What computes rows."""
 
     def execute(self, rows: Seq[ScheduledRows]) -> Tensor:
@@ -49,7 +49,7 @@ class Executed:
     failures: dict[RequestId, MoesaicError] = field(default_factory=dict[RequestId, MoesaicError])
 
 
-def execute(runner: Runner, planned: Seq[ScheduledRows]) -> Executed:
+def execute(runner: StepRunner, planned: Seq[ScheduledRows]) -> Executed:
     """Compute all rows that can be computed."""
     done = Executed()
     unexplained: set[RequestId] = set()
@@ -64,7 +64,7 @@ def execute(runner: Runner, planned: Seq[ScheduledRows]) -> Executed:
 
 
 def _execute(
-    runner: Runner, rows: list[ScheduledRows], done: Executed, unexplained: set[RequestId]
+    runner: StepRunner, rows: list[ScheduledRows], done: Executed, unexplained: set[RequestId]
 ) -> list[tuple[list[ScheduledRows], Tensor]]:
     """Args: unexplained: filled with sequences that failed alone, without a reason of ours."""
     while rows:

@@ -21,8 +21,8 @@ from actors.data_plane.channel import HostLost, checked_rows
 from actors.data_plane.frames import CombineFrame, DispatchFrame, FrameError, RefusalReason
 from actors.expert_client.host_connections import HostConnections
 from actors.expert_client.local_memory import LocalMemory
-from actors.expert_client.parts import Part, Sent, as_wire
 from actors.expert_client.routes import Routes
+from actors.expert_client.row_shares import RowShare, SentFrame, as_wire
 from actors.experts.dispatch import padded
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.gates.work import ExpertWork
@@ -104,7 +104,7 @@ class _LayerRun:
         self._ids_TK = ids_TK
         self._weights_TK = work.topk_weights_TK[:num_rows].float().numpy()
         self._total: Tensor | None = None
-        self._sent: list[Part] = []
+        self._sent: list[RowShare] = []
 
     def start(self) -> Callable[[], Tensor]:
         if len(self._ids_TK):
@@ -119,13 +119,13 @@ class _LayerRun:
         ids, none = self._ids_TK, owner.num_experts
         is_here = None if here is None else here[ids]
         if is_here is None or not is_here.any():
-            self._send(Part(None, ids, self._weights_TK))
+            self._send(RowShare(None, ids, self._weights_TK))
         else:
-            self._send(Part(None, ids, self._weights_TK).masked(~is_here, none))
+            self._send(RowShare(None, ids, self._weights_TK).masked(~is_here, none))
         owner.counters.layers += 1
         owner.counters.send_s += time.perf_counter() - began
         if is_here is not None and is_here.any():
-            self._compute_here(Part(None, ids, self._weights_TK).masked(is_here, none))
+            self._compute_here(RowShare(None, ids, self._weights_TK).masked(is_here, none))
             if owner.links.routes.channels:
                 owner.local.admit(self._layer, np.unique(ids[~is_here]))
         elif here is not None:
@@ -139,7 +139,7 @@ class _LayerRun:
         """
         with self._settled_on_error():
             for round_ in range(1, _MAX_ROUNDS + 1):
-                failed: list[Part] = []
+                failed: list[RowShare] = []
                 while self._sent:
                     part = self._sent.pop(0)
                     if not self._collect(part):
@@ -167,7 +167,7 @@ class _LayerRun:
                     self._collect(self._sent.pop())
             raise
 
-    def _send(self, part: Part) -> None:
+    def _send(self, part: RowShare) -> None:
         """Give a part to owners of its experts; what nobody owns now is computed here."""
         routes, none = self._owner.links.routes, self._owner.num_experts
         if not part.ids_tK.size:
@@ -187,11 +187,11 @@ class _LayerRun:
         if (owners == NOBODY).any():
             self._fall_back(part.masked(owners == NOBODY, none))
 
-    def _fall_back(self, part: Part) -> None:
+    def _fall_back(self, part: RowShare) -> None:
         self._owner.counters.fallbacks += 1
         self._compute_here(part)
 
-    def _give(self, part: Part, routes: Routes, position: int) -> None:
+    def _give(self, part: RowShare, routes: Routes, position: int) -> None:
         owner, channel = self._owner, routes.channels[position]
         frame = DispatchFrame(
             sequence=channel.next_sequence(),
@@ -207,7 +207,7 @@ class _LayerRun:
         has_others = routes.has_replicas and routes.have_others(self._layer, part.experts(owner.num_experts), position)
         try:
             channel.send(frame)
-            part.sent = Sent(channel, frame, routes.times[position], time.monotonic(), has_others)
+            part.sent = SentFrame(channel, frame, routes.times[position], time.monotonic(), has_others)
         except HostLost as error:
             owner.links.lose(channel, error.message)
             part.sent = None
@@ -215,7 +215,7 @@ class _LayerRun:
         owner.counters.rows += len(frame.rows)
         self._sent.append(part)
 
-    def _collect(self, part: Part) -> bool:
+    def _collect(self, part: RowShare) -> bool:
         """Add a part's sums; False if its host did not give them."""
         sent, owner = part.sent, self._owner
         if sent is None:
@@ -247,7 +247,7 @@ class _LayerRun:
             owner.links.lose(sent.channel, answer.message)
         return False
 
-    def _is_answered(self, part: Part, sent: Sent) -> bool:
+    def _is_answered(self, part: RowShare, sent: SentFrame) -> bool:
         """Wait for a part's answer as long as that is the cheapest; then others take it, and the answer is dropped.
 
         Where others have the experts, that is a few times what its host usually takes. Where they would have to be
@@ -271,7 +271,7 @@ class _LayerRun:
         owner.counters.hedged += 1
         return False
 
-    def _learn(self, part: Part, sent: Sent, busy_s: float) -> None:
+    def _learn(self, part: RowShare, sent: SentFrame, busy_s: float) -> None:
         owner = self._owner
         owner.counters.host_s += busy_s
         sent.times.observe(len(sent.frame.rows), time.monotonic() - sent.sent_s, busy_s)
@@ -279,7 +279,7 @@ class _LayerRun:
             num_choices = int(np.count_nonzero(part.ids_tK != owner.num_experts))
             sent.times.cost.observe(len(part.experts(owner.num_experts)), num_choices, busy_s)
 
-    def _compute_here(self, part: Part) -> None:
+    def _compute_here(self, part: RowShare) -> None:
         x_tD = self._x_TD if part.rows is None else self._x_TD[torch.from_numpy(part.rows)]
         ids, weights = torch.from_numpy(part.ids_tK), torch.from_numpy(part.weights_tK)
         self._add(part.rows, self._owner.local.partial_sums(self._layer, x_tD, ids, weights))

@@ -11,7 +11,7 @@ from actors.experts.budget import expert_budget
 from actors.experts.compute import ExpertCompute
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.store import ExpertStore
 from actors.experts.memory.views import view_bytes_for
 from actors.experts.policy_runner import PolicyRunner
@@ -30,7 +30,7 @@ from cluster.policies.eviction.published import PublishedScores
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.semantics.request_mix import RequestMix
 
-FormedLink = Callable[[SlotForm, RamArena], Link]
+FormedLink = Callable[[SlotForm, RamArena], MemoryLink]
 _FIRST_GUESS_S = 1e-3  # of a load's and a layer's time, until they are measured
 
 

@@ -46,7 +46,7 @@ class GateForm(ctypes.Structure):
     )
 
 
-class Followed(ctypes.Structure):
+class StepStructure(ctypes.Structure):
     """A step that NextUse follows; mirrors Followed of search.h, where the fields are explained."""
 
     _fields_ = (
@@ -66,14 +66,14 @@ class Lesson(ctypes.Structure):
     )
 
 
-class FollowedArrays:
+class PackedStep:
     """A step for `follow` and `learn`: the structure, what it points into, and room to compute."""
 
     def __init__(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> None:
         """Args: arrays: float32 (used: bool), contiguous; written to in place."""
         self._kept_alive = arrays
         self.scratch = np.empty(2 * sizes["E"], np.float32)
-        self.structure = Followed(**sizes, discount=discount, **_addresses(arrays))
+        self.structure = StepStructure(**sizes, discount=discount, **_addresses(arrays))
 
 
 class SearchKernels:
@@ -86,15 +86,15 @@ class SearchKernels:
             ctypes.POINTER(GateForm), pointer, code, pointer, code, pointer, size, pointer, size, pointer,
         ]  # fmt: skip
         self._learn = library.moesaic_learn
-        self._learn.argtypes = [ctypes.POINTER(Followed), ctypes.POINTER(Lesson), pointer]
+        self._learn.argtypes = [ctypes.POINTER(StepStructure), ctypes.POINTER(Lesson), pointer]
         self._follow = library.moesaic_follow
-        self._follow.argtypes = [ctypes.POINTER(Followed), size, pointer, pointer, pointer, code, pointer]
+        self._follow.argtypes = [ctypes.POINTER(StepStructure), size, pointer, pointer, pointer, code, pointer]
         for function in (self._read_gate, self._follow, self._learn):
             function.restype = None
 
-    def followed(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> FollowedArrays:
+    def pack_step(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> PackedStep:
         """A step for `follow` and `learn`. Args: arrays: float32 (used: bool), contiguous; written to in place."""
-        return FollowedArrays(sizes, discount, arrays)
+        return PackedStep(sizes, discount, arrays)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return self  # code, no state

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.ray_shells.named_actors import DetachedActors, Kind, end_application, named_actors
+from actors.ray_shells.named_actors import ActorKind, DetachedActors, end_application, named_actors
 from actors.ray_shells.serve_state import served_applications
 from cluster.application import ApplicationId
 from cluster.control.presence import Ownership, Presence, ServedApplication, is_served
@@ -92,7 +92,7 @@ class ApplicationWatch:
             log_event(_LOG, logging.INFO, "the application is gone; its actors end", application=self.owner or "")
             self._on_gone()
         with contextlib.suppress(RayError):
-            end_application(self._application, keep=Kind.SCHEDULER)
+            end_application(self._application, keep=ActorKind.SCHEDULER)
             ray.kill(ray.get_runtime_context().current_actor)
 
     def _note(self) -> bool:
@@ -107,11 +107,11 @@ class ApplicationWatch:
 
     def _other_owners(self) -> list[str]:
         """Serve's names of the other applications on this Ray, as their schedulers know them."""
-        others = {application for application, name in named_actors() if name.kind == Kind.SCHEDULER}
+        others = {application for application, name in named_actors() if name.kind == ActorKind.SCHEDULER}
         calls: list[ray.ObjectRef] = []
         for application in others - {self._application}:
             with contextlib.suppress(ValueError):
-                actor: Any = DetachedActors(application, Kind.SCHEDULER).find()
+                actor: Any = DetachedActors(application, ActorKind.SCHEDULER).find()
                 calls.append(actor.owner.remote())
         ready = ray.wait(calls, num_returns=len(calls), timeout=_CALL_TIMEOUT_S)[0] if calls else []
         owners: list[str | None] = [ray.get(call) for call in ready]

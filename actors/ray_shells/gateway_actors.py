@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.ray_shells.named_actors import DetachedActors, Kind, named_actors
+from actors.ray_shells.named_actors import ActorKind, DetachedActors, named_actors
 from actors.ray_shells.serve_state import controller_id
 from cluster.application import ApplicationId
 from cluster.config.sections import GrpcConfig
@@ -33,7 +33,7 @@ class Gateways:
     """The gRPC gateways of one application; their keys are the ids of their nodes."""
 
     def __init__(self, application: ApplicationId) -> None:
-        self._actors = DetachedActors(application, Kind.GATEWAY)
+        self._actors = DetachedActors(application, ActorKind.GATEWAY)
 
     def start(self, gateway: type, spec: DeployedSpec) -> None:
         """Start the gateways of a deployment, and end those of another one; returns at once.
@@ -95,9 +95,9 @@ class Gateways:
         """
         calls: dict[ray.ObjectRef, ApplicationId] = {}
         for application, name in named_actors():
-            if name.kind == Kind.GATEWAY and application != self._actors.application:
+            if name.kind == ActorKind.GATEWAY and application != self._actors.application:
                 with contextlib.suppress(ValueError):
-                    actor: Any = DetachedActors(application, Kind.GATEWAY).find(name.key)
+                    actor: Any = DetachedActors(application, ActorKind.GATEWAY).find(name.key)
                     calls[actor.port.remote()] = application
         # One that does not answer in time starts, or is on its way out; the port itself says no to the second.
         ready = ray.wait(list(calls), num_returns=len(calls), timeout=_CALL_TIMEOUT_S)[0] if calls else []

@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.experts.memory.remote import RemoteReadError
-from actors.ray_shells.named_actors import DetachedActors, Kind
+from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from cluster.application import ApplicationId
 from cluster.placement.migration import HostCommand, HostEpochs
 from cluster.types import ExpertId
@@ -26,7 +26,7 @@ _CALL_TIMEOUT_S = 3.0
 
 def expert_hosts(application: ApplicationId) -> DetachedActors:
     """The hosts of an application; their keys are their numbers."""
-    return DetachedActors(application, Kind.HOST)
+    return DetachedActors(application, ActorKind.HOST)
 
 
 def find_host(application: ApplicationId, index: int) -> ActorHandle:

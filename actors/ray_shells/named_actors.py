@@ -29,7 +29,7 @@ _END_TIMEOUT_S = 30.0  # those that start each other again may take more than on
 _LOOK_EVERY_S = 0.2
 
 
-class Kind(StrEnum):
+class ActorKind(StrEnum):
     """The kinds that there are."""
 
     SCHEDULER = "scheduler"
@@ -39,7 +39,7 @@ class Kind(StrEnum):
     VALKEY = "valkey"
 
 
-_STARTERS = (Kind.SCHEDULER,)  # starts hosts while it lives; a gateway is asked to stop, then starts no other
+_STARTERS = (ActorKind.SCHEDULER,)  # starts hosts while it lives; a gateway is asked to stop, then starts no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class ActorName:
     def parse(cls, text: str) -> ActorName | None:
         """None of an actor that is none of ours."""
         parts = _NAME.fullmatch(text)
-        return cls(*parts.groups()) if parts is not None and parts[2] in set(Kind) else None
+        return cls(*parts.groups()) if parts is not None and parts[2] in set(ActorKind) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class DetachedActors:
     """Those of one kind and application. `key` tells them apart: a number, a node, nothing where there is only one."""
 
     application: ApplicationId
-    kind: Kind
+    kind: ActorKind
 
     def start(self, actor_class: type, key: str, digest: str, *args: object, **options: object) -> ActorHandle:
         """The actor that serves `digest`, started if there is none; one that serves something else is ended first.
@@ -139,10 +139,10 @@ def named_actors() -> Iterator[tuple[ApplicationId, ActorName]]:
 
 def has_scheduler(application: ApplicationId) -> bool:
     """Whether an application has what looks after all its other actors."""
-    return bool(DetachedActors(application, Kind.SCHEDULER).list_keys())
+    return bool(DetachedActors(application, ActorKind.SCHEDULER).list_keys())
 
 
-def end_application(application: ApplicationId, *, keep: Kind | None = None) -> None:
+def end_application(application: ApplicationId, *, keep: ActorKind | None = None) -> None:
     """End all detached actors of an application but those of kind `keep`. Returns when none is left.
 
     Raises:

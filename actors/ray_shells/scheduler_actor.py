@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors.ray_shells.application_watch import ApplicationWatch
 from actors.ray_shells.host_calls import RayHosts, expert_hosts
-from actors.ray_shells.named_actors import DetachedActors, Kind
+from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from actors.ray_shells.scheduler_client import Claim, agreed_digest
 from cluster.config.load import MoesaicConfig
 from cluster.config.sizes import parse_size
@@ -152,7 +152,7 @@ def begin_deployment(spec: DeployedSpec, served_as: str | None) -> None:
     Raises:
         ConfigError: the application is another deployment's; says what to set.
     """
-    schedulers = DetachedActors(spec.application, Kind.SCHEDULER)
+    schedulers = DetachedActors(spec.application, ActorKind.SCHEDULER)
     try:
         existing: Any = schedulers.find()
         goes_on = ray.get(existing.adopt.remote(served_as, agreed_digest(spec)), timeout=_ADOPT_TIMEOUT_S)
@@ -170,6 +170,6 @@ def begin_deployment(spec: DeployedSpec, served_as: str | None) -> None:
 
 def start_scheduler(spec: DeployedSpec) -> None:
     """Start the scheduler of a deployment, in the place of one of another; returns at once."""
-    DetachedActors(spec.application, Kind.SCHEDULER).start(
+    DetachedActors(spec.application, ActorKind.SCHEDULER).start(
         SchedulerActor, "", agreed_digest(spec) + spec.digest(store=True), spec, max_concurrency=_THREADS
     )

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from actors.ray_shells.named_actors import DetachedActors, Kind
+from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from cluster.application import ApplicationId
 from cluster.deployed_spec import DeployedSpec
 from cluster.errors import MoesaicError, Unavailable
@@ -50,7 +50,7 @@ class SchedulerLink:
 
     def __init__(self, application: ApplicationId, *, claim: Claim | None = None) -> None:
         """Args: claim: None: this process is no worker's."""
-        self._schedulers = DetachedActors(application, Kind.SCHEDULER)
+        self._schedulers = DetachedActors(application, ActorKind.SCHEDULER)
         self._claim = claim
         self._actor: ActorHandle | None = None
 

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.experts.memory.remote import RemoteReadError, ShelfFacts, form_digest
-from actors.ray_shells.named_actors import DetachedActors, Kind
+from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from cluster.application import ApplicationId
 from cluster.config.load import MoesaicConfig
 from cluster.config.sizes import parse_cache_size
@@ -174,7 +174,7 @@ def start_shelves(spec: DeployedSpec) -> tuple[str, ...]:
 
 def expert_shelves(application: ApplicationId) -> DetachedActors:
     """The shelves of an application; their keys are the ids of their nodes."""
-    return DetachedActors(application, Kind.SHELF)
+    return DetachedActors(application, ActorKind.SHELF)
 
 
 class RayShelves:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors.ray_shells.named_actors import DetachedActors, Kind
+from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from cluster.application import ApplicationId
 from cluster.logs import configure_logging, log_event
 from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
@@ -85,7 +85,7 @@ class ValkeyHolder:
 
 def start_valkey_actor(application: ApplicationId) -> ray.ObjectRef:
     """URL-to-be of the application's embedded Valkey, started if there is none yet; returns at once."""
-    actor: Any = DetachedActors(application, Kind.VALKEY).start(
+    actor: Any = DetachedActors(application, ActorKind.VALKEY).start(
         ValkeyHolder,
         "",
         _DIGEST,

@@ -34,7 +34,7 @@ _PLACEMENT = "placement"
 _PATIENCE_S = 60.0  # for hosts that start, before it is planned without them
 
 
-class MigrationStatus(Protocol):
+class MigrationProgress(Protocol):
     """What of a runner's status counts here."""
 
     @property
@@ -49,7 +49,7 @@ class MigrationStatus(Protocol):
     def moved_bytes(self) -> int: ...
 
 
-class Runner(Protocol):
+class MigrationControl(Protocol):
     """Carries plans out (cluster/control/migrator.py)."""
 
     @property
@@ -59,12 +59,12 @@ class Runner(Protocol):
 
     def start(self, target: Placement, *, capacities: Mapping[int, int], expert_bytes: int) -> bool: ...
 
-    def status(self) -> MigrationStatus: ...
+    def status(self) -> MigrationProgress: ...
 
     def close(self) -> None: ...
 
 
-MakeRunner = Callable[[Placement, Callable[[Placement], None], Callable[[], Mapping[str, int]]], Runner]
+MakeRunner = Callable[[Placement, Callable[[Placement], None], Callable[[], Mapping[str, int]]], MigrationControl]
 
 
 class HostPlacer:
@@ -89,7 +89,7 @@ class HostPlacer:
         self._statistics = statistics
         self._make_runner = make_runner
         self._lock = threading.Lock()
-        self._runner: Runner | None = None
+        self._runner: MigrationControl | None = None
         self._worker_epochs: Mapping[str, int] = {}
         self._unsaved: Placement | None = None
         self._began_s: float | None = None
@@ -228,7 +228,7 @@ class HostPlacer:
         began_s = now_s if self._began_s is None else self._began_s
         return set(self._runner.placement.hosts) <= ready or now_s - began_s > _PATIENCE_S
 
-    def _restore(self, roster: Roster, now_s: float) -> Runner | None:
+    def _restore(self, roster: Roster, now_s: float) -> MigrationControl | None:
         """Go on with the remembered placement, else with the one that hosts start with; None: not known yet."""
         facts = next((report for report, _ in roster.workers(now_s) if report.layers), None)
         hosts = roster.hosts(now_s)

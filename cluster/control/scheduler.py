@@ -22,7 +22,7 @@ from cluster.control.host_memories import HostMemories
 from cluster.control.host_scaler import HostScaler
 from cluster.control.moment import Moment, Moments
 from cluster.control.roster import Roster
-from cluster.control.scheduler_parts import Learner, Placer
+from cluster.control.scheduler_parts import ClusterLearner, Placer
 from cluster.control.status_lines import drain_line, host_line, knowledge_line, worker_line
 from cluster.errors import NothingToChange, Superseded
 from cluster.finite import with_finite_numbers
@@ -56,7 +56,7 @@ class Scheduler:
         *,
         fingerprint: str,
         store: StateStore,
-        learner: Learner,
+        learner: ClusterLearner,
         placer: Placer | None,
         scaler: HostScaler | None = None,
         clock: Callable[[], float] = time.monotonic,

@@ -11,7 +11,7 @@ from cluster.semantics.statistics import ExpertStatistics
 from cluster.status.scheduler import PlacementLine
 
 
-class Learner(Protocol):
+class ClusterLearner(Protocol):
     """Makes knowledge from the shared statistics. Raises ConnectionError while they cannot be read."""
 
     @property

@@ -12,7 +12,7 @@ CHUNKS_PER_EXPERT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Transfer:
+class LinkTransfer:
     """Chunks sent without a gap: [start_s, end_s], `num_chunks` of them, asked for at `asked_s`."""
 
     asked_s: float
@@ -22,16 +22,16 @@ class Transfer:
     is_demand: bool
 
 
-class Link:
+class ReplayLink:
     """busy_until_s: end of the last chunk that was begun. busy_s: of all chunks that were begun.
 
-    >>> link = Link(bytes_per_s=8, chunk_bytes=4)
+    >>> link = ReplayLink(bytes_per_s=8, chunk_bytes=4)
     >>> link.send(3, asked_s=1.0, is_demand=False), link.send(1, asked_s=2.0, is_demand=True)
     (2.5, 3.0)
     """
 
     def __init__(
-        self, *, bytes_per_s: float, chunk_bytes: float, on_transfer: Callable[[Transfer], None] | None = None
+        self, *, bytes_per_s: float, chunk_bytes: float, on_transfer: Callable[[LinkTransfer], None] | None = None
     ) -> None:
         """Args: on_transfer: told of everything sent."""
         self.chunk_s = chunk_bytes / bytes_per_s
@@ -44,7 +44,7 @@ class Link:
         self.busy_until_s = start_s + num_chunks * self.chunk_s
         self.busy_s += num_chunks * self.chunk_s
         if self._on_transfer is not None:
-            self._on_transfer(Transfer(asked_s, start_s, self.busy_until_s, num_chunks, is_demand))
+            self._on_transfer(LinkTransfer(asked_s, start_s, self.busy_until_s, num_chunks, is_demand))
         return self.busy_until_s
 
     def busy_s_until(self, now_s: float) -> float:

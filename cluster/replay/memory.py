@@ -16,11 +16,11 @@ from cluster.policies.base import Scorer
 from cluster.policies.eviction.eviction_order import EvictionOrder
 from cluster.policies.prefetch.base import Forecast
 from cluster.policies.signals import Grid
-from cluster.replay.link import CHUNKS_PER_EXPERT, Link
+from cluster.replay.link import CHUNKS_PER_EXPERT, ReplayLink
 
 
 @dataclass(slots=True)
-class MemoryCounters:
+class ReplayCounters:
     """Chunks and experts since start.
 
     used: fetched ahead, complete, and then used before they left. wasted: fetched ahead, complete, and evicted unused
@@ -53,8 +53,8 @@ class WantedExperts:
 class ReplayMemory:
     """Which experts are resident, and what is on its way."""
 
-    def __init__(self, grid: Grid, scorer: Scorer, link: Link, num_slots: int) -> None:
-        self.counters = MemoryCounters()
+    def __init__(self, grid: Grid, scorer: Scorer, link: ReplayLink, num_slots: int) -> None:
+        self.counters = ReplayCounters()
         self.link = link
         self.order = EvictionOrder(scorer, grid.size)
         self._resident = bytearray(grid.size)

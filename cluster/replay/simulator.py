@@ -18,7 +18,7 @@ from cluster.policies.prefetch.base import BEFORE_FIRST
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.ring import RingPlan, uses_nearly_all
 from cluster.policies.signals import Grid
-from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
+from cluster.replay.link import CHUNKS_PER_EXPERT, LinkTransfer, ReplayLink
 from cluster.replay.machine import Machine
 from cluster.replay.memory import ReplayMemory, WantedExperts
 from cluster.replay.outcome import ReplayCounts, ReplayOutcome, StepLedger
@@ -33,7 +33,7 @@ class Simulator:
         grid: Grid,
         policies: PolicySet,
         machine: Machine,
-        on_transfer: Callable[[Transfer], None] | None = None,
+        on_transfer: Callable[[LinkTransfer], None] | None = None,
         meter: CostMeter | None = None,
         *,
         has_ring: bool = False,
@@ -46,7 +46,7 @@ class Simulator:
         self._grid, self._meter = grid, meter
         self.policies = policies
         self._processor = machine.processor
-        link = Link(
+        link = ReplayLink(
             bytes_per_s=machine.link_bytes_per_s,
             chunk_bytes=machine.expert_bytes / CHUNKS_PER_EXPERT,
             on_transfer=on_transfer,

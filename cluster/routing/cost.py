@@ -87,7 +87,7 @@ def expected_absence(table: WorkerTable, place: int, mix: RequestMix | None, kep
     return table.miss_ms[place] * (1 - (kept * resident + (1 - kept) * to_come)).astype(np.float32)
 
 
-class Sent(NamedTuple):
+class SentRequest(NamedTuple):
     """num_requests: +1 for one that was sent, -1 for one that is over. uses: [N], if known."""
 
     at_s: float
@@ -105,15 +105,15 @@ class SentSince:
     def __init__(self) -> None:
         self.counts = np.zeros(0)
         self.tokens = np.zeros(0)
-        self._events: dict[str, list[Sent]] = {}
+        self._events: dict[str, list[SentRequest]] = {}
 
-    def add(self, place: int, replica_id: str, event: Sent) -> None:
+    def add(self, place: int, replica_id: str, event: SentRequest) -> None:
         """Something happened after the report."""
         self._events.setdefault(replica_id, []).append(event)
         self.counts[place] += event.num_requests
         self.tokens[place] += event.num_tokens
 
-    def of(self, replica_id: str) -> list[Sent]:
+    def of(self, replica_id: str) -> list[SentRequest]:
         """What the worker has not reported yet."""
         return self._events.get(replica_id, [])
 

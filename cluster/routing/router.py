@@ -39,7 +39,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.errors import Overloaded, Unavailable
-from cluster.routing.cost import Calibration, Sent, SentSince, expected_absence
+from cluster.routing.cost import Calibration, SentRequest, SentSince, expected_absence
 from cluster.routing.prefix_memory import DEFAULT_BLOCK_SIZE, PrefixMemory
 from cluster.routing.worker_table import WorkerTable
 from cluster.semantics.expectation import expected_uses
@@ -146,14 +146,14 @@ class RouterState:
             uses = self._uses(request)
             if uses is not None:
                 self._mixes[replica_id].note(uses, float(self._open()[place]))
-            self._sent.add(place, replica_id, Sent(now_s, 1, request.num_tokens, uses))
+            self._sent.add(place, replica_id, SentRequest(now_s, 1, request.num_tokens, uses))
             self._expect(place)
 
     def note_finished(self, replica_id: str, now_s: float) -> None:
         """A request that was sent there is over, however it ended."""
         place = self._table.index.get(replica_id)
         if place is not None:
-            self._sent.add(place, replica_id, Sent(now_s, -1, 0, None))
+            self._sent.add(place, replica_id, SentRequest(now_s, -1, 0, None))
 
     def num_open(self) -> dict[str, float]:
         """Requests that each worker has, as far as is known."""

@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.store import ExpertStore, LinkFactory
 from actors.weights.activation_functions import Activation
 from actors.weights.expert_layout import ConversionRules, ExpertLayout, derive_layout
@@ -158,7 +158,7 @@ def open_store(
     min_experts: int = 1,
     io_threads: int = 2,
     direct_io: bool = True,
-    wrap: Callable[[Link], Link] = lambda link: link,
+    wrap: Callable[[MemoryLink], MemoryLink] = lambda link: link,
     scorer: Scorer | None = None,
     first: LinkFactory | None = None,
     **kwargs: Any,
@@ -172,7 +172,7 @@ def open_store(
     slot = held_expert_bytes(file.layout, held) // len(file.experts)
     form = SlotForm(file.layout, held)
 
-    def disk(arena: RamArena) -> Link:
+    def disk(arena: RamArena) -> MemoryLink:
         return wrap(DiskLink(ExpertReader([file.file], direct_io=direct_io), form, arena))
 
     return ExpertStore(
@@ -192,7 +192,7 @@ def open_store(
 class HeldLink:
     """Moves nothing until its gate is open, and fails for the experts in `broken`."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: MemoryLink) -> None:
         self.link, self.tier = link, link.tier
         self.gate = threading.Event()
         self.gate.set()

@@ -23,7 +23,7 @@ NUM_STEPS = 6
 KERNELS = (NativeKernels, SearchKernels, SamplingKernel)
 OF_ALL = {
     "append_kv", "combine", "count_choices", "draw", "experts_ffn", "follow", "gate_form", "group", "learn", "linear",
-    "paged_attention", "read_gate", "rms_norm", "rope",
+    "pack_step", "paged_attention", "read_gate", "rms_norm", "rope",
 }  # fmt: skip
 LATENT = (OF_ALL | {"latent_attention"}) - {"paged_attention", "rope"}  # pairs of dimensions turn, not halves
 OF_FAMILY = {

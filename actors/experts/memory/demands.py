@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 
 from actors.experts.memory.stage import Stage
-from actors.experts.memory.transfers import Transfer
+from actors.experts.memory.transfers import ExpertTransfer
 from actors.weights.slots import SlotForm
 from cluster.errors import ExpertReadError
 from cluster.types import Tier
@@ -91,7 +91,7 @@ class Demands:
         for stage in self._stages:
             stage.queue.wake()
 
-    def on_end(self, transfer: Transfer) -> None:
+    def on_end(self, transfer: ExpertTransfer) -> None:
         """A transfer has ended, one of these or another that had a slot."""
         if not self._wanted:
             return

@@ -10,7 +10,7 @@ from typing import Protocol
 from cluster.types import Tier
 
 
-class Link(Protocol):
+class MemoryLink(Protocol):
     """From one tier into the slots of the arena above it. Called from the threads of a transfer queue, several at once.
 
     tier: where the experts come from.

@@ -12,9 +12,9 @@ import numpy as np
 
 from actors.experts.memory.backoff import ReadBackoff
 from actors.experts.memory.counters import MemoryCounters
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.residents import Residents
-from actors.experts.memory.transfers import Transfer, TransferQueue
+from actors.experts.memory.transfers import ExpertTransfer, TransferQueue
 from cluster.errors import ExpertReadError
 
 
@@ -31,12 +31,12 @@ class Stage:
         self,
         name: str,
         residents: Residents,
-        links: Sequence[Link],
+        links: Sequence[MemoryLink],
         *,
         lock: threading.Lock,
         num_threads: int,
         counters: MemoryCounters,
-        done: Callable[[Stage, Transfer], None],
+        done: Callable[[Stage, ExpertTransfer], None],
         backoff: ReadBackoff,
         below: Stage | None = None,
         fills_up: bool = False,
@@ -63,7 +63,7 @@ class Stage:
             bytes_per_s=bytes_per_s,
         )
 
-    def source(self, index: int, *, after: Link | None = None) -> Link | None:
+    def source(self, index: int, *, after: MemoryLink | None = None) -> MemoryLink | None:
         """The best link that has an expert. Args: after: of those less preferred than this one."""
         rest = self.links if after is None else self.links[self.links.index(after) + 1 :]
         return next((link for link in rest if link.has(index)), None)
@@ -122,7 +122,7 @@ class Stage:
         self.queue.cancel(ahead[-1])
         return self.residents.take_free()
 
-    def _choose(self) -> Transfer | None:
+    def _choose(self) -> ExpertTransfer | None:
         """The most wanted expert that can come now, with the slot of one that is wanted less."""
         residents = self.residents
         if not self.may_prefetch():
@@ -142,7 +142,7 @@ class Stage:
                 return self._ahead(index, slot)
         return None
 
-    def _ahead(self, index: int, slot: int) -> Transfer | None:
+    def _ahead(self, index: int, slot: int) -> ExpertTransfer | None:
         transfer = self._transfer(index, slot, is_demand=False)
         if transfer is None:
             self.residents.give_back(slot)
@@ -165,23 +165,25 @@ class Stage:
             absent &= ~held
         return absent
 
-    def _transfer(self, index: int, slot: int, *, is_demand: bool, after: Link | None = None) -> Transfer | None:
+    def _transfer(
+        self, index: int, slot: int, *, is_demand: bool, after: MemoryLink | None = None
+    ) -> ExpertTransfer | None:
         """None, and nothing is changed: no link has the expert now."""
         link = self.source(index, after=after)
         if link is None:
             return None
-        transfer = Transfer(index, slot, link, link.num_chunks(index), is_demand)
+        transfer = ExpertTransfer(index, slot, link, link.num_chunks(index), is_demand)
         self.residents.loading[index] = True
         if self.below is not None:
             self.below.residents.hold((index,))
         return transfer
 
-    def _moved(self, transfer: Transfer, num_bytes: int) -> None:
+    def _moved(self, transfer: ExpertTransfer, num_bytes: int) -> None:
         self._counters.bytes_moved[transfer.link.tier] += num_bytes
         if not transfer.is_demand:
             self._counters.prefetch_bytes[transfer.link.tier] += num_bytes
 
-    def _end(self, transfer: Transfer) -> None:
+    def _end(self, transfer: ExpertTransfer) -> None:
         index = transfer.index
         self.residents.loading[index] = False
         if self.below is not None:

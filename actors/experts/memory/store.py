@@ -22,19 +22,19 @@ from actors.experts.memory.demands import Demands
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.emulated import RamLink
 from actors.experts.memory.kept import KeptExperts
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.remote import RemoteLink
 from actors.experts.memory.residents import Residents
 from actors.experts.memory.stage import Stage
-from actors.experts.memory.transfers import Transfer
+from actors.experts.memory.transfers import ExpertTransfer
 from actors.experts.memory.views import ExpertViews
 from actors.weights.formats.expert import ExpertWeights
 from actors.weights.slots import SlotForm
 from cluster.policies.base import Scorer
 from cluster.types import ExpertId, Tier
 
-LinkFactory = Callable[[RamArena], Link]
-RamLinkFactory = Callable[[RamArena, RamArena, Callable[[int], int | None]], Link]
+LinkFactory = Callable[[RamArena], MemoryLink]
+RamLinkFactory = Callable[[RamArena, RamArena, Callable[[int], int | None]], MemoryLink]
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -332,7 +332,7 @@ class ExpertStore:
             group.append((index - first, self._views.weights(index, slot)))
         return group
 
-    def _done(self, stage: Stage, transfer: Transfer) -> None:
+    def _done(self, stage: Stage, transfer: ExpertTransfer) -> None:
         """A transfer has ended; under the lock, on its thread."""
         if stage is not self._device:
             self._device.queue.wake()

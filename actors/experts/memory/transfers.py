@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from cluster.errors import ExpertReadError
 from cluster.types import Tier
 
@@ -20,7 +20,7 @@ _RATE = 0.1  # of the newest chunk in the average
 
 
 @dataclass(slots=True, eq=False)
-class Transfer:
+class ExpertTransfer:
     """One expert on its way into a slot. Chunks are issued to threads one by one; `landed` counts those that ended.
 
     asked_s: from when on it could have been under way (time.perf_counter).
@@ -28,7 +28,7 @@ class Transfer:
 
     index: int
     slot: int
-    link: Link
+    link: MemoryLink
     num_chunks: int
     is_demand: bool
     asked_s: float = 0.0
@@ -63,9 +63,9 @@ class TransferQueue:
         lock: threading.Lock,
         num_threads: int,
         *,
-        choose: Callable[[], Transfer | None],
-        done: Callable[[Transfer], None],
-        moved: Callable[[Transfer, int], None],
+        choose: Callable[[], ExpertTransfer | None],
+        done: Callable[[ExpertTransfer], None],
+        moved: Callable[[ExpertTransfer, int], None],
         bytes_per_s: float = 0.0,
     ) -> None:
         """Args: bytes_per_s: of a link that is emulated: a chunk takes as long, the copy included; 0: as it comes.
@@ -73,7 +73,7 @@ class TransferQueue:
         Called under `lock`: choose: the next load ahead, with a slot of its own, or None. done: a
         transfer is over: complete, cancelled or failed. moved: so many bytes of a transfer were moved."""
         self.num_threads = num_threads
-        self.transfers: dict[int, Transfer] = {}
+        self.transfers: dict[int, ExpertTransfer] = {}
         self.expert_s = self.expert_cpu_s = 0.0
         self.expert_s_from: dict[Tier, float] = {}
         self.demand_s = self.late_s = 0.0
@@ -100,7 +100,7 @@ class TransferQueue:
         for thread in self._threads:
             thread.start()
 
-    def add(self, transfer: Transfer) -> None:
+    def add(self, transfer: ExpertTransfer) -> None:
         """Queue one; under the lock."""
         transfer.asked_s = time.perf_counter()
         self.transfers[transfer.index] = transfer
@@ -112,7 +112,7 @@ class TransferQueue:
         self._may_choose = True
         self._work.notify_all()
 
-    def cancel(self, transfer: Transfer) -> None:
+    def cancel(self, transfer: ExpertTransfer) -> None:
         """Give one up unless its last chunk is under way; `done` says when its slot is free. Under the lock."""
         if transfer.issued == transfer.num_chunks:
             return
@@ -142,8 +142,8 @@ class TransferQueue:
                 transfer.issued += 1
             self._move(transfer, chunk)
 
-    def _next(self) -> Transfer | None:
-        ahead: Transfer | None = None
+    def _next(self) -> ExpertTransfer | None:
+        ahead: ExpertTransfer | None = None
         demands_run = False
         for transfer in self.transfers.values():
             demands_run = demands_run or transfer.is_demand
@@ -160,7 +160,7 @@ class TransferQueue:
                 self.transfers[ahead.index] = ahead
         return ahead
 
-    def _move(self, transfer: Transfer, chunk: int) -> None:
+    def _move(self, transfer: ExpertTransfer, chunk: int) -> None:
         began_s, error, num_bytes = time.perf_counter(), None, 0
         late_s = began_s - max(self._idle_from_s, transfer.asked_s) if self.bytes_per_s else 0.0
         began_cpu_s = time.thread_time()
@@ -195,7 +195,7 @@ class TransferQueue:
                 if self.num_threads > 1:  # those that waited for a demand's last chunk
                     self._work.notify_all()
 
-    def _end(self, transfer: Transfer) -> None:
+    def _end(self, transfer: ExpertTransfer) -> None:
         del self.transfers[transfer.index]
         self._may_choose = True
         self._done(transfer)

@@ -262,7 +262,7 @@ class NextUse(Silent):
         arrays |= {"of_own": self._worth.arrays["of_own"], "worth_blend": self._worth_blend.arrays["weights"]}
         models = self._trajectory.arrays
         arrays |= {"matrices": models["matrices"], "ahead_blend": models["weights"]}
-        return kernels.followed(sizes, self._settings.discount, arrays)
+        return kernels.pack_step(sizes, self._settings.discount, arrays)
 
     def _pass(self, step: StepUnderWay, expected: Expected, row: int) -> None:
         """The next use of a layer's experts is now in the next step."""

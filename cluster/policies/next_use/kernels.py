@@ -23,7 +23,7 @@ class StepArrays(Protocol):
 class NextUseKernels(Protocol):
     """Compiled code; of any thread, without state."""
 
-    def followed(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> StepArrays:
+    def pack_step(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> StepArrays:
         """A step for the other two. Args: arrays: float32 (used: bool), contiguous."""
         ...
 

@@ -20,7 +20,7 @@ from cluster.semantics.knowledge import Knowledge
 from cluster.status.reports import RoutingView, WorkerReport
 
 
-class Learner(Protocol):
+class FleetLearner(Protocol):
     """Makes knowledge of what requests used, as the scheduler does of the statistics."""
 
     def observe(self, request: FleetRequest) -> None:
@@ -46,7 +46,7 @@ class Fleet:
     """Takes a list of requests through workers, once."""
 
     def __init__(
-        self, workers: Sequence[FleetWorker], router: RouterState, learner: Learner, settings: FleetSettings
+        self, workers: Sequence[FleetWorker], router: RouterState, learner: FleetLearner, settings: FleetSettings
     ) -> None:
         self._workers, self._router, self._learner, self._settings = workers, router, learner, settings
         self._by_name = {worker.report().replica_id: worker for worker in workers}

@@ -20,7 +20,7 @@ from scheduler_values import worker_report
 
 from actors.ray_shells.host_actor import start_expert_hosts
 from actors.ray_shells.host_calls import expert_hosts
-from actors.ray_shells.named_actors import DetachedActors, Kind
+from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from actors.ray_shells.scheduler_actor import start_scheduler
 from actors.ray_shells.scheduler_client import Claim, agreed_digest
 from cluster.config.load import MoesaicConfig, load_config
@@ -95,7 +95,7 @@ class _Fleet:
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[_Fleet]:
     spec = specify(_config(), None)
-    schedulers = DetachedActors(spec.application, Kind.SCHEDULER)
+    schedulers = DetachedActors(spec.application, ActorKind.SCHEDULER)
     head = {"num_cpus": 1, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:

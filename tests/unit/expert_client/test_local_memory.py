@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from actors.expert_client.local_memory import LocalMemory
 from actors.experts.backend import ExpertBackend
 from actors.experts.compute import ExpertCompute
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.store import ExpertStore
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.gates.work import ExpertWork
@@ -47,7 +47,7 @@ def make_store(experts: ExpertFile) -> Iterator[Callable[[int], ExpertStore]]:
 def _held_store(file: ExpertFile, slots: int) -> tuple[ExpertStore, HeldLink]:
     made: list[HeldLink] = []
 
-    def wrap(link: Link) -> Link:
+    def wrap(link: MemoryLink) -> MemoryLink:
         made.append(HeldLink(link))
         return made[0]
 

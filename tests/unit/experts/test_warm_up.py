@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from expert_builders import ExpertFile, HeldLink, open_store, write_experts
 
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.store import ExpertStore
 from actors.experts.memory.warm_up import warm_up
 from cluster.protocols import StateStore
@@ -95,7 +95,7 @@ def test_without_statistics_the_start_is_cold_and_quick(small: ExpertStore, stat
 def test_a_slow_disk_does_not_hold_up_the_start(file: ExpertFile, statistics: StateStore) -> None:
     links: list[HeldLink] = []
 
-    def hold(link: Link) -> Link:
+    def hold(link: MemoryLink) -> MemoryLink:
         links.append(HeldLink(link))
         return links[-1]
 

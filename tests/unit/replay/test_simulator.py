@@ -23,7 +23,7 @@ from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.signals import Grid, Silent
 from cluster.policies.trace import GateTrace
 from cluster.replay.demand import DemandRun, replay_demand
-from cluster.replay.link import CHUNKS_PER_EXPERT, Link, Transfer
+from cluster.replay.link import CHUNKS_PER_EXPERT, LinkTransfer, ReplayLink
 from cluster.replay.machine import Machine, Processor
 from cluster.replay.memory import ReplayMemory, WantedExperts
 from cluster.replay.outcome import ReplayOutcome
@@ -57,7 +57,7 @@ class WatchedOrder(EvictionOrder):
 @dataclass
 class Run:
     outcome: ReplayOutcome
-    transfers: list[Transfer]
+    transfers: list[LinkTransfer]
     watched: WatchedOrder
     machine: Machine
 
@@ -86,7 +86,7 @@ def _run(
     )
     meter = CostMeter(load_s=simulated.load_s, layer_s=3e-4)
     policies = _policies(policy, grid, steps, slots, meter)
-    transfers: list[Transfer] = []
+    transfers: list[LinkTransfer] = []
     simulator = Simulator(grid, policies, simulated, transfers.append, meter)
     simulator.memory.order = watched = WatchedOrder(policies.scorer, grid.size, slots)
     return Run(simulator.run(steps), transfers, watched, simulated)
@@ -419,7 +419,7 @@ def test_chunk_ahead_begins_after_its_thread_woke() -> None:
 
 def test_what_was_computed_may_leave_for_a_load_ahead() -> None:
     grid = Grid(layers=(0, 1), num_experts=2, top_k=1)
-    memory = ReplayMemory(grid, LruScorer(grid.size), Link(bytes_per_s=3.0, chunk_bytes=1.0), num_slots=1)
+    memory = ReplayMemory(grid, LruScorer(grid.size), ReplayLink(bytes_per_s=3.0, chunk_bytes=1.0), num_slots=1)
     memory.begin_layer([0])
     memory.load(0, 0.0)
     wanted = WantedExperts(Forecast(np.array([[0, 0], [1, 0]], np.float32), np.zeros((2, 2), np.float32)))

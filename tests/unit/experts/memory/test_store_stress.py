@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.emulated import RamLink
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.store import ExpertStore
 from actors.weights.reader import ExpertReader
 from actors.weights.slots import SlotForm
@@ -58,7 +58,7 @@ class Chaos:
 class ChaoticLink:
     """Another link's chunks, late and sometimes not; a REMOTE one also loses and finds experts as it likes."""
 
-    def __init__(self, link: Link, chaos: Chaos, tier: Tier) -> None:
+    def __init__(self, link: MemoryLink, chaos: Chaos, tier: Tier) -> None:
         self.tier = tier
         self._link, self._chaos = link, chaos
         self._writers: dict[int, list[int]] = {}
@@ -99,10 +99,10 @@ def _open(file: ExpertFile, chaos: Chaos, slots: int, ram_slots: int) -> ExpertS
     """REMOTE before DISK, into RAM if it has slots, all of them chaotic."""
     form = SlotForm(file.layout, torch.float32)
 
-    def remote(arena: RamArena) -> Link:
+    def remote(arena: RamArena) -> MemoryLink:
         return ChaoticLink(DiskLink(ExpertReader([file.file]), form, arena), chaos, Tier.REMOTE)
 
-    def ram_link(source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
+    def ram_link(source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> MemoryLink:
         return ChaoticLink(RamLink(source, target, slot_of), chaos, Tier.RAM)
 
     return open_store(

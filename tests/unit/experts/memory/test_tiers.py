@@ -14,7 +14,7 @@ from expert_builders import ExpertFile, HeldLink, open_store, write_experts
 
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.emulated import RamLink
-from actors.experts.memory.links import Link
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.store import ExpertStore
 from cluster.errors import ConfigError, ExpertReadError
 from cluster.types import ExpertId, Tier
@@ -47,11 +47,11 @@ class Recorded:
     def __init__(self) -> None:
         self.made: list[HeldLink] = []
 
-    def wrap(self, link: Link) -> Link:
+    def wrap(self, link: MemoryLink) -> MemoryLink:
         self.made.append(HeldLink(link))
         return self.made[-1]
 
-    def ram_link(self, source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> Link:
+    def ram_link(self, source: RamArena, target: RamArena, slot_of: Callable[[int], int | None]) -> MemoryLink:
         return self.wrap(RamLink(source, target, slot_of))
 
 
@@ -60,7 +60,7 @@ class RemoteShelf:
 
     tier = Tier.REMOTE
 
-    def __init__(self, link: Link, indices: Sequence[int]) -> None:
+    def __init__(self, link: MemoryLink, indices: Sequence[int]) -> None:
         self.link, self.indices, self.is_lost = link, set(indices), False
 
     def has(self, index: int) -> bool:
@@ -105,7 +105,7 @@ def test_an_expert_rises_from_disk_through_host_and_stays_there(
 ) -> None:
     links = Recorded()
 
-    def closed(link: Link) -> Link:  # RAM has free slots: it would fill itself at once
+    def closed(link: MemoryLink) -> MemoryLink:  # RAM has free slots: it would fill itself at once
         held = links.wrap(link)
         assert isinstance(held, HeldLink)
         held.gate.clear()
@@ -157,7 +157,7 @@ def test_what_another_node_has_comes_from_there_and_from_disk_when_it_is_lost(
     shelves: list[RemoteShelf] = []
     plain = opened(slots=1)
 
-    def remote(arena: RamArena) -> Link:
+    def remote(arena: RamArena) -> MemoryLink:
         source = plain._device.links[0]
         shelf = RemoteShelf(_into(source, arena), [0, 1, 2])
         shelves.append(shelf)
@@ -174,7 +174,7 @@ def test_what_another_node_has_comes_from_there_and_from_disk_when_it_is_lost(
     assert _misses(store)[Tier.REMOTE] == 3, "it was asked first"
 
 
-def _into(link: Link, arena: RamArena) -> Link:
+def _into(link: MemoryLink, arena: RamArena) -> MemoryLink:
     from actors.experts.memory.disk import DiskLink
 
     assert isinstance(link, DiskLink)
@@ -367,7 +367,7 @@ def test_the_declared_rate_is_kept(experts: ExpertFile, opened: Callable[..., Ex
 class InChunks:
     """Splits what a link moves at once into three parts, of which the last one moves it; notes the order."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: MemoryLink) -> None:
         assert isinstance(link, HeldLink)
         self.link, self.tier = link, link.tier
         self.link.order = []

@@ -17,7 +17,7 @@ from cluster.execution.host_times import HostTimes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sent:
+class SentFrame:
     """A part on its way. sent_s: time.monotonic. has_others: each of its experts has another owner."""
 
     channel: ExpertChannel
@@ -28,15 +28,15 @@ class Sent:
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class RowShare:
     """What one owner is to compute. rows: of the layer; None: all of them. sent: None: nobody has it."""
 
     rows: np.ndarray | None
     ids_tK: np.ndarray
     weights_tK: np.ndarray
-    sent: Sent | None = None
+    sent: SentFrame | None = None
 
-    def masked(self, keep_tK: np.ndarray, none: int) -> Part:
+    def masked(self, keep_tK: np.ndarray, none: int) -> RowShare:
         """The choices where `keep_tK`, and only the rows that have one. Args: none: the id of a choice left out."""
         chosen: np.ndarray = np.any(keep_tK, axis=1)
         index = np.flatnonzero(chosen)
@@ -45,7 +45,7 @@ class Part:
         else:
             rows = index if self.rows is None else self.rows[index]
             keep, ids, weights = keep_tK[index], self.ids_tK[index], self.weights_tK[index]
-        return Part(rows, np.where(keep, ids, none), np.where(keep, weights, np.float32(0.0)))
+        return RowShare(rows, np.where(keep, ids, none), np.where(keep, weights, np.float32(0.0)))
 
     def experts(self, none: int) -> np.ndarray:
         """Distinct experts, ascending."""
