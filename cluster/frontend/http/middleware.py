@@ -118,8 +118,8 @@ class SameSite:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _is_below(route_path(scope), self._paths):
             return await self._app(scope, receive, send)
-        changes = scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
-        reason = self._allowed.reason(Headers(scope=scope), changes=changes)
+        # A form can send a POST; before any other method that changes something browsers ask.
+        reason = self._allowed.reason(Headers(scope=scope), changes=scope["method"] == "POST")
         if reason is None:
             return await self._app(scope, receive, send)
         await error_response(PermissionDenied(reason, code="cross_site"))(scope, receive, send)
