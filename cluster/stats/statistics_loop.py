@@ -63,6 +63,7 @@ class StatisticsLoop:
         self._half_life_s = half_life_s
         self._interval_s = interval_s
         self._loop: PeriodicLoop | None = None
+        self._was_shared = store.is_shared  # one that never was is no news
         self._report_s = 0.0  # when the next report is due
 
     @property
@@ -113,7 +114,7 @@ class StatisticsLoop:
 
     def _flush(self, sender: _Sender, memory_status: Callable[[], ExpertMemoryStatus | None]) -> None:
         """Raises:
-        ConnectionError: the store is away, or a memory of this process stands in for it.
+        ConnectionError: the store is away, or since then a memory of this process stands in for it.
         """
         status = None
         if time.monotonic() >= self._report_s and self._owner:
@@ -123,7 +124,7 @@ class StatisticsLoop:
             self._store.ping()
         if status is not None:
             self._store.report_owner(self._fingerprint, self._owner, status)
-        if not self._store.is_shared:
+        if self._was_shared and not self._store.is_shared:
             raise ConnectionError(self._store.description)
 
 

@@ -194,6 +194,7 @@ def test_actor_call_keeps_the_contract() -> None:
         foreign = ask_host(channel, make_frame(channel, layer=1))
         assert isinstance(foreign, RefusalFrame)
         ray.kill(actor)
-        lost_within(10, lambda: ask_host(channel, make_frame(channel)))
+        # Ray kills by and by: a frame or two may still be answered.
+        lost_within(10, lambda: [ask_host(channel, make_frame(channel)) for _ in range(1000)])
     finally:
         ray.shutdown()

@@ -306,8 +306,8 @@ def test_worker_killed_in_the_middle_of_a_frame_harms_nobody(host: FakeHost) -> 
     )
     host.backend.at_gate.clear()
     host.backend.gate.clear()
-    root = Path(fake_host.__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root / 'tests'}:{root}"}
+    root = Path(fake_host.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{root / 'tests'}:{root / 'tests' / 'builders'}:{root}"}
     with subprocess.Popen(
         [sys.executable, "-c", script, host.endpoint.socket_name],
         stdin=subprocess.PIPE,

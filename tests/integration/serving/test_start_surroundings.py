@@ -69,8 +69,9 @@ def _assert_serves(server: LiveServer) -> None:
         request = health_pb2.HealthCheckRequest(service="moesaic.v1.GenerationService")
         serving = health_pb2.HealthCheckResponse.SERVING
         poll(lambda: stub.Check(request, timeout=20).status == serving, deadline_s=30, what="SERVING over gRPC")
-    log = (server.root / "log").read_text()
-    assert f"{server.url}/v1" in log and address in log
+    words = (f"{server.url}/v1", address)
+    # The command may look a moment later than we did.
+    poll(lambda: all(word in (server.root / "log").read_text() for word in words), deadline_s=30, what="addresses")
 
 
 @needs_root
