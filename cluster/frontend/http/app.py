@@ -39,6 +39,7 @@ _SCHEDULER_PATHS = ("/scheduler", "/plan", "/diagnose", "/drain")
 _READ = ["GET", "HEAD"]
 _EXPOSED_HEADERS = ("x-request-id", "retry-after", IGNORED_FIELDS_HEADER)
 _OPERATOR_PATHS = ("/experts", "/status", *_SCHEDULER_PATHS)
+_CHANGING_PATHS = ("/experts/cache", "/drain", "/abort_requests")
 _GUARDED_PATHS = {
     Level.CLIENT: ("/v1", *_TEXT_PATHS),
     Level.OPERATOR_READS: _OPERATOR_PATHS,
@@ -111,7 +112,7 @@ def create_app(
     if keys.are_set:
         app.add_middleware(ApiKey, keys=keys, guarded=_GUARDED_PATHS)
     allowed = CrossSite((*config.allowed_hosts,), (*config.operator_origins,), has_keys=keys.are_set)
-    app.add_middleware(SameSite, allowed=allowed, paths=(*_OPERATOR_PATHS, "/abort_requests"))
+    app.add_middleware(SameSite, allowed=allowed, paths=(*_OPERATOR_PATHS, "/abort_requests"), changing=_CHANGING_PATHS)
     routes = [
         *_GENERATION_PATHS,
         *_TEXT_PATHS,

@@ -110,16 +110,19 @@ class ApiKey:
 class SameSite:
     """Keeps pages of other sites from using a person's browser on operator routes."""
 
-    def __init__(self, app: ASGIApp, *, allowed: CrossSite, paths: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, *, allowed: CrossSite, paths: Iterable[str], changing: Iterable[str]) -> None:
+        """Args: changing: those of the paths that take a body, by POST."""
         self._app = app
         self._allowed = allowed
         self._paths = tuple(paths)
+        self._changing = frozenset(changing)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not _is_below(route_path(scope), self._paths):
             return await self._app(scope, receive, send)
         # A form can send a POST; before any other method that changes something browsers ask.
-        reason = self._allowed.reason(Headers(scope=scope), changes=scope["method"] == "POST")
+        changes = scope["method"] == "POST" and route_path(scope) in self._changing
+        reason = self._allowed.reason(Headers(scope=scope), changes=changes)
         if reason is None:
             return await self._app(scope, receive, send)
         await error_response(PermissionDenied(reason, code="cross_site"))(scope, receive, send)

@@ -175,6 +175,7 @@ def test_server_with_keys_starts(make_app):
     assert asyncio.run(scenario()) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-@pytest.mark.parametrize("method", ["TRACE", "PURGE", "PUT", "PATCH", "DELETE"])
-def test_a_method_that_no_route_has_is_told_so(make_app, call, method):
-    assert asyncio.run(call(make_app(), method, "/status", headers={"Host": "127.0.0.1"})).status_code == 405
+@pytest.mark.parametrize("path", ["/status", "/experts", "/scheduler", "/plan", "/diagnose", "/health"])
+@pytest.mark.parametrize("method", ["TRACE", "PURGE", "POST", "PUT", "PATCH", "DELETE"])
+def test_a_method_that_no_route_has_is_told_so(make_app, call, method, path):
+    assert asyncio.run(call(make_app(), method, path, headers={"Host": "127.0.0.1"})).status_code == 405
