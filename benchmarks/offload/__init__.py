@@ -18,7 +18,7 @@ BENCHMARKS = (
         name="ring",
         module="benchmarks.offload.ring",
         description="Time of long prompts with the ring of the next layers, and with the cache alone",
-        targets="nothing; the two ways stand side by side",
+        targets="the two ways stand side by side",
         meaning=(
             "A long prompt uses nearly all experts of each layer, so a ring that loads the next layers' in order can "
             "beat a cache. The row `cache` is the same with the ring switched off."

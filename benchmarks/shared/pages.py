@@ -50,15 +50,11 @@ def _list_text(folder: Path) -> str:
         if page.name == _LIST:
             continue
         title = page.read_text().partition("\n")[0].removeprefix("# ")
+        link = f"[{page.stem}]({page.name})"
+        row = {"page": link, "about": title, "measured": "see there", "targets met": "see there"}
         raw = page.with_suffix(".json")
-        row = {
-            "page": f"[{page.stem}]({page.name})",
-            "about": title,
-            "measured": "see there",
-            "targets met": "see there",
-        }
-        if raw.is_file():
-            document = json.loads(raw.read_text())
+        document = json.loads(raw.read_text()) if raw.is_file() else {}
+        if "benchmark" in document:  # other measurements keep raw numbers of their own form
             targets = document["targets"]
             row["measured"] = document["circumstances"]["date"]
             row["targets met"] = f"{sum(t['met'] for t in targets)} of {len(targets)}" if targets else "none promised"

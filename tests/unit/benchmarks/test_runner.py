@@ -94,6 +94,7 @@ def test_raw_numbers_and_the_list_of_pages_are_written_beside(
     fakes: dict[str, Benchmark], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "by-hand.md").write_text("# What else was measured\n")
+    (tmp_path / "by-hand.json").write_text('{"numbers": "of another form"}')
     main(["fake_one", "--markdown"], benchmarks=fakes, pages=tmp_path)
     raw = json.loads((tmp_path / "fake-one.json").read_text())
     assert raw["benchmark"] == "fake_one" and len(raw["rows"]) == 3
