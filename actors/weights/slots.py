@@ -21,7 +21,10 @@ from cluster.types import ExpertId
 
 
 class SlotForm:
-    """One size fits all experts of a model. Plain floats may be held in another dtype than stored: `converts`."""
+    """One size fits all experts of a model. Plain floats may be held in another dtype than stored: `converts`.
+
+    part_offsets: [N], where the matrices of each expert begin in its slot; what is equal is one object.
+    """
 
     def __init__(self, layout: ExpertLayout, held_dtype: torch.dtype, *, top_k: int = 1) -> None:
         """Args: held_dtype: of plain float experts; packed formats are held as stored."""
@@ -35,7 +38,9 @@ class SlotForm:
         self.model_bytes = self.slot_bytes * len(plans)
         self._experts = [self.grid.expert(index) for index in range(self.grid.size)]
         self._plans = [plans[expert] for expert in self._experts]
-        self._offsets = [self._offsets_of(expert, plans[expert]) for expert in self._experts]
+        known: dict[tuple[int, ...], tuple[int, ...]] = {}
+        made = (self._offsets_of(expert, plans[expert]) for expert in self._experts)
+        self.part_offsets = [known.setdefault(offsets, offsets) for offsets in made]
 
     def num_slots(self, budget_bytes: int, min_experts: int, field: str) -> int:
         """Experts that a budget holds, at most all.
@@ -68,14 +73,10 @@ class SlotForm:
         """Fill a slot from the expert as stored."""
         dtype = TORCH_DTYPES[self.layout.stored_dtype]
         parts = self.layout.experts[self._experts[index]].parts
-        for part, offset, at in zip(parts, self._plans[index].part_offsets, self._offsets[index], strict=True):
+        for part, offset, at in zip(parts, self._plans[index].part_offsets, self.part_offsets[index], strict=True):
             count = part.num_bytes // dtype.itemsize
             source = torch.frombuffer(stored, dtype=dtype, count=count, offset=offset)
             torch.frombuffer(slot, dtype=self.held_dtype, count=count, offset=at).copy_(source)
-
-    def part_offsets(self, index: int) -> tuple[int, ...]:
-        """Where the expert's matrices begin in its slot."""
-        return self._offsets[index]
 
     def weights(self, index: int, slot: int, arena: memoryview) -> ExpertWeights:
         """Views of an expert in a slot of an arena; the same for all experts of equal `part_offsets`."""
@@ -89,7 +90,7 @@ class SlotForm:
         base = slot * self.slot_bytes
         views: list[torch.Tensor] = []
         parts = self.layout.experts[self._experts[index]].parts
-        for part, offset in zip(parts, self._offsets[index], strict=True):
+        for part, offset in zip(parts, self.part_offsets[index], strict=True):
             dtype = self.held_dtype if self.converts else TORCH_DTYPES[part.dtype]
             count = math.prod(part.shape)
             views.append(torch.frombuffer(arena, dtype=dtype, count=count, offset=base + offset).view(part.shape))

@@ -6,7 +6,7 @@ hears as a `SignalListener`; a scorer that needs no signals (lru, lfu) costs non
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,8 +20,8 @@ from cluster.policies.signals import SignalListener
 class Scorer(Protocol):
     """Values experts."""
 
-    def on_use(self, index: int) -> None:
-        """The expert at a flat index of the grid is used."""
+    def on_use(self, indices: Sequence[int]) -> None:
+        """The experts of a layer that are used now, each once, as flat indices of the grid."""
         ...
 
     def scores(self) -> np.ndarray:

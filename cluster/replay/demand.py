@@ -161,8 +161,7 @@ def replay_demand(
         for row in range(grid.num_layers):
             step.pass_gate(policies.listeners, row)
             needed = [row * grid.num_experts + expert for expert in step.needed[row]]
-            for index in needed:
-                policies.scorer.on_use(index)
+            policies.scorer.on_use(needed)
             for memory in memories:
                 memory.use(needed, step.rows[row])
         step.end(policies.listeners)

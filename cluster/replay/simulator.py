@@ -238,8 +238,7 @@ def run_together(simulators: Sequence[Simulator], steps: Sequence[ReplayStep]) -
             first = row * gate.probs.shape[1]
             needed = [first + expert for expert in step.needed[row]]
             for scorer in scorers:
-                for index in needed:
-                    scorer.on_use(index)
+                scorer.on_use(needed)
             ends_s = [simulator.run_layer(step, row, needed) for simulator in simulators]
             for simulator, wanted, end_s in zip(simulators, _wanted(sets, row), ends_s, strict=True):
                 simulator.end_layer(needed, wanted, end_s)

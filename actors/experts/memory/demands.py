@@ -8,46 +8,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from actors.experts.memory.stage import Stage
 from actors.experts.memory.transfers import ExpertTransfer
 from actors.weights.slots import SlotForm
 from cluster.errors import ExpertReadError
+from cluster.policies.residency import LOADING, PREFETCHED
 from cluster.types import Tier
 
 
 class Demands:
-    """Of one step at a time. Truthy while it waits for something."""
+    """Of one step at a time. waited_for: experts that were not handed out yet, in the order of demand."""
 
     def __init__(self, form: SlotForm, stages: tuple[Stage, ...], lock: threading.Lock, *, timeout_s: float) -> None:
         """Args: stages: from the fastest down. timeout_s: longest wait for the next expert."""
         self._form, self._stages, self._timeout_s = form, stages, timeout_s
         self._fast = stages[0].residents
         self._landed = threading.Condition(lock)
-        self._wanted: dict[int, None] = {}
+        self.waited_for: dict[int, None] = {}
         self._errors: dict[int, ExpertReadError] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._wanted)
-
-    @property
-    def are_there(self) -> bool:
-        """Whether nothing more has to be loaded for the step, taken or not."""
-        return all(self._fast.is_resident[index] for index in self._wanted)
-
-    def ask(self, indices: Iterable[int]) -> tuple[dict[Tier, int], int]:
-        """Begin to load the missing, those in flight first; how many come from where, and how many were in flight."""
-        missing = list(indices)
-        in_flight = [i for i in missing if any(stage.residents.loading[i] for stage in self._stages)]
+    def ask(self, missing: Sequence[int]) -> tuple[dict[Tier, int], int]:
+        """Begin to load these, those on their way first; how many come from where, and how many were on their way."""
+        pending = [i for i in missing if any(stage.residents.states[i] == LOADING for stage in self._stages)]
         sources: dict[Tier, int] = {}
-        for index in dict.fromkeys([*in_flight, *missing]):
+        for index in dict.fromkeys([*pending, *missing]):
             tier = self._tier_of(index)
             sources[tier] = sources.get(tier, 0) + 1
-            self._wanted[index] = None
-        self._fast.hold(self._wanted)  # once there, they stay until they are computed
+            self.waited_for[index] = None
+        self._fast.hold(self.waited_for)  # once there, they stay until they are computed
         self.advance()
-        return sources, len(in_flight)
+        return sources, len(pending)
 
     def wait_for_some(self) -> list[int]:
         """Those that are there, no longer waited for but still held; waits for the first.
@@ -56,11 +48,12 @@ class Demands:
             ExpertReadError: a load failed or took too long.
         """
         deadline_s = time.monotonic() + self._timeout_s
+        states = self._fast.states
         while True:
-            ready = [index for index in self._wanted if self._fast.is_resident[index]]
+            ready = [index for index in self.waited_for if states[index] >= PREFETCHED]
             if ready:
                 for index in ready:
-                    del self._wanted[index]
+                    del self.waited_for[index]
                 self.advance()
                 return sorted(ready)
             for index, error in self._errors.items():
@@ -68,21 +61,24 @@ class Demands:
             left_s = deadline_s - time.monotonic()
             self.advance()
             if left_s <= 0 or not self._landed.wait(left_s):
-                index = next(iter(self._wanted))
+                index = next(iter(self.waited_for))
                 raise self._failure(
                     index, f"loading it from {self._files(index)} took longer than experts.load_timeout_s"
                 )
 
     def advance(self) -> None:
         """Bring every one as far as there are slots."""
-        for index in self._wanted:
-            if not self._fast.is_resident[index] and index not in self._errors:
-                stage = next(stage for stage in self._stages if stage.source(index) is not None)
-                stage.demand(index)
+        goes_on = True
+        while goes_on:  # what was given up for one may be a slot, one stage lower, for another
+            goes_on = False
+            for index in self.waited_for:
+                if self._fast.states[index] < PREFETCHED and index not in self._errors:
+                    stage = next(stage for stage in self._stages if stage.source(index) is not None)
+                    goes_on |= stage.demand(index)
 
     def forget(self) -> None:
         """Nobody wants the rest any more: what is under way is given up."""
-        given_up, self._wanted = self._wanted, {}  # first: a transfer that ends now must ask for nothing
+        given_up, self.waited_for = self.waited_for, {}
         self._errors.clear()
         for index in given_up:
             for stage in self._stages:
@@ -93,9 +89,9 @@ class Demands:
 
     def on_end(self, transfer: ExpertTransfer) -> None:
         """A transfer has ended, one of these or another that had a slot."""
-        if not self._wanted:
+        if not self.waited_for:
             return
-        is_ours = transfer.is_demand and transfer.index in self._wanted
+        is_ours = transfer.is_demand and transfer.index in self.waited_for
         if is_ours and transfer.error is not None and not transfer.is_cancelled:
             self._errors[transfer.index] = transfer.error
         self.advance()

@@ -48,7 +48,7 @@ class KeptExperts:
 
     def absent(self, indices: Sequence[int]) -> list[int]:
         """Those that are not in the fast tier."""
-        return [index for index in indices if not self._fast.residents.is_resident[index]]
+        return [index for index in indices if self._fast.residents.slot_of(index) is None]
 
     @property
     def is_full(self) -> bool:
@@ -71,7 +71,7 @@ class KeptExperts:
         if not all(stage.queue.is_idle for stage in self._stages):
             return False
         failed = [index for stage in self._stages for index in stage.failed]
-        if self.is_full or all(self._fast.residents.is_resident[index] or index in failed for index in indices):
+        if self.is_full or all(index in failed for index in self.absent(indices)):
             return True
         for stage in self._stages:
             stage.queue.wake()
@@ -92,7 +92,7 @@ class KeptExperts:
                 return None
             residents.hold((index,))
         try:
-            return use(residents.arena.view(slot)[: self._form.slot_bytes])
+            return use(self._fast.arena.view(slot)[: self._form.slot_bytes])
         finally:
             with self._lock:
                 residents.release((index,))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -24,13 +24,13 @@ from actors.experts.memory.emulated import RamLink
 from actors.experts.memory.kept import KeptExperts
 from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.remote import RemoteLink
-from actors.experts.memory.residents import Residents
 from actors.experts.memory.stage import Stage
 from actors.experts.memory.transfers import ExpertTransfer
 from actors.experts.memory.views import ExpertViews
 from actors.weights.formats.expert import ExpertWeights
 from actors.weights.slots import SlotForm
 from cluster.policies.base import Scorer
+from cluster.policies.residency import Residency
 from cluster.types import ExpertId, Tier
 
 LinkFactory = Callable[[RamArena], MemoryLink]
@@ -67,28 +67,34 @@ class ExpertStore:
         self._min_experts = min_experts
         self._rows = {layer: row for row, layer in enumerate(self.grid.layers)}
         self._lock = threading.Lock()
-        self._ahead = np.zeros(self.grid.size, dtype=np.bool_)  # fetched ahead, complete, not used since
+        self._scorer = scorer
         arena = RamArena(self.grid.size, form.slot_bytes)
         self._views = ExpertViews(form, arena)
         num_slots = self.form.num_slots(budget_bytes, self._min_experts, "experts.cache")
-        device = Residents(arena, scorer, self.grid.size, num_slots, self._on_evict)
+        self._residents = Residency(self.grid, scorer, num_slots, on_retire=arena.release)
         self._backoff = ReadBackoff([form.files(index)[0] for index in range(self.grid.size)])
-        stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._done, backoff=self._backoff)
+        stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._on_end, backoff=self._backoff)
         if ram_bytes:
             ram_slots = self.form.num_slots(ram_bytes, self._min_experts, "experts.ram_tier")
             below = RamArena(self.grid.size, form.slot_bytes)
-            host = Residents(below, scorer, self.grid.size, ram_slots, lambda _: None)
+            ram = Residency(self.grid, scorer, ram_slots, on_retire=below.release)
             links = [make(below) for make in sources]
-            self._host: Stage | None = stage("ram", host, links, num_threads=io_threads, fills_up=True)
-            link = ram_link(below, arena, host.slot_of)  # one chunk after the other: one thread
+            self._ram: Stage | None = stage("ram", below, ram, links, num_threads=io_threads, fills_up=True)
+            link = ram_link(below, arena, ram.slot_of)  # one chunk after the other: one thread
             rate = ram_gb_per_s * 1e9
-            self._device = stage("device", device, [link], num_threads=1, below=self._host, bytes_per_s=rate)
+            self._device = stage(
+                "device", arena, self._residents, [link], num_threads=1, below=self._ram, bytes_per_s=rate
+            )
         else:
-            self._host = None
-            self._device = stage("device", device, [make(arena) for make in sources], num_threads=io_threads)
+            self._ram = None
+            self._device = stage(
+                "device", arena, self._residents, [make(arena) for make in sources], num_threads=io_threads
+            )
+        self.counters.prefetch_used = self._residents.num_used  # the very arrays
+        self.counters.prefetch_wasted = self._residents.num_wasted
+        self.counters.prefetch_dropped = self._device.num_dropped
         self.kept = KeptExperts(form, self._stages, self._lock)
         self._demands = Demands(form, self._stages, self._lock, timeout_s=load_timeout_s)
-        self._device.may_prefetch = lambda: self._demands.are_there  # a slot is wanted more than a forecast
         for each in self._stages:
             each.queue.start()
 
@@ -105,7 +111,7 @@ class ExpertStore:
     @property
     def num_slots(self) -> int:
         """Experts that DEVICE has room for."""
-        return self._device.residents.num_slots
+        return self._residents.num_slots
 
     @property
     def view_bytes(self) -> int:
@@ -115,12 +121,12 @@ class ExpertStore:
     @property
     def num_resident(self) -> int:
         """Experts in DEVICE."""
-        return sum(self._device.residents.is_resident)
+        return self._residents.num_resident
 
     @property
     def holds_everything(self) -> bool:
         """Whether every expert of the model is in DEVICE."""
-        return self.num_slots == self.grid.size and all(self._device.residents.is_resident)
+        return self.num_slots == self._residents.num_resident == self.grid.size
 
     def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, ExpertWeights]]]:
         """Yield the wanted experts in groups as they become ready: residents, then those in flight, then the rest.
@@ -131,40 +137,37 @@ class ExpertStore:
         Raises:
             ExpertReadError: a load failed or took too long; nothing stays in use.
         """
-        row, device, counters = self._rows[layer], self._device.residents, self.counters
+        row, residents, demands, counters = self._rows[layer], self._residents, self._demands, self.counters
         first = row * self.grid.num_experts
         indices = [first + expert for expert in experts]
         here: list[int] = []
         try:
             with self._lock:
-                found = [index for index in indices if device.is_resident[index]]
-                device.hold(found)
-                here = found
-                self._use(row, here)
-                counters.hits[row] += len(here)
+                here = residents.claim(indices)
+                if here:
+                    self._scorer.on_use(here)
+                    counters.hits[row] += len(here)
                 if len(here) < len(indices):
-                    sources, num_late = self._demands.ask(index for index in indices if not device.is_resident[index])
-                    counters.late[row] += num_late
-                    for tier, count in sources.items():
-                        counters.misses[tier][row] += count
+                    self._ask(row, [index for index in indices if residents.slot_of(index) is None])
             if here:
-                yield self._group(first, here)
-            while self._demands:
+                yield self._views.group(first, here, residents.slots)
+            while demands.waited_for:
                 with self._lock:
-                    device.release(here)
+                    residents.release(here)
                     here = []
                     began_s = time.perf_counter()
-                    here = self._demands.wait_for_some()
+                    here = demands.wait_for_some()
                     stall_s = time.perf_counter() - began_s
                     counters.stall_s[row] += stall_s
                     counters.total_stall_s += stall_s
-                    self._use(row, here)
-                yield self._group(first, here)
+                    residents.touch(here)
+                    self._scorer.on_use(here)
+                yield self._views.group(first, here, residents.slots)
         finally:
             with self._lock:
-                device.release(here)
-                if self._demands:
-                    self._demands.forget()
+                residents.release(here)
+                if demands.waited_for:
+                    demands.forget()
 
     def want(self, priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
         """Replace what is to be fetched ahead.
@@ -172,10 +175,12 @@ class ExpertStore:
         Args: priority: [N] float32, larger first, 0 and below is not fetched. below: for RAM, if not the same.
         """
         with self._lock:
-            self._device.want(priority, keeps_begun=False)
-            if self._host is not None:  # while it has free slots it takes whatever comes
+            freed = self._device.want(priority, keeps_begun=False)
+            if self._ram is not None:  # while it has free slots it takes whatever comes
                 below = priority if below is None else below
-                self._host.want(below, keeps_begun=self._host.residents.num_free > 0)
+                freed |= self._ram.want(below, keeps_begun=self._ram.residents.num_free > 0)
+            if freed:
+                self._demands.advance()
 
     def rank(self, indices: Sequence[int]) -> None:
         """Take residents for used in this order: by recency alone the first would leave first."""
@@ -191,27 +196,27 @@ class ExpertStore:
         """
         index = self._index(expert)
         with self._lock:
-            if self._device.residents.is_resident[index]:
+            if self._residents.slot_of(index) is not None:
                 return False
             stage = next((stage for stage in self._stages if stage.source(index) is not None), None)
             if stage is None or stage.queue.transfers:
                 return False
             residents = stage.residents
             if not residents.num_free:
-                victim = residents.order.victim(residents.held > 0)
+                victim = residents.next_victim()
                 if victim is None or not replaces(self.form.expert(victim)):
                     return False
-            return stage.begin(index, residents.take, is_demand=False)
+            return stage.prefetch(index)
 
     def resident(self, layer: int) -> np.ndarray:
-        """[E] bool: which experts of a layer are in DEVICE; a live view."""
-        return self._of_layer(self._device.residents.resident, layer)
+        """[E] bool: which experts of a layer are in DEVICE now."""
+        return self._residents.resident_in(self._rows[layer])
 
     def in_ram(self, layer: int) -> np.ndarray:
-        """[E] bool: which experts of a layer are in RAM; a live view."""
-        if self._host is None:
+        """[E] bool: which experts of a layer are in RAM now."""
+        if self._ram is None:
             return np.zeros(self.grid.num_experts, dtype=np.bool_)
-        return self._of_layer(self._host.residents.resident, layer)
+        return self._ram.residents.resident_in(self._rows[layer])
 
     def set_budget(self, budget_bytes: int) -> None:
         """Change DEVICE's budget while serving; what is more than fits is evicted, what is in use as soon as it may.
@@ -222,7 +227,7 @@ class ExpertStore:
         num_slots = self.form.num_slots(budget_bytes, self._min_experts, "experts.cache")
         with self._lock:
             self.budget_bytes = budget_bytes
-            self._device.residents.resize(num_slots)
+            self._residents.resize(num_slots)
             self._views.keep_at_most(num_slots)
 
     @property
@@ -233,13 +238,13 @@ class ExpertStore:
     @property
     def read_mode(self) -> str:
         """How the disk is read."""
-        links = (self._host or self._device).links
+        links = (self._ram or self._device).links
         return next((link.mode for link in links if isinstance(link, DiskLink)), "")
 
     @property
     def problems(self) -> tuple[str, ...]:
         """Why tiers hold less than they should, in words."""
-        links = (self._host or self._device).links
+        links = (self._ram or self._device).links
         remote = tuple(problem for link in links if isinstance(link, RemoteLink) for problem in link.problems)
         with self._lock:
             reading = self._backoff.problem()
@@ -248,7 +253,7 @@ class ExpertStore:
     @property
     def source_tiers(self) -> tuple[Tier, ...]:
         """Where experts come from that are in no arena."""
-        return tuple(link.tier for link in (self._host or self._device).links)
+        return tuple(link.tier for link in (self._ram or self._device).links)
 
     @property
     def link_is_emulated(self) -> bool:
@@ -258,7 +263,7 @@ class ExpertStore:
     @property
     def ram_resident(self) -> int:
         """Experts in RAM."""
-        return 0 if self._host is None else sum(self._host.residents.is_resident)
+        return 0 if self._ram is None else self._ram.residents.num_resident
 
     def load_s(self) -> float:
         """Average time one expert takes into DEVICE, once it is begun and alone."""
@@ -267,9 +272,9 @@ class ExpertStore:
 
     def load_s_from(self, tier: Tier) -> float:
         """Average time one expert takes from a tier into DEVICE, once begun and alone; 0: none came from there."""
-        if self._host is None or tier is Tier.RAM:
+        if self._ram is None or tier is Tier.RAM:
             return self._device.queue.expert_s_from.get(tier, 0.0) / self._device.queue.num_threads
-        below_s = self._host.queue.expert_s_from.get(tier, 0.0) / self._host.queue.num_threads
+        below_s = self._ram.queue.expert_s_from.get(tier, 0.0) / self._ram.queue.num_threads
         return below_s and below_s + self.load_s()
 
     @property
@@ -316,44 +321,22 @@ class ExpertStore:
             for link in stage.links:
                 link.close()
 
-    def _use(self, row: int, here: Iterable[int]) -> None:
-        for index in here:
-            self._device.residents.order.on_use(index)
-            if self._ahead[index]:
-                self._ahead[index] = False
-                self.counters.prefetch_used[row] += 1
+    def _ask(self, row: int, missing: Sequence[int]) -> None:
+        """Begin to load what a layer waits for. Args: missing: in the order in which it was asked for."""
+        sources, num_late = self._demands.ask(missing)
+        self.counters.late[row] += num_late
+        for tier, count in sources.items():
+            self.counters.misses[tier][row] += count
 
-    def _group(self, first: int, indices: list[int]) -> list[tuple[int, ExpertWeights]]:
-        residents = self._device.residents
-        group: list[tuple[int, ExpertWeights]] = []
-        for index in indices:
-            slot = residents.slot_of(index)
-            assert slot is not None
-            group.append((index - first, self._views.weights(index, slot)))
-        return group
-
-    def _done(self, stage: Stage, transfer: ExpertTransfer) -> None:
+    def _on_end(self, stage: Stage, transfer: ExpertTransfer) -> None:
         """A transfer has ended; under the lock, on its thread."""
         if stage is not self._device:
             self._device.queue.wake()
-        elif not transfer.stops:
-            self._ahead[transfer.index] = not transfer.is_demand
-        elif transfer.is_cancelled:
-            self.counters.prefetch_dropped[transfer.index // self.grid.num_experts] += 1
         self._demands.on_end(transfer)
 
     @property
     def _stages(self) -> tuple[Stage, ...]:
-        return (self._device,) if self._host is None else (self._device, self._host)
-
-    def _on_evict(self, index: int) -> None:
-        if self._ahead[index]:
-            self._ahead[index] = False
-            self.counters.prefetch_wasted[index // self.grid.num_experts] += 1
+        return (self._device,) if self._ram is None else (self._device, self._ram)
 
     def _index(self, expert: ExpertId) -> int:
         return self._rows[expert.layer] * self.grid.num_experts + expert.expert
-
-    def _of_layer(self, values: np.ndarray, layer: int) -> np.ndarray:
-        first = self._rows[layer] * self.grid.num_experts
-        return values[first : first + self.grid.num_experts]

@@ -70,8 +70,8 @@ class TransferQueue:
     ) -> None:
         """Args: bytes_per_s: of a link that is emulated: a chunk takes as long, the copy included; 0: as it comes.
 
-        Called under `lock`: choose: the next load ahead, with a slot of its own, or None. done: a
-        transfer is over: complete, cancelled or failed. moved: so many bytes of a transfer were moved."""
+        Called under `lock` by the queue's own threads: choose: the next load ahead, with a slot of its own, or None.
+        done: a transfer is over: complete, cancelled or failed. moved: so many bytes of a transfer were moved."""
         self.num_threads = num_threads
         self.transfers: dict[int, ExpertTransfer] = {}
         self.expert_s = self.expert_cpu_s = 0.0
@@ -112,13 +112,17 @@ class TransferQueue:
         self._may_choose = True
         self._work.notify_all()
 
-    def cancel(self, transfer: ExpertTransfer) -> None:
-        """Give one up unless its last chunk is under way; `done` says when its slot is free. Under the lock."""
+    def cancel(self, transfer: ExpertTransfer) -> bool:
+        """Give one up unless its last chunk is under way; whether it is over now. If not, `done` says when it is.
+
+        Under the lock.
+        """
         if transfer.issued == transfer.num_chunks:
-            return
+            return False
         transfer.is_cancelled = True
         if transfer.is_over:
-            self._end(transfer)
+            self._remove(transfer)
+        return transfer.is_over
 
     def close(self, timeout_s: float) -> None:
         """End after the chunks under way; a thread that hangs in the system for longer is left behind."""
@@ -191,11 +195,11 @@ class TransferQueue:
                 self.late_s += (late_s - self.late_s) / self._num_ahead
             self._moved(transfer, num_bytes)
             if transfer.is_over:
-                self._end(transfer)
+                self._remove(transfer)
+                self._done(transfer)
                 if self.num_threads > 1:  # those that waited for a demand's last chunk
                     self._work.notify_all()
 
-    def _end(self, transfer: ExpertTransfer) -> None:
+    def _remove(self, transfer: ExpertTransfer) -> None:
         del self.transfers[transfer.index]
         self._may_choose = True
-        self._done(transfer)

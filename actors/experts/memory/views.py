@@ -7,6 +7,7 @@ each such pattern, and moved to a slot from there. Knows slots and offsets; know
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from actors.experts.memory.arena import RamArena
@@ -44,12 +45,27 @@ class ExpertViews:
         num_tensors = len(self._patterns) + sum(weights.has_tensors for weights in views)
         return len(views) * SLOT_BYTES + num_tensors * TENSORS_BYTES
 
+    def group(
+        self, first: int, indices: Sequence[int], slots: Mapping[int, int] | memoryview
+    ) -> list[tuple[int, ExpertWeights]]:
+        """Experts of one layer, by their number in it. Args: first: index of expert 0. slots: by index, of each."""
+        group: list[tuple[int, ExpertWeights]] = []
+        by_slot, offsets = self._by_slot, self._form.part_offsets
+        for index in indices:
+            slot = slots[index]
+            held = by_slot.get(slot)
+            # Equal offsets are one object: see SlotForm.
+            weights = held[1] if held is not None and held[0] is offsets[index] else self._make(index, slot)
+            group.append((index - first, weights))
+        return group
+
     def weights(self, index: int, slot: int) -> ExpertWeights:
         """The expert at a flat index, as it lies in a slot."""
-        offsets = self._form.part_offsets(index)
-        held = self._by_slot.get(slot)
-        if held is not None and (held[0] is offsets or held[0] == offsets):
-            return held[1]
+        ((_, weights),) = self.group(index, (index,), {index: slot})
+        return weights
+
+    def _make(self, index: int, slot: int) -> ExpertWeights:
+        offsets = self._form.part_offsets[index]
         pattern = self._pattern(index, offsets)
         weights = ExpertWeights(
             pattern.pointers.moved(slot * self._form.slot_bytes),

@@ -5,6 +5,8 @@ Source: Belady, A study of replacement algorithms for a virtual-storage computer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.future import Future
@@ -17,7 +19,7 @@ class BeladyScorer(Silent):
     def __init__(self, future: Future) -> None:
         self._future = future
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """Uses are known."""
 
     def scores(self) -> np.ndarray:

@@ -6,6 +6,8 @@ decay counts from layer 0: prefetch cannot help early layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.request_activations import ActivationTracker
@@ -23,7 +25,7 @@ class EamScorer(Silent):
         self._predicted: np.ndarray | None = None
         self._scores = np.zeros(grid.size)
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """Uses are known from the gates."""
 
     def scores(self) -> np.ndarray:

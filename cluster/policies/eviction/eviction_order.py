@@ -24,12 +24,8 @@ class EvictionOrder:
         self._bar = np.full(size, np.inf)  # for residents 0, or _KEPT
         self._kept = np.zeros(size)
         self._last_use = np.zeros(size, dtype=np.int64)
+        self._last_uses = memoryview(self._last_use)  # the same: an element is written faster
         self._clock = 0
-
-    def on_use(self, index: int) -> None:
-        """A resident expert is used."""
-        self.touch((index,))
-        self._scorer.on_use(index)
 
     def on_insert(self, index: int) -> None:
         """An expert became resident."""
@@ -46,10 +42,12 @@ class EvictionOrder:
         np.copyto(self._bar, self._kept, where=self._bar < np.inf)
 
     def touch(self, indices: Iterable[int]) -> None:
-        """Residents are used, in this order, and the scorer is told by somebody else."""
+        """Residents are used, in this order; the scorer is told by somebody else."""
+        clock, last_uses = self._clock, self._last_uses
         for index in indices:
-            self._clock += 1
-            self._last_use[index] = self._clock
+            clock += 1
+            last_uses[index] = clock
+        self._clock = clock
 
     def scores(self) -> np.ndarray:
         """[N] what experts are worth, resident or not; finite, whatever the policy says."""

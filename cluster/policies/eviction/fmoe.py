@@ -6,6 +6,8 @@ the score is p * freq, a float (the public code's integers make nearly all of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.expert_maps.search import MapSearch
@@ -19,8 +21,8 @@ class FmoeScorer(Silent):
         self._search = search
         self._uses = np.zeros(grid.size)
 
-    def on_use(self, index: int) -> None:
-        self._uses[index] += 1
+    def on_use(self, indices: Sequence[int]) -> None:
+        self._uses[indices] += 1
 
     def scores(self) -> np.ndarray:
         return self._uses * self._search.searched.reshape(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.signals import Grid, Silent
@@ -20,8 +22,8 @@ class LfuScorer(Silent):
         self._unit = 1.0
         self._growth = 1.0 / decay
 
-    def on_use(self, index: int) -> None:
-        self._counts[index] += self._unit
+    def on_use(self, indices: Sequence[int]) -> None:
+        self._counts[indices] += self._unit
 
     def on_step_end(self) -> None:
         self._unit *= self._growth
@@ -40,7 +42,7 @@ class StaticScorer(Silent):
         """Args: frequency: [L, E]."""
         self._scores = np.asarray(frequency, dtype=np.float64).reshape(-1)
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """Changes nothing."""
 
     def scores(self) -> np.ndarray:

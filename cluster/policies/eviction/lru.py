@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.signals import GateSignal, Grid, Silent, StepSignal
@@ -14,7 +16,7 @@ class LruScorer:
         """Args: size: experts of the grid."""
         self._scores = np.zeros(size)
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """The order of use is known to who evicts."""
 
     def scores(self) -> np.ndarray:
@@ -38,7 +40,7 @@ class LruPerLayerScorer(Silent):
         self._clock = 0
         self._before = self._last_use, self._scores  # the step
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """Uses are known from the gates."""
 
     def on_step(self, step: StepSignal) -> None:

@@ -6,6 +6,8 @@ passed is worth less. Where everything is certain this is Belady's rule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.next_use.estimate import NextUse
@@ -18,7 +20,7 @@ class MoesaicScorer:
         """`next_use` hears the signals."""
         self._next_use = next_use
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """Uses are known from the gates."""
 
     def scores(self) -> np.ndarray:

@@ -7,6 +7,8 @@ each of them the mean over its tokens, so that a long prefill does not outweigh 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.signals import GateSignal, Grid, Silent, StepSignal
@@ -22,7 +24,7 @@ class MrsScorer(Silent):
         self._alpha = alpha
         self._num_dropped = grid.num_experts - min(num_kept or 2 * grid.top_k, grid.num_experts)
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """Uses are known from the gates."""
 
     def on_step(self, step: StepSignal) -> None:

@@ -5,6 +5,8 @@ The searching thread publishes copies; who evicts reads the last one, at most a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.base import Scorer
@@ -18,8 +20,8 @@ class PublishedScores:
         self._scorer = scorer
         self._latest = np.zeros(size, np.float32)
 
-    def on_use(self, index: int) -> None:
-        self._scorer.on_use(index)
+    def on_use(self, indices: Sequence[int]) -> None:
+        self._scorer.on_use(indices)
 
     def scores(self) -> np.ndarray:
         return self._latest

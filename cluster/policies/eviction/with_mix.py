@@ -6,6 +6,8 @@ nobody happens to, and so attracts the next one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cluster.policies.base import Scorer
@@ -21,8 +23,8 @@ class WithMix:
         """Args: mix: of the worker's requests; kept up to date by who admits them, on any thread."""
         self._scorer, self._mix, self._weight = scorer, mix, weight
 
-    def on_use(self, index: int) -> None:
-        self._scorer.on_use(index)
+    def on_use(self, indices: Sequence[int]) -> None:
+        self._scorer.on_use(indices)
 
     def scores(self) -> np.ndarray:
         values, uses = self._scorer.scores(), self._mix.uses

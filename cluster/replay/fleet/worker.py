@@ -75,8 +75,8 @@ class _StepScores:
     def pass_row(self, row: int) -> None:
         self._row = row
 
-    def on_use(self, index: int) -> None:
-        self._policies.scorer.on_use(index)
+    def on_use(self, indices: Sequence[int]) -> None:
+        self._policies.scorer.on_use(indices)
 
     def scores(self) -> np.ndarray:
         return self._policies.scorer.scores() if self._ring is None else self._ring.outlook(self._row).scores
@@ -235,8 +235,7 @@ class FleetWorker:
             step.pass_gate(listeners, row)
             self._scores.pass_row(row)
             needed = [row * width + expert for expert in step.needed[row]]
-            for index in needed:
-                self._scores.on_use(index)
+            self._scores.on_use(needed)
             missing = self._memory.use(needed, step.rows[row])
             compute_s = machine.processor.compute_s(step.rows[row])
             layer_s = sum(compute_s)

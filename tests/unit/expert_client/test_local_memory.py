@@ -21,6 +21,7 @@ from actors.experts.memory.store import ExpertStore
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.gates.work import ExpertWork
 from cluster.errors import ExpertReadError
+from cluster.policies.residency import LOADING
 from cluster.types import ExpertId
 
 NUM_EXPERTS, LAYERS = 6, (0, 1)
@@ -67,12 +68,12 @@ def _check(store: ExpertStore) -> None:
     """Every slot is free, away, or one expert's; every resident expert has one; nothing is held."""
     assert store.wait_idle(10)
     residents = store._device.residents
-    taken = [slot for slot in residents._slots if slot >= 0]
+    taken = [slot for slot in residents.slots if slot >= 0]
     assert sorted([*residents._free, *residents._retired, *taken]) == list(range(store.grid.size))
     assert len(residents._free) + len(taken) == store.num_slots
-    assert [slot >= 0 for slot in residents._slots] == residents.resident.tolist()
-    assert not residents.held.any()
-    assert not residents.loading.any()
+    assert [slot >= 0 for slot in residents.slots] == residents.resident.tolist()
+    assert not residents.holds.any()
+    assert not (residents.state == LOADING).any()
 
 
 def _wanted(store: ExpertStore, file: ExpertFile, layer: int, experts: list[int]) -> list[int]:

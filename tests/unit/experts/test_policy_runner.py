@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -33,8 +33,8 @@ class Scripted:
         self.pause = threading.Event()
         self.pause.set()
 
-    def on_use(self, index: int) -> None:
-        self.heard.append(f"use {index}")
+    def on_use(self, indices: Sequence[int]) -> None:
+        self.heard += [f"use {index}" for index in indices]
 
     def scores(self) -> np.ndarray:
         return self.values

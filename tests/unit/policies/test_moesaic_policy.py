@@ -70,7 +70,7 @@ def hits(order: EvictionOrder, next_use: NextUse | None, uses: list[list[list[in
             for index in needed:
                 if index in resident:
                     count += 1
-                    order.on_use(index)
+                    order.touch((index,))
                     continue
                 if len(resident) == slots:
                     victim = order.victim(kept)

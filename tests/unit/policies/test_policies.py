@@ -32,7 +32,7 @@ def test_lru_victim_is_the_unpinned_expert_used_longest_ago(steps: list[tuple[st
     last_use: dict[int, int] = {}
     for time, (step, expert, pinned) in enumerate(steps):
         if step == "use":
-            (order.on_use if expert in last_use else order.on_insert)(expert)
+            order.touch((expert,)) if expert in last_use else order.on_insert(expert)
             last_use[expert] = time
         elif step == "evict":
             order.on_evict(expert)
@@ -63,6 +63,6 @@ def test_equal_scores_leave_in_the_order_of_their_last_use() -> None:
     order.on_insert(0)
     order.on_insert(4)
 
-    order.on_use(0)
+    order.touch((0,))
 
     assert order.victim() == 4

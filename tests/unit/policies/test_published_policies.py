@@ -40,10 +40,10 @@ def _gate(row: int, *probs: list[float], ahead: np.ndarray | None = None) -> Gat
 def test_lfu_counts_fade_by_the_step() -> None:
     scorer = LfuScorer(GRID, decay=0.5)
     for _ in range(3):
-        scorer.on_use(0)
+        scorer.on_use([0])
     for _ in range(100):
         scorer.on_step_end()
-    scorer.on_use(1)
+    scorer.on_use([1])
 
     scores = scorer.scores()
 
@@ -68,7 +68,7 @@ def test_fmoe_priorities_are_floats() -> None:
     search = MapSearch(store)
     scorer = FmoeScorer(GRID, search)
     for index in (0, 0, 0, 0, 1):
-        scorer.on_use(index)
+        scorer.on_use([index])
 
     search.on_step(_step(7))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,7 +118,7 @@ class Told:
         self.values = np.zeros(GRID.size, np.float32)
         self.forecast: Forecast | None = None
 
-    def on_use(self, index: int) -> None:
+    def on_use(self, indices: Sequence[int]) -> None:
         """Changes nothing."""
 
     def scores(self) -> np.ndarray:

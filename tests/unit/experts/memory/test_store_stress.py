@@ -27,6 +27,7 @@ from actors.experts.memory.store import ExpertStore
 from actors.weights.reader import ExpertReader
 from actors.weights.slots import SlotForm
 from cluster.errors import ExpertReadError
+from cluster.policies.residency import LOADING
 from cluster.types import ExpertId, Tier
 
 LAYERS, EXPERTS = 3, 6
@@ -182,7 +183,7 @@ def _use(store: ExpertStore, file: ExpertFile, layer: int, experts: list[int], c
 def _assert_within_budget(store: ExpertStore) -> None:
     """By looking into the arenas: every slot that takes memory counts."""
     for stage in store._stages:
-        arena = stage.residents.arena
+        arena = stage.arena
         assert sum(any(arena.view(slot)) for slot in range(arena.max_slots)) <= stage.residents.num_slots
 
 
@@ -190,8 +191,8 @@ def _assert_no_slot_is_lost(store: ExpertStore) -> None:
     """Nothing is under way: every slot is free or has an expert."""
     for stage in store._stages:
         residents = stage.residents
-        assert residents.num_free + sum(residents.is_resident) == residents.num_slots
-        assert not residents.loading.any() and not residents.held.any()
+        assert residents.num_free + residents.resident.sum() == residents.num_slots
+        assert not (residents.state == LOADING).any() and not residents.holds.any()
 
 
 PROGRAMS = st.lists(

@@ -36,7 +36,7 @@ def _use_all(store: ExpertStore, rounds: int = 3) -> int:
 def test_views_do_not_grow_with_what_passes_through(experts: ExpertFile) -> None:
     store = open_store(experts, slots=SLOTS)
     num_pairs = _use_all(store, 20)
-    num_patterns = len({store.form.part_offsets(index) for index in range(store.grid.size)})
+    num_patterns = len({store.form.part_offsets[index] for index in range(store.grid.size)})
     assert num_pairs > 10 * SLOTS and num_patterns > SLOTS, "they would"
 
     after, more = store.view_bytes, _use_all(store, 10) and store.view_bytes
