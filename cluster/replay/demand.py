@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.policies.base import PolicySet
-from cluster.policies.eviction.eviction_order import EvictionOrder
+from cluster.policies.residency import Residency
 from cluster.policies.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT
 from cluster.replay.machine import Machine
@@ -85,38 +85,24 @@ class DemandRun:
 
 
 class DemandMemory:
-    """Residency of one memory, and what happened to it."""
+    """Residency of one memory, and what happened to it. residents: who is where."""
 
     def __init__(self, grid: Grid, policies: PolicySet, num_slots: int) -> None:
-        self._order = EvictionOrder(policies.scorer, grid.size)
-        self._resident = bytearray(grid.size)
-        self._free = num_slots
-        self._kept = np.zeros(grid.size, dtype=np.bool_)
+        self.residents = Residency(grid, policies.scorer, num_slots)
         self._timely_rows: list[int] = []
         self._missing_rows: list[int] = []
         self._counts: list[tuple[int, int, int]] = []  # of each layer: timely, missing, at once
 
-    @property
-    def resident(self) -> np.ndarray:
-        """[N] bool; a view of what is resident now."""
-        return np.frombuffer(self._resident, dtype=np.bool_)
-
     def use(self, needed: Sequence[int], rows: Sequence[int]) -> list[int]:
         """A layer needs these experts; those that had to be loaded. Args: rows: tokens of each."""
-        resident = self._resident
-        timely = [index for index in needed if resident[index]]
-        missing = [index for index in needed if not resident[index]]
-        self._timely_rows += [n for index, n in zip(needed, rows, strict=True) if resident[index]]
-        self._missing_rows += [n for index, n in zip(needed, rows, strict=True) if not resident[index]]
-        self._order.touch(timely)
-        at_once = self._make_room(needed, len(missing)) if missing else 0
+        residents = self.residents
+        found = residents.lookup(needed)
+        timely, missing = [needed[k] for k in found.hits], [needed[k] for k in found.missing]
+        self._timely_rows += [rows[k] for k in found.hits]
+        self._missing_rows += [rows[k] for k in found.missing]
+        residents.touch(timely)
+        at_once = self._load_all(timely, missing) if missing else 0
         self._counts.append((len(timely), len(missing), at_once))
-        for index in missing[:at_once]:
-            self._insert(index)
-        for number in range(at_once, len(missing)):
-            # more is needed than fits: of what was computed, what is worth least gives way
-            self._make_room(missing[number:], 1)
-            self._insert(missing[number])
         return missing
 
     def finish(self, steps: Sequence[ReplayStep]) -> DemandRun:
@@ -129,25 +115,28 @@ class DemandMemory:
             num_timely=counts[:, 0],
             num_missing=counts[:, 1],
             num_at_once=counts[:, 2],
-            num_resident=sum(self._resident),
+            num_resident=self.residents.num_resident,
         )
 
-    def _make_room(self, kept: Sequence[int], count: int) -> int:
-        """Free slots for `count` experts as far as possible without `kept`; how many there are."""
-        if count > self._free:
-            indices = list(kept)
-            self._kept[indices] = True
-            for victim in self._order.victims(count - self._free, self._kept):
-                self._resident[victim] = 0
-                self._order.on_evict(victim)
-                self._free += 1
-            self._kept[indices] = False
-        return min(count, self._free)
+    def _load_all(self, timely: Sequence[int], missing: Sequence[int]) -> int:
+        """How many found a slot at once. The others find one when what was computed gives way."""
+        residents = self.residents
+        residents.hold(timely)
+        residents.hold(missing)
+        at_once = residents.make_room(len(missing))
+        for index in missing[:at_once]:
+            self._load(index)
+        residents.release(timely)
+        residents.release(missing[:at_once])
+        for index in missing[at_once:]:
+            self._load(index)
+            residents.release((index,))
+        return at_once
 
-    def _insert(self, index: int) -> None:
-        self._free -= 1
-        self._resident[index] = 1
-        self._order.on_insert(index)
+    def _load(self, index: int) -> None:
+        is_prepared = self.residents.prepare(index)
+        assert is_prepared, "a memory holds at least one expert"
+        self.residents.complete(index, prefetched=False)
 
 
 def replay_demand(

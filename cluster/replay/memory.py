@@ -1,4 +1,4 @@
-"""The expert memory of a replay: slots, residency, demand loads and prefetch over one link, in virtual time.
+"""The expert memory of a replay: demand loads and prefetch over one link, in virtual time.
 
 Obeys the rules of the live memory: demand goes before prefetch and waits for at most one chunk, a load always finds a
 slot, what is needed now is not evicted, fetches that are no longer wanted are dropped. Experts are flat indices of the
@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cluster.policies.base import Scorer
-from cluster.policies.eviction.eviction_order import EvictionOrder
 from cluster.policies.prefetch.base import Forecast
+from cluster.policies.residency import ABSENT, PREFETCHED, Lookup, Residency
 from cluster.policies.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, ReplayLink
 
@@ -51,69 +49,52 @@ class WantedExperts:
 
 
 class ReplayMemory:
-    """Which experts are resident, and what is on its way."""
+    """A memory whose bytes move in virtual time: the residency and its slots are the live ones. residents: who is where."""
 
     def __init__(self, grid: Grid, scorer: Scorer, link: ReplayLink, num_slots: int) -> None:
         self.counters = ReplayCounters()
         self.link = link
-        self.order = EvictionOrder(scorer, grid.size)
-        self._resident = bytearray(grid.size)
-        self._unproven = bytearray(grid.size)  # fetched ahead and not used since
-        self._free = num_slots
+        self.residents = Residency(grid, scorer, num_slots)
         self._chunks: dict[int, int] = {}  # of fetches ahead that are not complete
         self._landing: tuple[int, float] | None = None  # the fetch whose last chunk is on the link, and its end
         self._wanted: WantedExperts | None = None
         self._next = 0  # of the ranked experts, the first that was not looked at
-        self._needed = np.zeros(grid.size, dtype=np.bool_)
+        self._needed: set[int] = set()  # now; they are held
 
-    @property
-    def num_resident(self) -> int:
-        """Complete experts, without what is on its way."""
-        return sum(self._resident)
-
-    def begin_layer(self, needed: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    def begin_layer(self, needed: Sequence[int]) -> Lookup:
         """These experts are needed now, instead of those before, and the resident ones are used at once.
 
-        Returns places in `needed`: of the resident, of those that are coming, of those that are neither.
+        Returns places in `needed`.
         """
-        here = [k for k, index in enumerate(needed) if self._resident[index]]
-        coming = [k for k, index in enumerate(needed) if index in self._chunks]
-        self._needed[:] = False
-        self._needed[list(needed)] = True
-        for k in here:
-            self.use(needed[k])
-        if len(here) == len(needed):
-            return here, coming, []
-        missing = [k for k, index in enumerate(needed) if not self._resident[index] and index not in self._chunks]
-        if len(missing) > self._free:
-            for victim in self.order.victims(len(missing) - self._free, self._needed):
-                self._evict(victim)
-        return here, coming, missing
-
-    def use(self, index: int) -> None:
-        """A resident expert is computed."""
-        if self._unproven[index]:
-            self._unproven[index] = 0
-            self.counters.used += 1
-        self.order.touch((index,))
+        residents = self.residents
+        residents.release(self._needed)
+        self._needed = set(needed)
+        residents.hold(needed)
+        found = residents.lookup(needed)
+        residents.touch([needed[k] for k in found.hits])
+        residents.make_room(len(found.missing))
+        return found
 
     def unpin(self, indices: Sequence[int]) -> None:
         """These were computed; their slots may go to others."""
-        self._needed[list(indices)] = False
+        done = self._needed.intersection(indices)
+        self.residents.release(done)
+        self._needed -= done
 
     def load(self, index: int, now_s: float) -> float | None:
         """Fetch an expert that is waited for; when it is there. None: no slot, everything is needed."""
         begun = self._chunks.pop(index, 0)
-        if self._landing is not None and self._landing[0] == index:
+        if self._lands(index):
+            assert self._landing is not None
             arrives_s = self._landing[1]
             self._landing = None
         else:
-            if not begun and not self._take_slot():
+            if not begun and not self._prepare(index):
                 return None
             missing = CHUNKS_PER_EXPERT - begun
             self.counters.demand_chunks += missing
             arrives_s = self.link.send(missing, asked_s=now_s, is_demand=True)
-        self._insert(index)
+        self.residents.complete(index, prefetched=False)
         return arrives_s
 
     def want(self, wanted: WantedExperts | None, now_s: float) -> None:
@@ -143,7 +124,9 @@ class ReplayMemory:
 
     def finish(self) -> None:
         """The replay is over: what was fetched ahead and never used was wasted."""
-        self.counters.wasted += sum(self._unproven)
+        residents, counters = self.residents, self.counters
+        counters.used = int(residents.num_used.sum())
+        counters.wasted = int(residents.num_wasted.sum()) + int((residents.state == PREFETCHED).sum())
         for index in list(self._chunks):
             self._drop(index)
 
@@ -152,8 +135,7 @@ class ReplayMemory:
             index = self._landing[0]
             self._landing = None
             del self._chunks[index]
-            self._insert(index)
-            self._unproven[index] = 1
+            self.residents.complete(index, prefetched=True)
 
     def _lands(self, index: int) -> bool:
         return self._landing is not None and self._landing[0] == index
@@ -162,55 +144,31 @@ class ReplayMemory:
         """Give the best of the wanted a slot; None when nothing is wanted, or nothing wanted less can leave."""
         if self._wanted is None:
             return None
-        ranked = self._wanted.ranked()
+        ranked, priority = self._wanted.ranked(), self._wanted.priority
         while self._next < len(ranked):
             index = ranked[self._next]
             self._next += 1
-            if self._resident[index] or index in self._chunks:
+            if self.residents.states[index] != ABSENT:
                 continue
-            if not self._free and not self._evict_for(index, self._wanted.priority):
+            # Nothing that is needed now leaves, nor anything that the same forecast wants as much.
+            if not self.residents.prepare(index, priority >= priority[index]):
                 self._wanted = None
                 return None
-            self._free -= 1
             self._chunks[index] = 0
             return index
         return None
 
-    def _evict_for(self, index: int, priority: np.ndarray) -> bool:
-        """Evict for a fetch ahead: nothing that is needed now, nothing that the same forecast wants as much."""
-        victim = self.order.victim(self._needed | (priority >= priority[index]))
-        if victim is None:
+    def _prepare(self, index: int) -> bool:
+        """Give a demand a slot: a free one, a victim's, or that of a fetch ahead."""
+        if self.residents.prepare(index):
+            return True
+        if not self._chunks:
             return False
-        self._evict(victim)
-        return True
-
-    def _take_slot(self) -> bool:
-        """A slot for a demand: a free one, a victim's, or that of a fetch ahead."""
-        if not self._free:
-            victim = self.order.victim(self._needed)
-            if victim is not None:
-                self._evict(victim)
-            elif self._chunks:
-                self._drop(next(iter(self._chunks)))
-            else:
-                return False
-        self._free -= 1
-        return True
+        self._drop(next(iter(self._chunks)))
+        return self.residents.prepare(index)
 
     def _drop(self, index: int) -> None:
         self.counters.dropped_chunks += self._chunks.pop(index)
         if self._lands(index):
             self._landing = None
-        self._free += 1
-
-    def _insert(self, index: int) -> None:
-        self._resident[index] = 1
-        self.order.on_insert(index)
-
-    def _evict(self, index: int) -> None:
-        self._resident[index] = 0
-        if self._unproven[index]:
-            self._unproven[index] = 0
-            self.counters.wasted += 1
-        self._free += 1
-        self.order.on_evict(index)
+        self.residents.abandon(index)

@@ -131,7 +131,7 @@ class Simulator:
         outcome.demand_chunks, outcome.prefetch_chunks = counters.demand_chunks, counters.prefetch_chunks
         outcome.dropped_chunks = counters.dropped_chunks
         outcome.prefetch_used, outcome.prefetch_wasted = counters.used, counters.wasted
-        outcome.num_resident = self.memory.num_resident
+        outcome.num_resident = self.memory.residents.num_resident
         return outcome
 
     def _chunks_sent(self) -> int:
@@ -189,27 +189,27 @@ class Simulator:
 
     def _compute(self, needed: Sequence[int], compute_s: Sequence[float], counts: ReplayCounts) -> float:
         memory, now_s = self.memory, self._now_s
-        resident, coming, missing = memory.begin_layer(needed)
+        found = memory.begin_layer(needed)
         counts.uses += len(needed)
-        counts.timely += len(resident)
-        counts.late += len(coming)
-        counts.missed += len(missing)
+        counts.timely += len(found.hits)
+        counts.late += len(found.pending)
+        counts.missed += len(found.missing)
         arrives_s: dict[int, float] = {}
-        for k in coming + missing:
+        for k in found.demand_order:
             arrival_s = memory.load(needed[k], now_s)
             if arrival_s is None:
                 break
             arrives_s[k] = arrival_s
         self._link_free_s = memory.link.busy_until_s if arrives_s else now_s
-        alone_s = sum([compute_s[k] for k in resident])
-        end_s, computed, waited = self._computed_s(now_s, alone_s), resident, False
-        for k in coming + missing:
+        alone_s = sum([compute_s[k] for k in found.hits])
+        end_s, computed, waited = self._computed_s(now_s, alone_s), found.hits, False
+        for k in found.demand_order:
             if k not in arrives_s:  # more is needed than fits: what was computed gives way
                 memory.unpin([needed[done] for done in computed])
                 arrival_s = memory.load(needed[k], end_s)
                 assert arrival_s is not None, "a memory holds at least one expert"
                 arrives_s[k] = self._link_free_s = arrival_s
-            memory.use(needed[k])
+            memory.residents.touch((needed[k],))
             waited = arrives_s[k] > end_s
             if waited:
                 counts.stall_s += arrives_s[k] - end_s

@@ -205,7 +205,7 @@ class FleetWorker:
             steps=self.counts.steps,
             step_s=self._recent.step_s,
             prefill_token_s=self._recent.prefill_token_s,
-            resident=np.packbits(self._memory.resident).tobytes(),
+            resident=np.packbits(self._memory.residents.resident).tobytes(),
             mix=self.co_batching.mix.to_bytes(),
             miss_s={Tier.DISK: self._machine.load_s},
             misses=self.counts.loads,

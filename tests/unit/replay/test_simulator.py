@@ -88,7 +88,7 @@ def _run(
     policies = _policies(policy, grid, steps, slots, meter)
     transfers: list[LinkTransfer] = []
     simulator = Simulator(grid, policies, simulated, transfers.append, meter)
-    simulator.memory.order = watched = WatchedOrder(policies.scorer, grid.size, slots)
+    simulator.memory.residents.order = watched = WatchedOrder(policies.scorer, grid.size, slots)
     return Run(simulator.run(steps), transfers, watched, simulated)
 
 

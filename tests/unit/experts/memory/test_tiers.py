@@ -439,7 +439,7 @@ def test_a_load_ahead_goes_up_one_tier_at_a_time_and_never_costs_a_slot(
     slot_bytes = opened(slots=1).slot_bytes
     store = opened(slots=2, ram_bytes=3 * slot_bytes, ram_link=RamLink)
     assert store.wait_idle(10)
-    absent = next(index for index in range(SIZE) if not store._host.residents.resident[index])  # type: ignore[union-attr]
+    absent = next(index for index in range(SIZE) if not store._ram.residents.resident[index])  # type: ignore[union-attr]
     expert = store.form.expert(absent)
 
     assert not store.load_ahead(expert, replaces=lambda _: False), "RAM is full of what is worth more"
