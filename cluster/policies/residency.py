@@ -90,7 +90,7 @@ class Residency:
         self._on_retire = on_retire
         # The same memory: an element of a memoryview is read three times as fast as one of an array.
         self.states, self.slots, self._holds, self._epochs = (
-            memoryview(values.reshape(-1)) for values in (self.state, self.slot, self.holds, self.epoch)
+            values.reshape(-1).data for values in (self.state, self.slot, self.holds, self.epoch)
         )
         self._free: list[int] = []
         self._retired = list(range(self.max_slots - 1, -1, -1))
@@ -120,13 +120,18 @@ class Residency:
         """Where an expert is; None unless it is complete."""
         return self.slots[index] if self.states[index] >= PREFETCHED else None
 
-    def lookup(self, indices: Sequence[int]) -> Lookup:
-        """Which of these are complete, and which are on their way."""
-        found: Lookup = Lookup([], [], [])
+    def lookup(self, indices: Sequence[int], *below: Residency) -> Lookup:
+        """Which of these are complete, and which are on their way. Args: below: memories that they come through."""
+        found = Lookup([], [], [])
         states, (hits, pending, missing) = self.states, found
         for place, index in enumerate(indices):
             state = states[index]
-            (missing if state == ABSENT else pending if state == LOADING else hits).append(place)
+            if state >= PREFETCHED:
+                hits.append(place)
+            elif state == LOADING or any(memory.states[index] == LOADING for memory in below):
+                pending.append(place)
+            else:
+                missing.append(place)
         return found
 
     def claim(self, indices: Sequence[int]) -> list[int]:

@@ -49,7 +49,7 @@ class WantedExperts:
 
 
 class ReplayMemory:
-    """A memory whose bytes move in virtual time: the residency and its slots are the live ones. residents: who is where."""
+    """A memory whose bytes move in virtual time. residents: who is where, in the class of the live memory."""
 
     def __init__(self, grid: Grid, scorer: Scorer, link: ReplayLink, num_slots: int) -> None:
         self.counters = ReplayCounters()

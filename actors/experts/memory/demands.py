@@ -14,7 +14,7 @@ from actors.experts.memory.stage import Stage
 from actors.experts.memory.transfers import ExpertTransfer
 from actors.weights.slots import SlotForm
 from cluster.errors import ExpertReadError
-from cluster.policies.residency import LOADING, PREFETCHED
+from cluster.policies.residency import PREFETCHED
 from cluster.types import Tier
 
 
@@ -31,15 +31,15 @@ class Demands:
 
     def ask(self, missing: Sequence[int]) -> tuple[dict[Tier, int], int]:
         """Begin to load these, those on their way first; how many come from where, and how many were on their way."""
-        pending = [i for i in missing if any(stage.residents.states[i] == LOADING for stage in self._stages)]
+        found = self._fast.lookup(missing, *(stage.residents for stage in self._stages[1:]))
         sources: dict[Tier, int] = {}
-        for index in dict.fromkeys([*pending, *missing]):
+        for index in [missing[place] for place in found.demand_order]:
             tier = self._tier_of(index)
             sources[tier] = sources.get(tier, 0) + 1
             self.waited_for[index] = None
         self._fast.hold(self.waited_for)  # once there, they stay until they are computed
         self.advance()
-        return sources, len(pending)
+        return sources, len(found.pending)
 
     def wait_for_some(self) -> list[int]:
         """Those that are there, no longer waited for but still held; waits for the first.

@@ -24,7 +24,7 @@ class EvictionOrder:
         self._bar = np.full(size, np.inf)  # for residents 0, or _KEPT
         self._kept = np.zeros(size)
         self._last_use = np.zeros(size, dtype=np.int64)
-        self._last_uses = memoryview(self._last_use)  # the same: an element is written faster
+        self._last_uses = self._last_use.data  # the same: an element is written faster
         self._clock = 0
 
     def on_insert(self, index: int) -> None:
