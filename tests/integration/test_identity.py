@@ -20,6 +20,7 @@ from identity import (
     random_cases,
 )
 from model_builders import DEMO, FAMILIES, NUM_EXPERTS, TOP_K, build_checkpoint
+from same_draws import assert_same_draws
 from tokenizers import Tokenizer
 
 from actors.engine.batcher import ScheduledRows
@@ -133,7 +134,7 @@ def test_same_seed_gives_same_tokens_alone_and_in_a_batch_of_16(
     assert [[o.token_id for o in answer] for answer in together[:4]] == [[o.token_id for o in a] for a in alone]
 
 
-def test_sampled_tokens_survive_preemption(demo: Path, cases: list[Case]) -> None:
+def test_sampled_tokens_survive_preemption(demo: Path, cases: list[Case], demo_reference: Reference) -> None:
     batch = cases[:16]
     params = [SamplingParams(max_tokens=16, temperature=0.8, seed=i) for i in range(len(batch))]
     with engine_parts(demo) as parts:
@@ -143,7 +144,8 @@ def test_sampled_tokens_survive_preemption(demo: Path, cases: list[Case]) -> Non
         scarce = generate(parts.engine, batch, params)
         assert parts.engine.batcher.num_preemptions > 0
 
-    assert [[o.token_id for o in answer] for answer in scarce] == [[o.token_id for o in answer] for answer in plenty]
+    ids = [[[o.token_id for o in answer] for answer in answers] for answers in (scarce, plenty)]
+    assert_same_draws(demo_reference, batch, params, *ids)
 
 
 def test_repeated_prompt_reuses_its_prefix_and_gives_the_same_tokens(demo: Path, cases: list[Case]) -> None:
