@@ -78,6 +78,9 @@ class ModelRunner:
         """Compute several micro-batches, resuming each in turn at every MoE layer; logits of each.
 
         While the experts of one work elsewhere, the next one's attention is computed (ping-pong, MegaScale-Infer).
+
+        Groundwork: hides the way to expert hosts where batches are bound by compute. Missing: the engine gives one
+        micro-batch a step; nothing divides a step, nor says when to.
         """
         forwards = [(pack_rows(rows, self._buckets), greenlet.greenlet(self._forward)) for rows in micro_batches]
         signals = self.signals if len(forwards) == 1 else None  # signals are of one step at a time

@@ -20,7 +20,11 @@ from cluster.types import Phase, Tier
 
 
 class Regime(StrEnum):
-    """What a host's time follows."""
+    """What a host's time follows.
+
+    Groundwork: NETWORK, for hosts on a slow network. Missing: hosts measure no time of a row on the wire
+    (`PlacementHost.link_row_s` is 0 live), so no phase is ever found to be in it.
+    """
 
     COMPUTE = "compute"  # rows
     MEMORY = "memory"  # distinct experts

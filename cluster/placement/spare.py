@@ -56,6 +56,9 @@ def gather_pairs(
 
     A token goes once to each host that has one of its experts (as ExFlow and MoETuner place for, within the layer: rows
     come back to the attention worker between layers). Balance may suffer by 5%.
+
+    Groundwork: placement where the network binds. Missing: the statistics count no pairs of experts
+    (`PlacementInputs.pairs` is None live).
     """
     saved_s = 0.0
     if inputs.pairs is None:

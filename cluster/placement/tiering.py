@@ -1,4 +1,8 @@
-"""Which memory tier each expert of one host lies in: most saved stall per byte first, and no swap for a trifle."""
+"""Which memory tier each expert of one host lies in: most saved stall per byte first, and no swap for a trifle.
+
+Groundwork: plans that also say which experts to bring into a faster tier of their host. Missing: hosts report where
+each expert lies (`PlacementInputs.tiers` is empty live), and nobody carries out a PROMOTE or a DEMOTE.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """Expert memory on a GPU: pinned memory as RAM, GPU memory as DEVICE, and the link between them. Never run on a GPU.
 
-The one file with CUDA streams and events; nothing is wired to it yet, since experts are computed on the CPU. What tests
-pin without a GPU is the order of its calls. Knows bytes, slots and one device; knows no experts' contents, no policies.
+Groundwork: the fast tier in GPU memory. Missing: kernels that compute experts on a GPU, and a store that is built from
+these arenas and this link; experts are computed on the CPU.
+
+The one file with CUDA streams and events. What tests pin without a GPU is the order of its calls. Knows bytes, slots
+and one device; knows no experts' contents, no policies.
 
 Who may touch a slot when. Host threads and the GPU run apart, so "the copy was started" and "the kernel was started"
 say nothing of their ends. A copy into a slot therefore waits, on the GPU, for the last kernel that reads it
