@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cluster.semantics.statistics import ExpertStatistics
-from cluster.status.expert_memory import ExpertMemoryStatus
 from cluster.status.experts import ExpertsReport
 from cluster.status.host import ExpertHostStatus
 from cluster.status.worker import WorkerStatus
@@ -142,14 +141,6 @@ class StateStore(Protocol):
 
     def recent_prompts(self, fingerprint: str) -> list[bytes]:
         """Embeddings of the last prompts that workers sent, the latest first."""
-        ...
-
-    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
-        """Leave what a worker or host says of its expert memory; replaces its last report, is forgotten in a minute."""
-        ...
-
-    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
-        """The last reports of those who reported within the minute, by owner."""
         ...
 
     def take_fence(self, fingerprint: str) -> None:

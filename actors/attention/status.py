@@ -52,7 +52,7 @@ def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatu
         generated_tokens=engine.counters.generated_tokens if engine else 0,
         prompt_tokens=engine.counters.prompt_tokens if engine else 0,
         cached_prompt_tokens=engine.counters.cached_prompt_tokens if engine else 0,
-        expert_memory=own_memory_status(parts, config.experts) if parts else None,
+        expert_memory=_memory(parts, config.experts) if parts else None,
         data_plane=_data_plane(parts.dispatcher) if parts and isinstance(parts.dispatcher, HostDispatcher) else None,
         degraded=(*degraded, *worker.statistics.degraded, *worker.learned.degraded),
         failed_steps=worker.failed_steps.in_a_row,
@@ -84,8 +84,7 @@ async def experts_report(worker: AttentionWorker) -> ExpertsReport:
     )
 
 
-def own_memory_status(parts: EngineParts, config: ExpertsConfig) -> ExpertMemoryStatus | None:
-    """The worker's expert memory, if it has one."""
+def _memory(parts: EngineParts, config: ExpertsConfig) -> ExpertMemoryStatus | None:
     return None if parts.backend is None else memory_status(parts.backend, config, parts.policy_runner)
 
 

@@ -14,11 +14,10 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from actors.attention.build import HostAccess, build_engine
-from actors.attention.status import experts_report, own_memory_status, worker_status
+from actors.attention.status import experts_report, worker_status
 from actors.engine.cache_change import change_cache
 from actors.engine.engine import StepOutput
 from actors.engine.failed_steps import FailedSteps
@@ -101,9 +100,7 @@ class AttentionWorker:
         self.failed_steps = FailedSteps()
         self.is_draining = False  # takes no more requests; those under way go on
         self._store = store
-        self.statistics = StatisticsLoop(
-            store, info.fingerprint, self.worker_id, half_life_s=config.scheduler.half_life_s
-        )
+        self.statistics = StatisticsLoop(store, info.fingerprint, half_life_s=config.scheduler.half_life_s)
         self.cluster_counts = ClusterCounts(store, info.fingerprint)
         path = config.experts.policy_state
         self.learned = LearnedStateLoop(store, info.fingerprint, self.worker_id, None if path is None else Path(path))
@@ -241,7 +238,7 @@ class AttentionWorker:
             return
         self.parts, self.phase = parts, StartupPhase.READY
         self._on_ready()
-        self.statistics.start(parts.recorder, partial(own_memory_status, parts, self._config.experts))
+        self.statistics.start(parts.recorder)
         while self._apply_commands(parts):
             self._step(parts)
         parts.recorder.settle()

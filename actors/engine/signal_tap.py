@@ -57,8 +57,7 @@ class SignalTap:
         self._stride = self.policy_runner.stride
         if store.holds_everything:
             return
-        if self.policy_runner.is_behind:
-            self.policy_runner.num_skipped += 1
+        if self.policy_runner.is_behind:  # the step is left out
             return
         ordered = packed_order(rows)
         lengths = np.array([item.num_rows for item in ordered])

@@ -41,19 +41,12 @@ class DeviceOwner:
         self._backend = backend
         self._costs = costs
         self._stall_s = 0.0
-        self._began_s: float | None = None  # of the batch under way, monotonic
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="device-owner", daemon=True)
 
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
-
-    @property
-    def stalled_s(self) -> float:
-        """How long the batch under way has taken so far; 0 without one."""
-        began_s = self._began_s
-        return 0.0 if began_s is None else time.monotonic() - began_s
 
     def start(self) -> None:
         """Begin to compute."""
@@ -80,9 +73,7 @@ class DeviceOwner:
             self._add(task)
         batch = self._pool.take()
         if batch:
-            self._began_s = time.monotonic()
             self._compute(batch)
-            self._began_s = None
 
     def _add(self, task: DispatchTask) -> None:
         # The ids are copied before they are checked: a worker that breaks could still write to those it shares.

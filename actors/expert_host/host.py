@@ -214,7 +214,6 @@ class ExpertHost:
             ram_capacity=store.ram_budget_bytes // store.slot_bytes if store else 0,
             expert_bytes=store.slot_bytes if store else 0,
             resident=_bits(store.resident, store.grid.layers) if store else b"",
-            ram_resident=_bits(store.in_ram, store.grid.layers) if store and store.ram_budget_bytes else b"",
             expert_s=self._costs.expert_s,
             row_s=self._costs.row_s,
             miss_s=store.miss_s() if store else {},
@@ -222,8 +221,6 @@ class ExpertHost:
             num_batches=owner.num_batches if owner else 0,
             busy_s=owner.busy_s if owner else 0.0,
             stall_s=store.counters.total_stall_s if store else 0.0,
-            stalled_s=owner.stalled_s if owner else 0.0,
-            memory=self._memory_status(),
         )
 
     def status(self) -> ExpertHostStatus:

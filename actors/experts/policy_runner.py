@@ -45,7 +45,7 @@ class LayerTimes(NamedTuple):
 class PolicyRunner:
     """Between the engine's thread, which posts, and the policies, which live on the searching thread.
 
-    num_skipped: steps left out. num_unsound: forecasts left out, that were not finite. problem: why search has ended
+    num_unsound: forecasts left out, that were not finite. problem: why search has ended
     for good, if it has. busy_s: processor time of the searching thread; step_s: of steps by the clock.
     """
 
@@ -60,7 +60,6 @@ class PolicyRunner:
     ) -> None:
         """Args: inline: no thread; whoever posts does the work, for tests."""
         self.store, self.policies, self.meter = store, policies, meter
-        self.num_skipped = 0
         self.num_unsound = 0
         self.problem: str | None = None
         self.busy_s = 0.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -100,10 +99,6 @@ class ExpertHostActor:
     def checksums(self, form: str, experts: list[ExpertId]) -> dict[ExpertId, int]:
         """Of those that are in memory."""
         return self._host.checksums(form, experts)
-
-    def process_id(self) -> int:
-        """Of the actor's process."""
-        return os.getpid()
 
     def stop(self) -> None:
         """End connections and compute."""

@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from cluster.config.sections import SchedulerConfig
-from cluster.control.host_memories import HostMemories
 from cluster.control.host_scaler import HostScaler
 from cluster.control.moment import Moment, Moments
 from cluster.control.roster import Roster
@@ -40,7 +39,6 @@ from cluster.types import StartupPhase
 _LOG = logging.getLogger(__name__)
 _SILENCE_S = 10.0  # without a report, after which a process is forgotten
 _LEARN_EVERY_S = 3.0
-_SHARE_EVERY_S = 10.0  # what is told of hosts is forgotten after a minute
 _LEARN_SHARE = 0.02  # of the time, at most: the statistics of a large model are megabytes
 _DRAINING = "draining"
 
@@ -66,7 +64,6 @@ class Scheduler:
         self._fingerprint = fingerprint
         self._store = store
         self._learner = learner
-        self._memories = HostMemories(store, fingerprint)
         self._placer = placer
         self._scaler = scaler
         self._clock = clock
@@ -80,7 +77,6 @@ class Scheduler:
         self._seen_version = 0  # of knowledge that somebody has: numbers are not used twice
         self._seen_clusters = 0
         self._learn_s = self._began_s
-        self._share_s = self._began_s
         self._drain_version: int | None = None  # None until it was read
         self._drains_changed = False  # since they were remembered
         self._store_problem: str | None = None
@@ -131,14 +127,10 @@ class Scheduler:
                 self._store.take_fence(self._fingerprint)
                 self._has_fence = True
             self._remember_drains()
-            if now_s >= self._share_s:
-                self._share_s = now_s + _SHARE_EVERY_S
-                self._share_hosts(now_s)
             if now_s >= self._learn_s and self._learn():
                 took_s = self._clock() - now_s
                 self._learn_s = now_s + max(_LEARN_EVERY_S, took_s / _LEARN_SHARE)
             self._place(now_s)
-            self._memories.keep([report for report, _ in self._snapshot().hosts(now_s)], now_s)
             self._store_problem = None
         except ConnectionError as error:
             self._store_problem = str(error)
@@ -218,12 +210,6 @@ class Scheduler:
                 self._knowledge, self._known_s = knowledge, self._clock()
                 self._known = self._learner.statistics
         return True
-
-    def _share_hosts(self, now_s: float) -> None:
-        """Leave what hosts say of their memories in the store, as workers do themselves: hosts have no way there."""
-        for report, _ in self._snapshot().hosts(now_s):
-            if report.memory is not None:
-                self._store.report_owner(self._fingerprint, report.host_id, report.memory)
 
     def _place(self, now_s: float) -> None:
         """Hosts come and go first, then the placement follows."""

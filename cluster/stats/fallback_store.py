@@ -17,7 +17,6 @@ from typing import TypeVar
 from cluster.protocols import LearnedShare, StateStore, VersionedState
 from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
-from cluster.status.expert_memory import ExpertMemoryStatus
 
 T = TypeVar("T")
 
@@ -117,14 +116,6 @@ class FallbackStore:
     def recent_prompts(self, fingerprint: str) -> list[bytes]:
         """The primary's."""
         return self._through(lambda: self._primary.recent_prompts(fingerprint))
-
-    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
-        """Through to the primary."""
-        self._through(lambda: self._primary.report_owner(fingerprint, owner, status))
-
-    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
-        """The primary's."""
-        return self._through(lambda: self._primary.owners(fingerprint))
 
     def take_fence(self, fingerprint: str) -> None:
         """Through to the primary."""

@@ -15,9 +15,7 @@ from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
 from cluster.stats.decayed_totals import DecayedTotals
 from cluster.stats.learned_shares import MAX_SHARES, check_size
-from cluster.stats.owner_reports import OWNER_TTL_S
 from cluster.stats.recent_prompts import MAX_PROMPTS, checked_prompts
-from cluster.status.expert_memory import ExpertMemoryStatus
 
 
 class MemoryStore:
@@ -30,7 +28,6 @@ class MemoryStore:
         self._shares: dict[tuple[str, str], dict[str, LearnedShare]] = {}  # owners, last published last
         self._totals: dict[str, DecayedTotals] = {}
         self._prompts: dict[str, deque[bytes]] = {}  # the latest first
-        self._owners: dict[str, dict[str, tuple[float, ExpertMemoryStatus]]] = {}
         self._states: dict[tuple[str, str], VersionedState] = {}
 
     @property
@@ -92,16 +89,6 @@ class MemoryStore:
         with self._lock:
             return [*self._prompts.get(fingerprint, ())]
 
-    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
-        """Keep an owner's last report."""
-        with self._lock:
-            self._owners[fingerprint] = self._fresh_owners(fingerprint) | {owner: (self._clock(), status)}
-
-    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
-        """Reports of the last minute."""
-        with self._lock:
-            return {owner: status for owner, (_, status) in self._fresh_owners(fingerprint).items()}
-
     def take_fence(self, fingerprint: str) -> None:
         """Nothing to do: no other process writes here."""
 
@@ -118,7 +105,3 @@ class MemoryStore:
         """The state of the highest version."""
         with self._lock:
             return self._states.get((fingerprint, name))
-
-    def _fresh_owners(self, fingerprint: str) -> dict[str, tuple[float, ExpertMemoryStatus]]:
-        oldest_s = self._clock() - OWNER_TTL_S
-        return {owner: entry for owner, entry in self._owners.get(fingerprint, {}).items() if entry[0] > oldest_s}

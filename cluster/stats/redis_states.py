@@ -1,4 +1,4 @@
-"""What one writer leaves for others in Redis: shares of what was learned, owners' reports, states.
+"""What one writer leaves for others in Redis: shares of what was learned, states.
 
 Knows scripts; the keys are in redis_store.py.
 """
@@ -11,9 +11,7 @@ from typing import cast
 from cluster.errors import Superseded
 from cluster.protocols import LearnedShare, VersionedState
 from cluster.stats.learned_shares import MAX_SHARES, SHARE_TTL_S, check_size
-from cluster.stats.owner_reports import MAX_OWNERS, OWNER_TTL_S, pack_owner, unpack_owner
 from cluster.stats.redis_connection import RedisConnection
-from cluster.status.expert_memory import ExpertMemoryStatus
 
 _WEIGHT = struct.Struct("<Q")
 
@@ -75,7 +73,7 @@ _GET = "return redis.call('HMGET', KEYS[1], 'version', 'state')"
 
 
 class RedisStates:
-    """The part of RedisStore for `publish_learned`, `read_learned`, `report_owner`, `owners` and the states."""
+    """The part of RedisStore for `publish_learned`, `read_learned` and the states."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._key = connection.key
@@ -90,25 +88,15 @@ class RedisStates:
         """StateStore.publish_learned."""
         check_size(name, blob)
         value = _WEIGHT.pack(weight) + blob
-        self._publish(self._entry_keys(fingerprint, f"learned:{name}"), [owner, value, MAX_SHARES, int(SHARE_TTL_S)])
+        self._publish(self._share_keys(fingerprint, name), [owner, value, MAX_SHARES, int(SHARE_TTL_S)])
 
     def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
         """StateStore.read_learned."""
+        found = cast("list[bytes]", self._published(self._share_keys(fingerprint, name), [int(SHARE_TTL_S)]))
         return [
-            LearnedShare(owner, _WEIGHT.unpack_from(value)[0], value[_WEIGHT.size :])
-            for owner, value in self._entries(fingerprint, f"learned:{name}", SHARE_TTL_S)
+            LearnedShare(owner.decode(), _WEIGHT.unpack_from(value)[0], value[_WEIGHT.size :])
+            for owner, value in zip(found[::2], found[1::2], strict=True)
         ]
-
-    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
-        """StateStore.report_owner."""
-        self._publish(
-            self._entry_keys(fingerprint, "owners"), [owner, pack_owner(status), MAX_OWNERS, int(OWNER_TTL_S)]
-        )
-
-    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
-        """StateStore.owners."""
-        entries = self._entries(fingerprint, "owners", OWNER_TTL_S)
-        return {owner: status for owner, value in entries if (status := unpack_owner(value)) is not None}
 
     def take_fence(self, fingerprint: str) -> None:
         """StateStore.take_fence."""
@@ -130,9 +118,5 @@ class RedisStates:
         version, blob = cast("list[bytes | None]", self._get([self._key(fingerprint, f"state:{name}")]))
         return None if version is None or blob is None else VersionedState(int(version), blob)
 
-    def _entries(self, fingerprint: str, kind: str, ttl_s: float) -> list[tuple[str, bytes]]:
-        found = cast("list[bytes]", self._published(self._entry_keys(fingerprint, kind), [int(ttl_s)]))
-        return [(owner.decode(), value) for owner, value in zip(found[::2], found[1::2], strict=True)]
-
-    def _entry_keys(self, fingerprint: str, kind: str) -> list[str]:
-        return [self._key(fingerprint, kind), self._key(fingerprint, f"{kind}:times")]
+    def _share_keys(self, fingerprint: str, name: str) -> list[str]:
+        return [self._key(fingerprint, f"learned:{name}"), self._key(fingerprint, f"learned:{name}:times")]

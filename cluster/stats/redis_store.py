@@ -8,7 +8,6 @@ their keys are left alone)
 | activations:P | hash | "layer:expert" -> exact count in phase P (prefill, decode), since the first worker | layers x experts |
 | statistics:0, :1 | hash | decayed counts and masses by cluster of prompts (redis_statistics.py): "version" and "shape" of the clusters, and "cluster:phase:layer" -> time, then count and mass of each expert, as doubles. Clusters of version v are in v % 2, so a new version takes the place of the last but one. The cluster after the last is of prompts without one. | 2 x 2 x clusters x layers x experts x 16 bytes; a day or 16 half-lives |
 | prompts | list | embeddings of the last prompts, int8 | 1024 x 64 bytes; a day |
-| owners, owners:times | hash, sorted set | worker or host -> its expert memory as JSON (hits, misses by tier, bytes, stalls), and when | 4096; a minute |
 | learned:K, learned:K:times | hash, sorted set | worker -> weight (8 bytes) and share of a kind of learned state K, and when | learned_shares.py; a day |
 | state:N | hash | "version" and "state" of what the scheduler remembers by the name N (clusters, placement) | one a name |
 | fence | string | a number that grows with every scheduler; states are taken from the last one only | |
@@ -31,7 +30,6 @@ from cluster.stats.redis_connection import RedisConnection
 from cluster.stats.redis_counts import RedisCounts
 from cluster.stats.redis_states import RedisStates
 from cluster.stats.redis_statistics import RedisStatistics
-from cluster.status.expert_memory import ExpertMemoryStatus
 
 
 class RedisStore:
@@ -90,14 +88,6 @@ class RedisStore:
     def recent_prompts(self, fingerprint: str) -> list[bytes]:
         """Embeddings of the last prompts of all workers, the latest first."""
         return self._statistics.recent_prompts(fingerprint)
-
-    def report_owner(self, fingerprint: str, owner: str, status: ExpertMemoryStatus) -> None:
-        """Keep an owner's last report."""
-        self._states.report_owner(fingerprint, owner, status)
-
-    def owners(self, fingerprint: str) -> dict[str, ExpertMemoryStatus]:
-        """Reports of the last minute, the latest first."""
-        return self._states.owners(fingerprint)
 
     def take_fence(self, fingerprint: str) -> None:
         """Be the one writer of states from now on."""

@@ -6,8 +6,7 @@ this thread reads them now and then and sends the differences.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -16,11 +15,9 @@ from cluster.periodic import Pace, PeriodicLoop
 from cluster.protocols import StateStore
 from cluster.semantics.statistics import ExpertStatistics, no_statistics
 from cluster.stats.activation_counts import Counts
-from cluster.status.expert_memory import ExpertMemoryStatus
 from cluster.types import Phase
 
 _INTERVAL_S = 2.0
-_REPORT_INTERVAL_S = 10.0
 _MAX_CPU_SHARE = 0.005  # of one core, whatever the number of experts: a larger model is sent less often
 _STOP_TIMEOUT_S = 5.0
 _MAX_PROMPTS = 32  # embeddings that wait for a store that is away
@@ -51,20 +48,17 @@ class StatisticsLoop:
         self,
         store: StateStore,
         fingerprint: str,
-        owner: str = "",
         *,
         half_life_s: float = 1800.0,
         interval_s: float = _INTERVAL_S,
     ) -> None:
-        """Args: owner: the worker's id, by which it reports its expert memory. half_life_s: of statistics."""
+        """Args: half_life_s: of statistics."""
         self._store = store
         self._fingerprint = fingerprint
-        self._owner = owner
         self._half_life_s = half_life_s
         self._interval_s = interval_s
         self._loop: PeriodicLoop | None = None
         self._was_shared = store.is_shared  # one that never was is no news
-        self._report_s = 0.0  # when the next report is due
 
     @property
     def num_flushes(self) -> int:
@@ -90,11 +84,11 @@ class StatisticsLoop:
             reason = self._store.description
         return (f"statistics store: {reason}",) if reason is not None else ()
 
-    def start(self, recorded: Recorded, memory_status: Callable[[], ExpertMemoryStatus | None] = lambda: None) -> None:
-        """Send what is recorded from now on, and what `memory_status` says every few seconds."""
+    def start(self, recorded: Recorded) -> None:
+        """Send what is recorded from now on."""
         sender = _Sender(self._store, self._fingerprint, recorded, self._half_life_s)
         self._loop = PeriodicLoop(
-            lambda: self._flush(sender, memory_status),
+            lambda: self._flush(sender),
             Pace(
                 "statistics",
                 interval_s=self._interval_s,
@@ -112,18 +106,12 @@ class StatisticsLoop:
         if self._loop is not None:
             self._loop.stop(_STOP_TIMEOUT_S)
 
-    def _flush(self, sender: _Sender, memory_status: Callable[[], ExpertMemoryStatus | None]) -> None:
+    def _flush(self, sender: _Sender) -> None:
         """Raises:
         ConnectionError: the store is away, or since then a memory of this process stands in for it.
         """
-        status = None
-        if time.monotonic() >= self._report_s and self._owner:
-            self._report_s = time.monotonic() + _REPORT_INTERVAL_S
-            status = memory_status()
         if not sender.send():
             self._store.ping()
-        if status is not None:
-            self._store.report_owner(self._fingerprint, self._owner, status)
         if self._was_shared and not self._store.is_shared:
             raise ConnectionError(self._store.description)
 

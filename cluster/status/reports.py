@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from cluster.placement.plan import Placement
 from cluster.semantics.knowledge import Knowledge
-from cluster.status.expert_memory import ExpertMemoryStatus
 from cluster.types import StartupPhase, Tier
 
 
@@ -33,7 +32,6 @@ class WorkerReport:
     layers: tuple[int, ...] = ()
     num_experts: int = 0
     top_k: int = 0
-    expert_bytes: int = 0
     num_running: int = 0
     num_waiting: int = 0
     max_open: int = 0
@@ -46,7 +44,6 @@ class WorkerReport:
     ram_resident: bytes = b""
     mix: bytes = b""
     miss_s: Mapping[Tier, float] = field(default_factory=dict[Tier, float])
-    hits: int = 0
     misses: int = 0
     stall_s: float = 0.0
     knowledge_version: int = 0
@@ -61,7 +58,6 @@ class HostReport:
     capacity: experts that its fast tier holds. expert_s, row_s: measured time of one distinct expert and of one row in
     a batch. miss_s: of getting an expert that is not in the fast tier, by where it lies. stall_s: of busy_s, spent
     waiting for such experts. epochs: of the placements whose frames it takes (two while a migration is under way).
-    memory: for the shared statistics.
     """
 
     host_id: str
@@ -73,7 +69,6 @@ class HostReport:
     ram_capacity: int = 0
     expert_bytes: int = 0
     resident: bytes = b""
-    ram_resident: bytes = b""
     expert_s: float = 0.0
     row_s: float = 0.0
     miss_s: Mapping[Tier, float] = field(default_factory=dict[Tier, float])
@@ -81,8 +76,6 @@ class HostReport:
     num_batches: int = 0
     busy_s: float = 0.0
     stall_s: float = 0.0
-    stalled_s: float = 0.0
-    memory: ExpertMemoryStatus | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

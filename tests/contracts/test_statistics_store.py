@@ -1,17 +1,15 @@
-"""What every `StateStore` promises of decayed statistics, prompts, owners and states (stores: conftest.py)."""
+"""What every `StateStore` promises of decayed statistics, prompts and states (stores: conftest.py)."""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import redis
-from fakes import MEMORY
 
 from cluster.protocols import StateStore
 from cluster.semantics.statistics import COUNT, MASS, ExpertStatistics, no_statistics
@@ -147,15 +145,6 @@ def test_prompts_are_the_latest_and_bounded(store: StateStore, fingerprint: str)
         store.add_statistics(fingerprint, nothing, [bytes(65)], half_life_s=LONG_S)
 
 
-def test_owners_replace_their_reports(store: StateStore, fingerprint: str) -> None:
-    assert store.owners(fingerprint) == {}
-    store.report_owner(fingerprint, "w1", MEMORY)
-    store.report_owner(fingerprint, "h0", replace(MEMORY, stall_s=2.5))
-    store.report_owner(fingerprint, "w1", replace(MEMORY, hits=8))
-    assert store.owners(fingerprint) == {"w1": replace(MEMORY, hits=8), "h0": replace(MEMORY, stall_s=2.5)}
-    assert store.owners(fingerprint + "-other") == {}
-
-
 def test_states_never_go_backwards(store: StateStore, fingerprint: str) -> None:
     assert store.get_state(fingerprint, "clusters") is None
     assert store.put_state(fingerprint, "clusters", b"\x00\xff", 3)
@@ -219,19 +208,14 @@ def test_memory_is_bounded_and_given_back(valkey: EmbeddedValkey, fingerprint: s
         full = no_statistics(version, 2, LAYERS, NUM_EXPERTS)
         full.values[:] = 1
         store.add_statistics(fingerprint, full, [b"p"], half_life_s=LONG_S)
-        store.report_owner(fingerprint, "w1", MEMORY)
     with redis.Redis.from_url(valkey.url) as client:
         keys = {
             key.decode().removeprefix(f"moesaic:v3:moesaic:moesaic:{fingerprint}:"): key
             for key in client.scan_iter(f"*{fingerprint}*")
         }
-        assert set(keys) == {"epoch", "statistics:0", "statistics:1", "prompts", "owners", "owners:times"}
+        assert set(keys) == {"epoch", "statistics:0", "statistics:1", "prompts"}
         assert client.hlen(keys["statistics:1"]) == 2 + 3 * 2 * len(LAYERS)
         assert all(client.pttl(key) > 0 for name, key in keys.items() if name != "epoch")
-        client.zadd(keys["owners:times"], {"w1": time.time() - 61})
-        assert store.owners(fingerprint) == {}
-        store.report_owner(fingerprint, "w2", MEMORY)
-        assert client.hkeys(keys["owners"]) == [b"w2"]
 
 
 def test_unreachable_redis_is_a_connection_error() -> None:
@@ -242,8 +226,6 @@ def test_unreachable_redis_is_a_connection_error() -> None:
             lambda each=each: each.add_statistics("f", _counted(1, {}), [b"p"], half_life_s=1),
             lambda each=each: each.statistics("f", 1, half_life_s=1),
             lambda each=each: each.recent_prompts("f"),
-            lambda each=each: each.report_owner("f", "w", MEMORY),
-            lambda each=each: each.owners("f"),
             lambda each=each: each.put_state("f", "n", b"", 1),
             lambda each=each: each.get_state("f", "n"),
         ):
@@ -256,7 +238,6 @@ def test_in_memory_statistics_fade_by_the_clock_given() -> None:
     now_s = 0.0
     store = MemoryStore(clock=lambda: now_s)
     store.add_statistics("f", _counted(1, {(0, 1, 0, 0): (8, 4)}), (), half_life_s=10)
-    store.report_owner("f", "w1", MEMORY)
     now_s = 20.0
     store.add_statistics("f", _counted(1, {(0, 1, 0, 0): (8, 4)}), (), half_life_s=10)
     now_s = 30.0
@@ -264,5 +245,3 @@ def test_in_memory_statistics_fade_by_the_clock_given() -> None:
     assert found is not None
     assert found.values[0, 1, 0, 0].tolist() == [(8 / 4 + 8) / 2, (4 / 4 + 4) / 2]
     assert found.values[0, 1, 0, 0, MASS] == 2.5
-    now_s = 100.0
-    assert store.owners("f") == {}

@@ -197,7 +197,6 @@ class FleetWorker:
             layers=grid.layers,
             num_experts=grid.num_experts,
             top_k=grid.top_k,
-            expert_bytes=self._machine.expert_bytes,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             max_open=self._max_running + self._max_queue,

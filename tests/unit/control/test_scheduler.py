@@ -276,23 +276,12 @@ def test_without_hosts_there_is_no_plan() -> None:
         _scheduler(_Clock()).plan()
 
 
-def test_what_hosts_say_of_their_memories_is_left_in_the_store() -> None:
-    store = _Store()
-    scheduler = _scheduler(_Clock(), store=store)
-    scheduler.report_host(host_report(0, memory=MEMORY))
-    scheduler.report_host(host_report(1))
-
-    scheduler.turn()
-
-    assert store.owners("f") == {"host-0-1": MEMORY}
-
-
 def test_a_report_with_numbers_that_are_none_has_them_as_not_measured() -> None:
     clock = _Clock()
     scheduler = _scheduler(clock)
     nan = float("nan")
     scheduler.report_worker(worker_report("w", step_s=nan, stall_s=float("inf"), miss_s={Tier.DISK: nan}))
-    scheduler.report_host(host_report(0, expert_s=nan, memory=replace(MEMORY, search_share=nan)))
+    scheduler.report_host(host_report(0, expert_s=nan, busy_s=nan))
 
     ((report, _),) = scheduler.routing_view(0).workers
     assert (report.step_s, report.stall_s, report.miss_s) == (0.0, 0.0, {Tier.DISK: 0.0})

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from fakes import MEMORY
 
 from cluster.semantics.statistics import COUNT, ExpertStatistics, no_statistics
 from cluster.stats.activation_counts import Counts, Deltas
@@ -183,13 +182,3 @@ def test_what_was_counted_by_the_last_clusters_goes_there_and_the_rest_to_the_ne
         [pytest.approx([3, 1.5])],
         [[0, 0], pytest.approx([5, 2.5]), [0, 0]],
     ]
-
-
-def test_expert_memory_is_reported_by_its_owner() -> None:
-    store = _Store()
-    loop = StatisticsLoop(store, "f", "w1", interval_s=0.005)
-    loop.start(_Recorded(), lambda: MEMORY)
-    store.wait_for_calls()
-    loop.stop()
-
-    assert store.owners("f") == {"w1": MEMORY}
