@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import StepInputs, packed_order
 from actors.experts.policy_runner import LayerTimes, PolicyRunner
-from actors.gates.reader import GateReader, gate_modules, means
+from actors.gates.reader import gate_readers, means
 from actors.gates.work import ExpertWork
 from actors.kernels.search import load_search
 from cluster.policies.signals import GateSignal, StepSignal
@@ -31,13 +31,8 @@ class SignalTap:
 
     def __init__(self, model: nn.Module, policy_runner: PolicyRunner) -> None:
         """Raises: CheckpointError: an experts module without a gate beside it."""
-        gates = gate_modules(model)
-        layers = tuple(gates)
         self.policy_runner = policy_runner
-        kernels, following = load_search(), None
-        self._readers: dict[int, GateReader] = {}
-        for row, layer in reversed(list(enumerate(layers))):
-            following = self._readers[layer] = GateReader(row, gates[layer], following, kernels)
+        self._readers = gate_readers(model, load_search())
         self._embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
         self._logits: dict[int, Tensor] = {}
         self._numbers: dict[RequestId, int] = {}
@@ -47,8 +42,8 @@ class SignalTap:
         self._num_rows = 0
         self._stride = 1
         self._began_s = self._last_s = self._stall_s = self._demand_s = 0.0
-        for layer, gate in gates.items():
-            gate.register_forward_hook(partial(self._on_gate, layer))
+        for layer, reader in self._readers.items():
+            reader.gate.register_forward_hook(partial(self._on_gate, layer))
 
     def begin(self, rows: Seq[ScheduledRows], step: StepInputs) -> None:
         """A step is about to run."""

@@ -2,21 +2,25 @@
 
 Knows the order in which a step packs its rows; knows nothing of files or prompts' text.
 
-Shapes: as in cluster/policies/trace.py.
+Shapes: as in cluster/policies/trace.py; T packed rows of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from actors.engine.batcher import ScheduledRows
 from actors.engine.step import packed_order
-from actors.gates.reader import GateRows, GateTap
+from actors.gates.reader import gate_readers
 from cluster.errors import InvalidOutput
 from cluster.policies.trace import GateTrace, TracedModel, TracedRequest
 from cluster.types import GenerationRequest, RequestId, SamplingParams
@@ -25,6 +29,52 @@ if TYPE_CHECKING:
     from actors.engine.model_runner import ModelRunner
     from actors.engine.parts import EngineParts
     from cluster.model.info import ModelInfo
+
+
+@dataclass(frozen=True, slots=True)
+class GateRows:
+    """One forward: probs [T, L, E] and ahead [T, L - 1, E] float16, chosen [T, L, K] uint16; see GateTrace."""
+
+    probs: np.ndarray
+    chosen: np.ndarray
+    ahead: np.ndarray
+
+
+class RowTap:
+    """Hooks on every gate of a model, which keep what its reader says of each row; a context manager."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises: CheckpointError: an experts module without a gate beside it."""
+        self._readers = gate_readers(model)
+        self.layers = tuple(self._readers)
+        self._handles: list[RemovableHandle] = []
+        self._said: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # probabilities, choices, ahead
+
+    def __enter__(self) -> Self:
+        for layer, reader in self._readers.items():
+            self._handles.append(reader.gate.register_forward_hook(partial(self._on_gate, layer)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._said.clear()
+
+    def take(self, num_rows: int) -> GateRows:
+        """What the last forward gave for its first `num_rows` rows; the others are padding."""
+        assert len(self._said) == len(self.layers), "take() follows a whole forward"
+        said = [self._said[layer] for layer in self.layers]
+        probs = _half([each[0][:num_rows] for each in said])
+        chosen = torch.stack([each[1][:num_rows] for each in said], dim=1).cpu().numpy().astype(np.uint16)
+        ahead = [torch.zeros_like(each[0]) if each[2] is None else each[2] for each in said[:-1]]
+        self._said.clear()
+        return GateRows(probs, chosen, _half([each[:num_rows] for each in ahead]) if ahead else probs[:, :0])
+
+    def _on_gate(self, layer: int, _module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        logits, _weights, indices = output
+        probs, ahead = self._readers[layer].rows(logits, inputs[0])
+        self._said[layer] = probs, indices, ahead
 
 
 @dataclass(slots=True)
@@ -40,7 +90,7 @@ class _Recording:
 class TracingRunner:
     """Stands in for an engine's runner: computes the same, and keeps what the gates said of every row."""
 
-    def __init__(self, runner: ModelRunner, tap: GateTap) -> None:
+    def __init__(self, runner: ModelRunner, tap: RowTap) -> None:
         self.model = runner.model
         self._runner = runner
         self._tap = tap
@@ -94,7 +144,7 @@ def record_trace(
     """
     engine = parts.engine
     runner = engine.runner
-    with GateTap(runner.model) as tap:
+    with RowTap(runner.model) as tap:
         tracing = TracingRunner(runner, tap)
         engine.runner = tracing  # type: ignore[assignment]
         try:
@@ -154,3 +204,8 @@ def _assemble(
         vocab=vocab,
         embeddings=table[vocab.tolist()].detach().float().cpu().numpy().astype(np.float16),  # type: ignore[index]
     )
+
+
+def _half(layers: Sequence[Tensor]) -> np.ndarray:
+    """[T, L, E] of layers [T, E]."""
+    return torch.stack(tuple(layers), dim=1).to(torch.float16).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Reads what the gates of a model compute in a forward, while attached; costs nothing when it is not.
+"""Reads what the gates of a model compute in a forward, for policies and for traces.
 
 Knows transformers' gate modules: they stand beside the experts module and return (logits, weights, indices).
 
@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,61 +22,6 @@ from cluster.errors import CheckpointError
 from cluster.policies.signals import GateSignal
 
 _GATE_NAMES = ("gate", "router")
-
-
-@dataclass(frozen=True, slots=True)
-class GateRows:
-    """One forward: probs [T, L, E] and ahead [T, L - 1, E] float16, chosen [T, L, K] uint16; see GateTrace."""
-
-    probs: np.ndarray
-    chosen: np.ndarray
-    ahead: np.ndarray
-
-
-class GateTap:
-    """Hooks on every gate of a model; a context manager."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Raises: CheckpointError: an experts module without a gate beside it."""
-        self._gates = gate_modules(model)
-        self.layers = tuple(self._gates)
-        self._probability = gate_probability(next(iter(self._gates.values())))
-        self._handles: list[Any] = []
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self._ahead: dict[int, Tensor] = {}
-
-    def __enter__(self) -> Self:
-        following = dict(zip(self.layers, self.layers[1:], strict=False))
-        for layer, gate in self._gates.items():
-            next_gate = self._gates.get(following.get(layer, -1))
-            self._handles.append(gate.register_forward_hook(partial(self._on_gate, layer, next_gate)))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._seen.clear()
-
-    def take(self, num_rows: int) -> GateRows:
-        """What the last forward gave for its first `num_rows` rows; the others are padding."""
-        assert len(self._seen) == len(self.layers), "take() follows a whole forward"
-        probs = torch.stack([self._seen[layer][0][:num_rows] for layer in self.layers], dim=1)
-        chosen = torch.stack([self._seen[layer][1][:num_rows] for layer in self.layers], dim=1)
-        ahead = [self._ahead[layer][:num_rows] for layer in self.layers[:-1]]
-        stacked = torch.stack(ahead, dim=1) if ahead else probs[:, :0]
-        self._seen.clear()
-        return GateRows(_half(probs), chosen.cpu().numpy().astype(np.uint16), _half(stacked))
-
-    def _on_gate(
-        self, layer: int, next_gate: nn.Module | None, _: nn.Module, inputs: tuple[Tensor, ...], output: Any
-    ) -> None:
-        logits, _weights, indices = output
-        self._seen[layer] = (self._probability(logits), indices)
-        if next_gate is not None and not _takes_rows_alone(next_gate):
-            self._ahead[layer] = torch.zeros_like(self._seen[layer][0])
-        elif next_gate is not None:  # forward, not the call: a call would run this hook for the next layer
-            self._ahead[layer] = self._probability(next_gate.forward(inputs[0])[0])
 
 
 def gate_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -100,14 +42,16 @@ def gate_modules(model: nn.Module) -> dict[int, nn.Module]:
 
 
 class GateReader:
-    """What one gate says, without torch: for one row its set-up of a call costs more than the product.
+    """What one gate says: to policies of each sequence (`signal`), to a trace of each row (`rows`).
 
-    A gate that is more than a matrix (with its bias) is asked itself, unless it needs more than rows.
+    `signal` goes without torch: for one row its set-up of a call costs more than the product. A gate that is more than
+    a matrix (with its bias) is asked itself, unless it needs more than rows.
     """
 
     def __init__(self, row: int, gate: nn.Module, following: GateReader | None, kernels: SearchKernels | None) -> None:
         """Args: row: of the layer in the grid. following: the next layer's. kernels: None: in numpy."""
-        self._row, self._gate, self._kernels = row, gate, kernels
+        self._row, self.gate, self._kernels = row, gate, kernels
+        self._probability = gate_probability(gate)
         self._is_sigmoid = _is_sigmoid(gate)
         self._takes_rows = _takes_rows_alone(gate)
         self._matrix: np.ndarray | None = None
@@ -147,6 +91,19 @@ class GateReader:
         ahead = None if following is None else means(following._probabilities(following._logits(hidden)), starts)
         return GateSignal(self._row, means(self._probabilities(logits), starts), _sums(counts, starts), ahead)
 
+    def rows(self, logits_TE: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What this gate said of each row, and what the following one says of the same rows: [T, E] float32 each.
+
+        In torch and in the model's own floating-point type, so that a trace is the same on every machine that computes
+        the model alike: `signal` differs by rounding. Call it within the forward.
+
+        Args: hidden: what the gate was called with.
+        """
+        following = self._following
+        # forward, not the call: a call would run hooks
+        ahead = None if following is None else following._probability(following.gate.forward(hidden)[0])
+        return self._probability(logits_TE), ahead
+
     def _form_for(
         self, kernels: SearchKernels, logits_TE: Tensor, chosen_TK: Tensor, hidden_TD: Tensor
     ) -> GateForm | None:
@@ -179,9 +136,9 @@ class GateReader:
 
     def _logits(self, hidden_TD: np.ndarray) -> np.ndarray:
         if self._matrix is None:
-            rows = torch.from_numpy(hidden_TD).to(next(self._gate.parameters()).dtype)
+            rows = torch.from_numpy(hidden_TD).to(next(self.gate.parameters()).dtype)
             with torch.inference_mode():  # forward, not the call: a call would run hooks
-                return self._gate.forward(rows)[0].float().numpy()
+                return self.gate.forward(rows)[0].float().numpy()
         logits_TE = hidden_TD @ self._matrix
         return logits_TE if self._bias is None else logits_TE + self._bias
 
@@ -189,11 +146,24 @@ class GateReader:
         """Use the matrix if the gate's logits are its product with the rows and no more."""
         probe = torch.randn((4, weight.shape[1]), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
         with torch.inference_mode():
-            wanted = self._gate.forward(probe)[0].float().numpy()
+            wanted = self.gate.forward(probe)[0].float().numpy()
         self._matrix = np.ascontiguousarray(weight.detach().float().numpy().T)
         self._bias = bias.detach().float().numpy() if isinstance(bias, Tensor) else None
         if not np.allclose(self._logits(probe.float().numpy()), wanted, rtol=0.05, atol=0.05):
             self._matrix = None
+
+
+def gate_readers(model: nn.Module, kernels: SearchKernels | None = None) -> dict[int, GateReader]:
+    """A reader for every gate of a model, by decoder layer, in order. Args: kernels: of `signal`; None: in numpy.
+
+    Raises:
+        CheckpointError: an experts module without a gate beside it.
+    """
+    readers: dict[int, GateReader] = {}
+    following: GateReader | None = None
+    for row, (layer, gate) in reversed(list(enumerate(gate_modules(model).items()))):
+        following = readers[layer] = GateReader(row, gate, following, kernels)
+    return dict(reversed(readers.items()))
 
 
 def _contiguous(values: Tensor) -> Tensor:
@@ -232,7 +202,3 @@ def gate_probability(gate: nn.Module) -> Callable[[Tensor], Tensor]:
 def _normalised_sigmoid(logits: Tensor) -> Tensor:
     scores = logits.float().sigmoid()
     return scores / scores.sum(dim=-1, keepdim=True)
-
-
-def _half(values: Tensor) -> np.ndarray:
-    return values.to(torch.float16).cpu().numpy()

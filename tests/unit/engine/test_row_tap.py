@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.gates.reader import GateTap, gate_probability
+from actors.engine.trace_recorder import RowTap
+from actors.gates.reader import gate_probability, gate_readers
+from actors.kernels.search import SearchKernels, load_search
 from cluster.errors import CheckpointError
 
 DIM, EXPERTS, TOP_K = 6, 5, 2
@@ -66,7 +68,7 @@ def test_probabilities_choices_and_the_next_gate_are_read_without_padding(kind: 
     gates = [kind() for _ in range(3)]
     model, hidden = _Model(*gates), torch.randn(4, DIM)
 
-    with torch.no_grad(), GateTap(model) as tap:
+    with torch.no_grad(), RowTap(model) as tap:
         model(hidden)
         rows = tap.take(3)
 
@@ -81,10 +83,34 @@ def test_probabilities_choices_and_the_next_gate_are_read_without_padding(kind: 
             np.testing.assert_allclose(rows.ahead[:, i], probability(gates[i + 1](hidden[:3] + i)[0]), atol=1e-3)
 
 
+@pytest.mark.parametrize("kernels", [None, load_search()], ids=["numpy", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [SoftmaxGate, SigmoidGate])
+def test_a_trace_has_what_policies_hear(
+    kind: type[SoftmaxGate], dtype: torch.dtype, kernels: SearchKernels | None
+) -> None:
+    torch.manual_seed(0)
+    gates = [kind().to(dtype) for _ in range(2)]
+    model, hidden = _Model(*gates), torch.randn(4, DIM).to(dtype)
+
+    with torch.no_grad(), RowTap(model) as tap:
+        model(hidden)
+        rows = tap.take(3)
+    reader = gate_readers(model, kernels)[0]
+    with torch.no_grad():
+        logits, _, indices = gates[0](hidden)
+        heard = reader.signal(logits, indices, hidden, np.arange(3), 3)  # each row a sequence of its own
+
+    exactness = 1e-3 if dtype is torch.float32 else 2e-2  # of the model's own type, in which a trace asks the next gate
+    np.testing.assert_allclose(rows.probs[:, 0], heard.probs, atol=1e-3)
+    np.testing.assert_allclose(rows.ahead[:, 0], heard.ahead, atol=exactness)
+    np.testing.assert_array_equal(np.sort(rows.chosen[:, 0]), np.sort(np.nonzero(heard.counts)[1].reshape(3, TOP_K)))
+
+
 def test_nothing_stays_hooked_afterwards() -> None:
     gates = [SoftmaxGate(), SoftmaxGate()]
 
-    with GateTap(_Model(*gates)):
+    with RowTap(_Model(*gates)):
         assert all(gate._forward_hooks for gate in gates)
 
     assert not any(gate._forward_hooks for gate in gates)
@@ -92,4 +118,4 @@ def test_nothing_stays_hooked_afterwards() -> None:
 
 def test_experts_without_a_gate_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"layers\.0\.experts: no gate"):
-        GateTap(_Model(None))
+        RowTap(_Model(None))
