@@ -23,7 +23,7 @@ from cluster.policies.eviction.published import PublishedScores, sound_scores
 from cluster.policies.prefetch.base import BEFORE_FIRST, Forecast
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.prefetch.moesaic import LinkCosts
-from cluster.policies.ring import RingPlan, uses_nearly_all
+from cluster.policies.ring import RingPlan, ring_for_step
 from cluster.policies.signals import GateSignal, StepSignal
 
 _LOG = logging.getLogger(__name__)
@@ -177,10 +177,12 @@ class PolicyRunner:
         grid, step = self.store.grid, step.sound()
         for listener in self.policies.listeners:
             listener.on_step(step)
-        num_rows = int(step.num_rows.sum())
-        is_large = self.store.num_slots < grid.size and uses_nearly_all(grid, num_rows)
-        scores = sound_scores(self.policies.scorer.scores())
-        self._ring = RingPlan(grid, self.store.num_slots, scores) if is_large else None
+        self._ring = ring_for_step(
+            grid,
+            self.store.num_slots,
+            int(step.num_rows.sum()),
+            lambda: sound_scores(self.policies.scorer.scores()),
+        )
         self._costs(self.meter)
         self._look_ahead(BEFORE_FIRST)
 

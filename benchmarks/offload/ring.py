@@ -34,9 +34,9 @@ def run(options: Namespace) -> Report:
     times: dict[str, list[float]] = {}
     info = load_model_info(str(path), max_model_len=256)
     for name in ("ring", "cache"):
-        nearly_all = policy_runner.uses_nearly_all if name == "ring" else lambda *_: False
+        ring_for_step = policy_runner.ring_for_step if name == "ring" else lambda *_: None
         with (
-            patch.object(policy_runner, "uses_nearly_all", nearly_all),
+            patch.object(policy_runner, "ring_for_step", ring_for_step),
             engine(info, POLICY, cache=CACHE, link=GB_PER_S) as parts,
         ):
             fill_ram(parts)

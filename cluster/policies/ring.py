@@ -11,6 +11,7 @@ policy values most, not the first layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,3 +64,20 @@ def uses_nearly_all(grid: Grid, num_rows: int) -> bool:
     (False, True)
     """
     return 1 - (1 - grid.top_k / grid.num_experts) ** num_rows >= _NEARLY_ALL
+
+
+def ring_for_step(grid: Grid, num_slots: int, num_rows: int, values: Callable[[], np.ndarray]) -> RingPlan | None:
+    """The plan of a step that uses nearly every expert of a memory that does not hold all; None: cache by value.
+
+    Args: num_rows: of the step. values: [N], what the policy thinks experts are worth; asked only for a plan.
+
+    >>> grid = Grid((0, 1, 2), num_experts=4, top_k=2)
+    >>> plan = ring_for_step(grid, num_slots=6, num_rows=16, values=lambda: np.arange(12))
+    >>> np.flatnonzero(plan.pinned)  # the other three slots are the ring
+    array([ 9, 10, 11])
+    >>> ring_for_step(grid, 6, 1, lambda: np.arange(12)), ring_for_step(grid, 12, 16, lambda: np.arange(12))
+    (None, None)
+    """
+    if num_slots >= grid.size or not uses_nearly_all(grid, num_rows):
+        return None
+    return RingPlan(grid, num_slots, values())

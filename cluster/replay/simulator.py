@@ -16,7 +16,7 @@ from cluster.policies.base import PolicySet
 from cluster.policies.eviction.published import PublishedScores
 from cluster.policies.prefetch.base import BEFORE_FIRST
 from cluster.policies.prefetch.meter import CostMeter
-from cluster.policies.ring import RingPlan, uses_nearly_all
+from cluster.policies.ring import RingPlan, ring_for_step, uses_nearly_all
 from cluster.policies.signals import Grid
 from cluster.replay.link import CHUNKS_PER_EXPERT, LinkTransfer, ReplayLink
 from cluster.replay.machine import Machine
@@ -139,9 +139,7 @@ class Simulator:
 
     def _plan_ring(self, num_rows: int) -> None:
         if self._published is not None:
-            is_large = self._num_slots < self._grid.size and uses_nearly_all(self._grid, num_rows)
-            values = self.policies.scorer.scores()
-            self._ring = RingPlan(self._grid, self._num_slots, values) if is_large else None
+            self._ring = ring_for_step(self._grid, self._num_slots, num_rows, self.policies.scorer.scores)
             self._publish(BEFORE_FIRST)
 
     def _publish(self, row: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.policies.base import PolicySet
-from cluster.policies.ring import RingPlan, uses_nearly_all
+from cluster.policies.ring import RingPlan, ring_for_step
 from cluster.policies.signals import Grid
 from cluster.replay.demand import DemandMemory
 from cluster.replay.machine import Machine
@@ -68,8 +68,7 @@ class _StepScores:
         self._row = -1
 
     def begin(self, num_rows: int) -> None:
-        is_large = self._num_slots < self._grid.size and uses_nearly_all(self._grid, num_rows)
-        self._ring = RingPlan(self._grid, self._num_slots, self._policies.scorer.scores()) if is_large else None
+        self._ring = ring_for_step(self._grid, self._num_slots, num_rows, self._policies.scorer.scores)
         self._row = -1
 
     def pass_row(self, row: int) -> None:
