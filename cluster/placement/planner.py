@@ -44,6 +44,18 @@ def plan_placement(inputs: PlacementInputs) -> PlacementPlan:
 
     Repairs (an expert without a living owner, a host that comes with nothing) are made whatever they cost; all else
     within `max_bytes` less these, and only if it saves more than twice its cost within the horizon.
+
+    Host 0 owns the two experts that are used most, so they exchange one:
+
+    >>> from cluster.placement.cost import PhaseLoad, PlacementHost
+    >>> from cluster.placement.plan import Placement
+    >>> hosts = tuple(PlacementHost(index=index, capacity=2, expert_s=1e-3) for index in (0, 1))
+    >>> now = Placement(epoch=1, hosts={0: {0: (0, 1)}, 1: {0: (2, 3)}})
+    >>> loads = {"decode": PhaseLoad(expected_LE=np.array([[6.0, 5.0, 1.0, 2.0]]), tokens_per_s=100.0)}
+    >>> plan = plan_placement(PlacementInputs(
+    ...     layers=(0,), num_experts=4, top_k=1, expert_bytes=1, hosts=hosts, current=now, loads=loads))
+    >>> plan.placement.hosts, plan.reason
+    ({0: {0: (1, 3)}, 1: {0: (0, 2)}}, '2 changes level the hosts: largest over mean load 1.571 -> 1.000')
     """
     owners = inputs.owners
     if not owners:

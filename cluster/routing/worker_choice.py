@@ -23,7 +23,19 @@ from cluster.types import GenerationRequest
 
 
 class WorkerChoice:
-    """One caller's choices. Times in seconds of one clock that only grows; not for several threads."""
+    """One caller's choices. Times in seconds of one clock that only grows; not for several threads.
+
+    >>> from cluster.status.reports import WorkerReport
+    >>> from cluster.types import SamplingParams, StartupPhase
+    >>> facts = {"node_id": "", "phase": StartupPhase.READY, "max_open": 8}
+    >>> busy = WorkerReport(worker_id="a", replica_id="a", num_running=3, **facts)
+    >>> idle = WorkerReport(worker_id="b", replica_id="b", num_running=1, **facts)
+    >>> choice = WorkerChoice("least-loaded", block_size=16)
+    >>> choice.update(RoutingView(workers=((busy, 0.1), (idle, 0.2)), knowledge=None), now_s=0.0)
+    >>> request = GenerationRequest(request_id="r", prompt_ids=(1, 2), sampling=SamplingParams(max_tokens=4))
+    >>> choice.order(["a", "b"], request)
+    ['b', 'a']
+    """
 
     def __init__(self, policy: str, *, block_size: int, seed: int | None = None) -> None:
         """Args: policy: as SchedulerConfig.routing. block_size: tokens of a KV block. seed: None draws one."""

@@ -76,6 +76,11 @@ def follow(scale: Scale, wanted: int | None, now_s: float, rules: ScalingRules) 
 
     Args:
         wanted: None when nobody knows: then all stays, and waiting begins anew.
+
+    >>> rules = ScalingRules(least=1, most=4, up_after_s=5.0)
+    >>> scale = follow(Scale(target=1), 3, now_s=0.0, rules=rules)
+    >>> scale.target, follow(scale, 2, now_s=5.0, rules=rules).target  # the more modest of the two wishes
+    (1, 2)
     """
     target = _bounded(scale.target, rules)
     if wanted is None or target != scale.target:
@@ -136,6 +141,11 @@ def wanted_workers(current: int, demands: Sequence[WorkerDemand], rules: Scaling
     """Attention workers for the load of `current` of them; None if none of them reports.
 
     One that does not report may be busy: fewer are not wanted on its account.
+
+    >>> rules = ScalingRules(least=1, most=4)
+    >>> busy, idle = (WorkerDemand(sequences=share, kv=0.1, prompts=0.1) for share in (0.9, 0.1))
+    >>> wanted_workers(1, [busy], rules), wanted_workers(2, [busy, idle], rules), wanted_workers(2, [idle, idle], rules)
+    (2, 2, 1)
     """
     if not demands:
         return None

@@ -21,14 +21,20 @@ MORE_LINES = {
 }
 """Files with more than MOST_LINES lines, and why."""
 
-EXAMPLES = (
+DECISIONS = {
     "cluster.model.sizing",
+    "cluster.placement.planner",
     "cluster.policies.eviction.lru",
+    "cluster.policies.prefetch.moesaic",
+    "cluster.policies.prefetch.next_gate",
     "cluster.policies.residency",
     "cluster.policies.ring",
     "cluster.replay.link",
-)
-"""Modules of pure decisions whose examples run."""
+    "cluster.replay.simulator",
+    "cluster.routing.worker_choice",
+    "cluster.scaling.rules",
+}
+"""Modules of pure decisions: each has an example."""
 
 
 def _files() -> list[Path]:
@@ -63,8 +69,19 @@ def test_actors_has_rooms_and_nothing_loose() -> None:
     assert len(rooms) <= MOST_ROOMS
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_of_pure_decisions_run(name: str) -> None:
+def _modules_with_examples() -> list[str]:
+    files = [file for file in _files() if file.parts[len(ROOT.parts)] in ("cluster", "actors")]
+    return sorted(
+        ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if ">>> " in file.read_text()
+    )
+
+
+def test_pure_decisions_have_examples() -> None:
+    assert set(_modules_with_examples()) >= DECISIONS
+
+
+@pytest.mark.parametrize("name", _modules_with_examples())
+def test_examples_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
 
     assert result.attempted > 0 and result.failed == 0

@@ -46,7 +46,11 @@ class LinkCosts:
     gives_way: bool = True
 
     def pays_from(self, layers_ahead: npt.ArrayLike) -> np.ndarray:
-        """The probability of use from which a fetch so many layers ahead pays; 1 and more: it never does."""
+        """The probability of use from which a fetch so many layers ahead pays; 1 and more: it never does.
+
+        >>> LinkCosts(load_s=3e-3, layer_s=1e-3, busy=0.5).pays_from([1, 3]).round(2)
+        array([0.6 , 0.33])
+        """
         hidden_s = np.minimum(self.load_s, np.multiply(layers_ahead, self.layer_s))
         if not self.gives_way:
             hidden_s *= 1 - self.busy

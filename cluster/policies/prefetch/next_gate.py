@@ -13,7 +13,15 @@ from cluster.policies.signals import GateSignal, Grid, Silent
 
 
 class NextGatePredictor(Silent):
-    """The best of the next layer's gate, for each sequence."""
+    """The best of the next layer's gate, for each sequence.
+
+    >>> predictor = NextGatePredictor(Grid((0, 1), num_experts=3, top_k=1))
+    >>> probs, ahead = np.array([[0.5, 0.3, 0.2]]), np.array([[0.1, 0.2, 0.7]])
+    >>> predictor.on_gate(GateSignal(0, probs, probs > 0.4, ahead))
+    >>> predictor.predict(0).priority
+    array([[0. , 0. , 0. ],
+           [0. , 0. , 0.7]], dtype=float32)
+    """
 
     def __init__(self, grid: Grid, *, num_fetched: int | None = None) -> None:
         """Args: num_fetched: experts of each sequence; default K (mixtral-offloading fetches 1 or 2 of 2)."""
