@@ -79,7 +79,7 @@ INLINE void learn_product(float *weights, int64_t weights_f, int64_t F, int64_t 
     }
 }
 
-/* A step that NextUse follows; the fields are those of FollowedStep, Expected and the models, see followed_step.py. */
+/* A step that NextUse follows; the fields are those of StepArrays, see next_use/kernels.py. */
 typedef struct {
     int64_t S, L, A, E, R;
     float discount;
@@ -88,8 +88,8 @@ typedef struct {
     float *gates, *logs;             /* [S, L, 2 + A, E] */
     uint8_t *used;                   /* [S, L, E] */
     const float *past;               /* [S, L, E] */
-    float *worth_parts;              /* [S, L, 3, E] */
-    float *ahead_parts;              /* [S, L, R, 5, E] */
+    float *worth_votes;              /* [S, L, 3, E] */
+    float *ahead_votes;              /* [S, L, R, 5, E] */
     float *worth, *hazards;          /* [L, E] */
     const float *nearness;           /* [L, L] of the second layer seen from the first */
     float *values;                   /* [L, E] worth times nearness */
@@ -97,15 +97,15 @@ typedef struct {
     float *worth_blend;              /* [L, 3] */
     float *matrices;                 /* [L, 2 E, R E] */
     float *ahead_blend;              /* [L, R, 5] */
-} Followed;
+} StepUnderWay;
 
 INLINE float hazard_of(float worth, float discount) { return worth * (1 - discount) / (1 - discount * worth); }
 INLINE float worth_of(float hazard, float discount) { return hazard / (1 - discount * (1 - hazard)); }
 
-/* Log odds of expert e from P parts [P, E]. */
-INLINE float blended(const float *weights, const float *parts, int64_t P, int64_t E, int64_t e) {
+/* Log odds of expert e from V votes [V, E]. */
+INLINE float blended(const float *weights, const float *votes, int64_t V, int64_t E, int64_t e) {
     float logit = 0;
-    for (int64_t p = 0; p < P; p++) logit += weights[p] * parts[p * E + e];
+    for (int64_t v = 0; v < V; v++) logit += weights[v] * votes[v * E + e];
     return logit;
 }
 
@@ -115,7 +115,7 @@ INLINE void multiply_row(const float *x, const float *matrix, int64_t F, int64_t
 }
 
 /* A gate has spoken: probs, counts and ahead (or NULL) [S, E]. */
-INLINE void hear(const Followed *f, int64_t row, const float *probs, const float *counts, const float *ahead) {
+INLINE void hear(const StepUnderWay *f, int64_t row, const float *probs, const float *counts, const float *ahead) {
     int64_t E = f->E;
     for (int64_t s = 0; s < f->S; s++) {
         float *gates = f->gates + (s * f->L + row) * (2 + f->A) * E;
@@ -129,20 +129,20 @@ INLINE void hear(const Followed *f, int64_t row, const float *probs, const float
 }
 
 /* The next use of a layer's experts is now in the next step. absent [E]. */
-INLINE void pass_layer(const Followed *f, int64_t row, float *absent) {
+INLINE void pass_layer(const StepUnderWay *f, int64_t row, float *absent) {
     int64_t E = f->E, A = f->A, G = 2 + A;
     for (int64_t e = 0; e < E; e++) absent[e] = 1;
     for (int64_t s = 0; s < f->S; s++) {
         int64_t at = s * f->L + row;
-        float *gates = f->gates + at * G * E, *logs = f->logs + at * G * E, *parts = f->worth_parts + at * 3 * E;
+        float *gates = f->gates + at * G * E, *logs = f->logs + at * G * E, *votes = f->worth_votes + at * 3 * E;
         const float *kept = f->kept + at * A * E, *blend = f->worth_blend + row * 3;
         for (int64_t a = 0; a < A; a++)
             for (int64_t e = 0; e < E; e++)
                 gates[(2 + a) * E + e] = f->shares[s * A + a] * gates[E + e] + kept[a * E + e];
         for (int64_t i = 0; i < G * E; i++) logs[i] = logf(gates[i]);
-        multiply_row(logs + E, f->of_own + row * (1 + A) * E * E, (1 + A) * E, E, parts + E);
+        multiply_row(logs + E, f->of_own + row * (1 + A) * E * E, (1 + A) * E, E, votes + E);
         for (int64_t e = 0; e < E; e++) {
-            float worth = sigmoid1(blended(blend, parts, 3, E, e));
+            float worth = sigmoid1(blended(blend, votes, 3, E, e));
             f->worth[row * E + e] = worth; /* of one sequence */
             absent[e] *= 1 - hazard_of(worth, f->discount);
         }
@@ -154,22 +154,23 @@ INLINE void pass_layer(const Followed *f, int64_t row, float *absent) {
     }
 }
 
-/* Fills in the parts of what a layer's gate says of a sequence in the next ones. */
-INLINE void gates_say(const Followed *f, int64_t s, int64_t row) {
+/* Fills in the votes of what a layer's gate says of a sequence in the next ones. */
+INLINE void gates_say(const StepUnderWay *f, int64_t s, int64_t row) {
     int64_t E = f->E, R = f->R;
+    if (!R) return; /* a model of one layer: none follows */
     const float *logs = f->logs + (s * f->L + row) * (2 + f->A) * E;
-    float *parts = f->ahead_parts + (s * f->L + row) * R * 5 * E;
-    memcpy(parts + 3 * E, logs, E * sizeof(float)); /* the next gate's word speaks for the next layer only */
-    for (int64_t r = 0; r < R; r++) memset(parts + (r * 5 + 4) * E, 0, E * sizeof(float));
+    float *votes = f->ahead_votes + (s * f->L + row) * R * 5 * E;
+    memcpy(votes + 3 * E, logs, E * sizeof(float)); /* the next gate's word speaks for the next layer only */
+    for (int64_t r = 0; r < R; r++) memset(votes + (r * 5 + 4) * E, 0, E * sizeof(float));
     for (int64_t i = 0; i < 2 * E; i++) {
         const float *matrix = f->matrices + (row * 2 * E + i) * R * E;
         for (int64_t r = 0; r < R; r++)
-            for (int64_t e = 0; e < E; e++) parts[(r * 5 + 4) * E + e] += logs[i] * matrix[r * E + e];
+            for (int64_t e = 0; e < E; e++) votes[(r * 5 + 4) * E + e] += logs[i] * matrix[r * E + e];
     }
 }
 
 /* What a layer's gate says of the next ones in the step. scratch [2, E]. */
-INLINE void look_ahead(const Followed *f, int64_t row, float *scratch) {
+INLINE void look_ahead(const StepUnderWay *f, int64_t row, float *scratch) {
     int64_t E = f->E, R = f->R;
     float *unused_by_all = scratch, *absent = scratch + E;
     for (int64_t s = 0; s < f->S; s++) gates_say(f, s, row);
@@ -178,10 +179,10 @@ INLINE void look_ahead(const Followed *f, int64_t row, float *scratch) {
         const float *blend = f->ahead_blend + (row * R + r) * 5;
         for (int64_t e = 0; e < E; e++) unused_by_all[e] = absent[e] = 1;
         for (int64_t s = 0; s < f->S; s++) {
-            const float *parts = f->ahead_parts + ((s * f->L + row) * R + r) * 5 * E;
+            const float *votes = f->ahead_votes + ((s * f->L + row) * R + r) * 5 * E;
             const float *past = f->past + (s * f->L + target) * E;
             for (int64_t e = 0; e < E; e++) {
-                float unused = sigmoid1(-blended(blend, parts, 5, E, e));
+                float unused = sigmoid1(-blended(blend, votes, 5, E, e));
                 if (f->num_rows[s] != 1) unused = powf(unused, f->num_rows[s]);
                 float worth = 1 - unused * (1 - f->discount * past[e]);
                 unused_by_all[e] *= unused;
@@ -198,7 +199,7 @@ INLINE void look_ahead(const Followed *f, int64_t row, float *scratch) {
 
 /* Take in what the gate of a row said. Args: is_last: of those heard by now; then the next layers are looked at and all
  * experts valued, seen from there. scratch [2, E]. */
-CLONES void moesaic_follow(const Followed *f, int64_t passed, const float *probs, const float *counts,
+CLONES void moesaic_follow(const StepUnderWay *f, int64_t passed, const float *probs, const float *counts,
                            const float *ahead, int is_last, float *scratch) {
     hear(f, passed, probs, counts, ahead);
     pass_layer(f, passed, scratch);
@@ -209,7 +210,7 @@ CLONES void moesaic_follow(const Followed *f, int64_t passed, const float *probs
             f->values[row * f->E + e] = f->worth[row * f->E + e] * f->nearness[passed * f->L + row];
 }
 
-/* What is learned of a followed step; the fields are those of Context, Expected and the models. X: embedding features.
+/* What is learned of a step that is over; the fields are those of LessonRates and LessonArrays. X: embedding features.
  * Layers first, first + turns, ... learn; blends learn of all.
  */
 typedef struct {
@@ -218,7 +219,7 @@ typedef struct {
     const int64_t *examples;                            /* [num_examples] of S */
     const float *embedded_before, *embedded_after;      /* [S, X] */
     const float *gates_before;                          /* [S, L, (1 + A) E] */
-    const float *soon_parts, *past_parts;               /* [S, L, 3, E] */
+    const float *soon_votes, *past_votes;               /* [S, L, 3, E] */
     const float *soon;                                  /* [S, L, E] */
     float *soon_bias, *soon_of_common, *soon_of_own;    /* [L, E], [X, L, E], [L, (1 + A) E, E] */
     float *worth_bias, *worth_of_common;
@@ -226,7 +227,7 @@ typedef struct {
 } Lesson;
 
 /* Correct what a head said, of the examples' errors [num_examples, L, E]. scratch [num_examples, X or (1 + A) E]. */
-INLINE void learn_head(const Followed *f, const Lesson *l, float *bias, float *of_common, float *of_own,
+INLINE void learn_head(const StepUnderWay *f, const Lesson *l, float *bias, float *of_common, float *of_own,
                        const float *embedded, const float *errors, float *features, float *scratch) {
     int64_t L = f->L, E = f->E, G = (1 + f->A) * E, n = l->num_examples;
     for (int64_t i = 0; i < n; i++) memcpy(features + i * l->X, embedded + l->examples[i] * l->X, l->X * sizeof(float));
@@ -246,28 +247,29 @@ INLINE void learn_head(const Followed *f, const Lesson *l, float *bias, float *o
     }
 }
 
-/* sums [P] += what one example's parts [P, E] and error [E] teach a blend. */
-INLINE void blend_lesson(const float *parts, int64_t P, int64_t E, const float *error, float rate, float *sums) {
+/* sums [V] += what one example's votes [V, E] and error [E] teach a blend. */
+INLINE void blend_lesson(const float *votes, int64_t V, int64_t E, const float *error, float rate, float *sums) {
     for (int64_t e = 0; e < E; e++) {
         float energy = 0;
-        for (int64_t p = 0; p < P; p++) energy += parts[p * E + e] * parts[p * E + e];
+        for (int64_t v = 0; v < V; v++) energy += votes[v * E + e] * votes[v * E + e];
         float scaled = rate * error[e] / energy;
-        for (int64_t p = 0; p < P; p++) sums[p] += parts[p * E + e] * scaled;
+        for (int64_t v = 0; v < V; v++) sums[v] += votes[v * E + e] * scaled;
     }
 }
 
-INLINE void learn_blend(const Followed *f, const Lesson *l, float *weights, const float *parts, const float *errors) {
+INLINE void learn_blend(const StepUnderWay *f, const Lesson *l, float *weights, const float *votes,
+                        const float *errors) {
     for (int64_t row = 0; row < f->L; row++) {
         float sums[3] = {0};
         for (int64_t i = 0; i < l->num_examples; i++)
-            blend_lesson(parts + (l->examples[i] * f->L + row) * 3 * f->E, 3, f->E, errors + (i * f->L + row) * f->E,
+            blend_lesson(votes + (l->examples[i] * f->L + row) * 3 * f->E, 3, f->E, errors + (i * f->L + row) * f->E,
                          l->blend_rate, sums);
         for (int p = 0; p < 3; p++) weights[row * 3 + p] += sums[p];
     }
 }
 
 /* What layers' gates said of the next ones. features, scratch [num_examples, 2 E]; errors [num_examples, R, E]. */
-INLINE void learn_trajectory(const Followed *f, const Lesson *l, float *features, float *errors, float *scratch) {
+INLINE void learn_trajectory(const StepUnderWay *f, const Lesson *l, float *features, float *errors, float *scratch) {
     int64_t L = f->L, E = f->E, R = f->R, G = 2 + f->A, n = l->num_examples;
     for (int64_t row = l->first; row < L; row += l->turns) {
         float *matrix = f->matrices + row * 2 * E * R * E;
@@ -278,18 +280,18 @@ INLINE void learn_trajectory(const Followed *f, const Lesson *l, float *features
             for (int64_t r = 0; r < R; r++) {
                 int64_t target = row + 1 + r;
                 const float *blend = f->ahead_blend + (row * R + r) * 5;
-                const float *parts = f->ahead_parts + ((s * L + row) * R + r) * 5 * E;
+                const float *votes = f->ahead_votes + ((s * L + row) * R + r) * 5 * E;
                 const uint8_t *used = f->used + (s * L + target) * E;
                 for (int64_t e = 0; e < E; e++) {
                     float *error = errors + (i * R + r) * E + e;
-                    *error = target < L ? used[e] - sigmoid1(blended(blend, parts, 5, E, e)) : 0;
+                    *error = target < L ? used[e] - sigmoid1(blended(blend, votes, 5, E, e)) : 0;
                 }
             }
         }
         for (int64_t r = 0; r < R && row + 1 + r < L; r++) {
             float sums[5] = {0};
             for (int64_t i = 0; i < n; i++)
-                blend_lesson(f->ahead_parts + ((l->examples[i] * L + row) * R + r) * 5 * E, 5, E,
+                blend_lesson(f->ahead_votes + ((l->examples[i] * L + row) * R + r) * 5 * E, 5, E,
                              errors + (i * R + r) * E, l->ahead_blend_rate, sums);
             for (int p = 0; p < 5; p++) f->ahead_blend[(row * R + r) * 5 + p] += sums[p];
         }
@@ -297,9 +299,9 @@ INLINE void learn_trajectory(const Followed *f, const Lesson *l, float *features
     }
 }
 
-/* Errors of heads and blends, [num_examples, L, E]: of what `parts` say by the model alone, or, blended, of `said`.
+/* Errors of heads and blends, [num_examples, L, E]: of what `votes` say by the model alone, or, blended, of `said`.
  * following: the target where an expert was not used, or NULL for 0. */
-INLINE void find_errors(const Followed *f, const Lesson *l, const float *parts, const float *said,
+INLINE void find_errors(const StepUnderWay *f, const Lesson *l, const float *votes, const float *said,
                         const float *following, float *errors) {
     int64_t L = f->L, E = f->E;
     for (int64_t i = 0; i < l->num_examples; i++)
@@ -307,13 +309,13 @@ INLINE void find_errors(const Followed *f, const Lesson *l, const float *parts, 
             int64_t from = (l->examples[i] * L + row) * E, to = (i * L + row) * E;
             for (int64_t e = 0; e < E; e++) {
                 float target = f->used[from + e] ? 1 : following ? following[to + e] : 0;
-                errors[to + e] = target - (said ? said[from + e] : sigmoid1(parts[from * 3 + E + e]));
+                errors[to + e] = target - (said ? said[from + e] : sigmoid1(votes[from * 3 + E + e]));
             }
         }
 }
 
 /* Learn from a step that is over. scratch: num_examples times (L + max(L, R)) E + 2 max(X, (1 + A) E, 2 E). */
-CLONES void moesaic_learn(const Followed *f, const Lesson *l, float *scratch) {
+CLONES void moesaic_learn(const StepUnderWay *f, const Lesson *l, float *scratch) {
     int64_t L = f->L, E = f->E, n = l->num_examples, width = l->X;
     if ((1 + f->A) * E > width) width = (1 + f->A) * E;
     if (2 * E > width) width = 2 * E;
@@ -321,18 +323,18 @@ CLONES void moesaic_learn(const Followed *f, const Lesson *l, float *scratch) {
     float *rest = features + n * width;
     for (int64_t i = 0; i < n; i++)
         for (int64_t row = 0; row < L; row++) {
-            const float *parts = f->worth_parts + (l->examples[i] * L + row) * 3 * E;
+            const float *votes = f->worth_votes + (l->examples[i] * L + row) * 3 * E;
             for (int64_t e = 0; e < E; e++)
                 following[(i * L + row) * E + e] =
-                    f->discount * sigmoid1(blended(f->worth_blend + row * 3, parts, 3, E, e));
+                    f->discount * sigmoid1(blended(f->worth_blend + row * 3, votes, 3, E, e));
         }
-    find_errors(f, l, l->past_parts, NULL, following, errors);
+    find_errors(f, l, l->past_votes, NULL, following, errors);
     learn_head(f, l, l->worth_bias, l->worth_of_common, f->of_own, l->embedded_before, errors, features, rest);
-    find_errors(f, l, l->past_parts, f->past, following, errors);
-    learn_blend(f, l, f->worth_blend, l->past_parts, errors);
-    find_errors(f, l, l->soon_parts, NULL, NULL, errors);
+    find_errors(f, l, l->past_votes, f->past, following, errors);
+    learn_blend(f, l, f->worth_blend, l->past_votes, errors);
+    find_errors(f, l, l->soon_votes, NULL, NULL, errors);
     learn_head(f, l, l->soon_bias, l->soon_of_common, l->soon_of_own, l->embedded_after, errors, features, rest);
-    find_errors(f, l, l->soon_parts, l->soon, NULL, errors);
-    learn_blend(f, l, l->soon_blend, l->soon_parts, errors);
+    find_errors(f, l, l->soon_votes, l->soon, NULL, errors);
+    learn_blend(f, l, l->soon_blend, l->soon_votes, errors);
     learn_trajectory(f, l, features, errors, rest);
 }

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any, Self
 
 import numpy as np
 
-from cluster.policies.next_use.kernels import StepArrays
+from cluster.policies.next_use.kernels import LessonArrays, LessonRates, StepArrays
+from cluster.policies.next_use.kernels import PackedStep as AnyPackedStep
 from cluster.policies.signals import GateSignal
 
-_FOLLOWED_SIZES = ("S", "L", "A", "E", "R")
-_FOLLOWED_ARRAYS = (
-    "num_rows", "shares", "kept", "gates", "logs", "used", "past", "worth_parts", "ahead_parts", "worth", "hazards",
-    "nearness", "values", "of_own", "worth_blend", "matrices", "ahead_blend",
-)  # fmt: skip
+_STEP_SIZES = ("S", "L", "A", "E", "R")
 _LESSON_SIZES = ("X", "first", "turns", "num_examples")
-_LESSON_RATES = ("bias_rate", "common_rate", "own_rate", "blend_rate", "ahead_rate", "ahead_blend_rate")
-_LESSON_ARRAYS = (
-    "examples", "embedded_before", "embedded_after", "gates_before", "soon_parts", "past_parts", "soon",
-    "soon_bias", "soon_of_common", "soon_of_own", "worth_bias", "worth_of_common", "soon_blend",
-)  # fmt: skip
-_DTYPES = {"examples": np.int64, "used": np.bool_}
+_DTYPES = {"examples_N": np.int64, "used_SLE": np.bool_}  # the others are float32
+
+
+def _names(table: type) -> list[str]:
+    return [field.name for field in fields(table)]
 
 
 class GateForm(ctypes.Structure):
@@ -47,33 +44,34 @@ class GateForm(ctypes.Structure):
 
 
 class StepStructure(ctypes.Structure):
-    """A step that NextUse follows; mirrors Followed of search.h, where the fields are explained."""
+    """A step that NextUse follows; mirrors StepUnderWay of search.h: sizes, discount, addresses of StepArrays."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in _FOLLOWED_SIZES),
+        *((name, ctypes.c_int64) for name in _STEP_SIZES),
         ("discount", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in _FOLLOWED_ARRAYS),
+        *((name, ctypes.c_void_p) for name in _names(StepArrays)),
     )
 
 
 class Lesson(ctypes.Structure):
-    """What is learned of a followed step; mirrors Lesson of search.h, where the fields are explained."""
+    """What is learned of a step; mirrors Lesson of search.h: sizes, LessonRates, addresses of LessonArrays."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _LESSON_SIZES),
-        *((name, ctypes.c_float) for name in _LESSON_RATES),
-        *((name, ctypes.c_void_p) for name in _LESSON_ARRAYS),
+        *((name, ctypes.c_float) for name in _names(LessonRates)),
+        *((name, ctypes.c_void_p) for name in _names(LessonArrays)),
     )
 
 
 class PackedStep:
     """A step for `follow` and `learn`: the structure, what it points into, and room to compute."""
 
-    def __init__(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> None:
-        """Args: arrays: float32 (used: bool), contiguous; written to in place."""
+    def __init__(self, discount: float, arrays: StepArrays) -> None:
+        S, L, A, E = arrays.kept_SLAE.shape
+        R = arrays.ahead_votes_SLRWE.shape[2]
         self._kept_alive = arrays
-        self.scratch = np.empty(2 * sizes["E"], np.float32)
-        self.structure = StepStructure(**sizes, discount=discount, **_addresses(arrays))
+        self.scratch = np.empty(2 * E, np.float32)
+        self.structure = StepStructure(S=S, L=L, A=A, E=E, R=R, discount=discount, **_addresses(arrays))
 
 
 class SearchKernels:
@@ -92,9 +90,9 @@ class SearchKernels:
         for function in (self._read_gate, self._follow, self._learn):
             function.restype = None
 
-    def pack_step(self, sizes: Mapping[str, int], discount: float, arrays: Mapping[str, np.ndarray]) -> PackedStep:
-        """A step for `follow` and `learn`. Args: arrays: float32 (used: bool), contiguous; written to in place."""
-        return PackedStep(sizes, discount, arrays)
+    def pack_step(self, discount: float, arrays: StepArrays) -> PackedStep:
+        """A step for `follow` and `learn`, which write into the arrays."""
+        return PackedStep(discount, arrays)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
         return self  # code, no state
@@ -137,7 +135,7 @@ class SearchKernels:
         self._read_gate(form, *logits, *hidden, chosen, num_rows, starts.ctypes.data, S, said.ctypes.data)
         return said[: 3 * S * E].reshape(3, S, E)
 
-    def follow(self, step: StepArrays, gates: Sequence[GateSignal]) -> None:
+    def follow(self, step: AnyPackedStep, gates: Sequence[GateSignal]) -> None:
         """Take in what gates said, in the order of their layers: see NextUse."""
         for gate in gates:
             heard = [
@@ -146,35 +144,23 @@ class SearchKernels:
             addresses = [None if said is None else said.ctypes.data for said in heard]
             self._follow(step.structure, gate.row, *addresses, gate is gates[-1], step.scratch.ctypes.data)
 
-    def learn(
-        self,
-        step: StepArrays,
-        rates: Mapping[str, float],
-        arrays: Mapping[str, np.ndarray],
-        *,
-        first: int,
-        turns: int,
-    ) -> None:
-        """Learn from a step that is over; of layers `first`, `first` + `turns`, ...: see NextUse.
-
-        Args: arrays: examples int64, the others float32; all contiguous.
-        """
-        sizes, num_examples = step.structure, len(arrays["examples"])
-        X, G = arrays["embedded_before"].shape[1], (1 + sizes.A) * sizes.E
+    def learn(self, step: AnyPackedStep, rates: LessonRates, arrays: LessonArrays, *, first: int, turns: int) -> None:
+        """Learn from a step that is over; of layers `first`, `first` + `turns`, ...: see NextUse."""
+        sizes, num_examples = step.structure, len(arrays.examples_N)
+        X, G = arrays.embedded_before_SX.shape[1], (1 + sizes.A) * sizes.E
         width = (sizes.L + max(sizes.L, sizes.R)) * sizes.E + 2 * max(X, G, 2 * sizes.E)
         scratch = np.empty(num_examples * width, np.float32)
-        lesson = Lesson(X=X, first=first, turns=turns, num_examples=num_examples, **rates, **_addresses(arrays))
+        lesson = Lesson(X=X, first=first, turns=turns, num_examples=num_examples, **asdict(rates), **_addresses(arrays))
         self._learn(step.structure, lesson, scratch.ctypes.data)
 
 
-def _address(array: np.ndarray | None) -> int | None:
-    return None if array is None else _addresses({"": array})[""]
+def _address(array: np.ndarray | None, dtype: type = np.float32) -> int | None:
+    assert array is None or (array.dtype == dtype and array.flags.c_contiguous)
+    return None if array is None else array.ctypes.data
 
 
-def _addresses(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
-    for name, array in arrays.items():
-        assert array.dtype == _DTYPES.get(name, np.float32) and array.flags.c_contiguous, name
-    return {name: array.ctypes.data for name, array in arrays.items()}
+def _addresses(table: StepArrays | LessonArrays) -> dict[str, int | None]:
+    return {name: _address(getattr(table, name), _DTYPES.get(name, np.float32)) for name in _names(type(table))}
 
 
 def load_search() -> SearchKernels | None:

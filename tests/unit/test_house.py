@@ -15,7 +15,6 @@ MORE_FILES = {"cluster/cli": "a file for each command, and the flags that they s
 """Folders with more than MOST_FILES files, and why."""
 
 MORE_LINES = {
-    "cluster/policies/next_use/estimate.py": "one model of the next use, read from top to bottom",
     "tests/unit/replay/test_simulator.py": "changes together with the memory that replay shares with the server",
     "tests/unit/experts/memory/test_tiers.py": "changes together with the memory",
 }
@@ -27,6 +26,8 @@ DECISIONS = {
     "cluster.policies.eviction.lru",
     "cluster.policies.prefetch.moesaic",
     "cluster.policies.prefetch.next_gate",
+    "cluster.policies.next_use.estimate",
+    "cluster.policies.next_use.hazards",
     "cluster.policies.residency",
     "cluster.policies.ring",
     "cluster.replay.link",

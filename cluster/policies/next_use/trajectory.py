@@ -1,10 +1,11 @@
 """What the gates of a step say of the layers that follow in it, learned online.
 
-The trajectory as fMoE means it, but as a linear model in place of a search: the log of a layer's gate probabilities,
-and of those that the next layer's gate gives to this layer's input (`ahead`), are features of the log odds of every
-expert of the next layers.
+For each layer a linear model with F = 2 E features: the log of its gate's probabilities, and the log of those that the
+next layer's gate gives to the same input (`ahead`). Its outputs are log odds of every expert of the next R layers.
+Source: the trajectory of fMoE (2025), with a linear model in the place of its search.
 
-Shapes: S sequences, L MoE layers, E experts of a layer, R reach: layers ahead, F = 2 E features of a gate.
+Shapes: S sequences, L MoE layers, E experts of a layer, R reach: layers ahead, F features of a gate. A blend has V = 5
+votes: the constant 1, the head before the first gate, popularity, the next gate itself, this model. All float32.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from cluster.policies.signals import Grid
 
 RATE = 0.5
 BLEND_RATE = 0.04
+_NUM_VOTES = 5
 
 
 class Trajectory:
-    """Refines the log odds of the next R layers after each gate."""
+    """Refines the log odds of the next R layers after each gate.
+
+    Weights: matrices [L, F, R * E], and those of the blends [L, R, V].
+    """
 
     def __init__(self, grid: Grid, reach: int) -> None:
+        """Args: reach: layers ahead; fewer in a model with fewer layers."""
         self.reach = min(reach, grid.num_layers - 1)
         shape = (grid.num_layers, self.reach)
         num_features, self._num_layers = 2 * grid.num_experts, grid.num_layers
@@ -33,43 +39,51 @@ class Trajectory:
 
     @property
     def num_weights(self) -> int:
-        """What a step of learning has to go through."""
+        """Weights that one step of learning goes through, the few of the blends left out."""
         return self._matrices.size
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was learned; live."""
+        """The weights by name; live."""
         return {"matrices": self._matrices, **self._blend.arrays}
 
-    def parts(self, popular: np.ndarray) -> np.ndarray:
-        """[1, L, R, 5, E] from log odds [L, E], with room for what the models say."""
-        parts = np.zeros((1, *self._rows.shape, 5, popular.shape[-1]), np.float32)
-        parts[..., 0, :] = 1
-        parts[..., 2, :] = popular[self._rows]
-        return parts
+    def votes(self, popular_LE: np.ndarray) -> np.ndarray:
+        """Votes [1, L, R, V, E] with popularity, given as log odds, and zeros for what models say."""
+        votes = np.zeros((1, *self._rows.shape, _NUM_VOTES, popular_LE.shape[-1]), np.float32)
+        votes[..., 0, :] = 1
+        votes[..., 2, :] = popular_LE[self._rows]
+        return votes
 
-    def with_base(self, parts: np.ndarray, base: np.ndarray) -> np.ndarray:
-        """[S, L, R, 5, E] from those and log odds [S, L, E] known before the first gate."""
-        parts = parts.repeat(len(base), axis=0)
+    def with_base(self, votes: np.ndarray, base_SLE: np.ndarray) -> np.ndarray:
+        """Votes [S, L, R, V, E]: those, with the log odds known before the first gate."""
+        votes = votes.repeat(len(base_SLE), axis=0)
         for i in range(self.reach):
-            parts[:, : -1 - i, i, 1] = base[:, i + 1 :]
-        return parts
+            votes[:, : -1 - i, i, 1] = base_SLE[:, i + 1 :]
+        return votes
 
-    def logits(self, row: int, gates: np.ndarray, parts: np.ndarray) -> np.ndarray:
-        """[S, R', E] of the R' <= R layers after `row`. Args: gates: [S, 2, E], log of ahead and of probabilities."""
-        parts = parts[:, row]
-        parts[:, 0, 3] = gates[:, 0]  # the next gate's word speaks for the next layer only
-        parts[:, :, 4] = (gates.reshape(len(gates), -1) @ self._matrices[row]).reshape(len(gates), self.reach, -1)
-        return self._blend.logits(parts, row)[:, : self._num_layers - 1 - row]
+    def logits(self, row: int, gates_S2E: np.ndarray, votes_SLRVE: np.ndarray) -> np.ndarray:
+        """Log odds [S, R', E] of the R' <= R layers after the one in row `row`.
 
-    def learn(self, gates: np.ndarray, parts: np.ndarray, used: np.ndarray, rows: slice) -> None:
-        """Of a whole step. Args: gates: [S, L, 2, E]. parts: [S, L, R, 5, E]. used: [S, L, E]. rows: whose gates."""
-        gates, parts, matrices = gates[:, rows], parts[:, rows], self._matrices[rows]
+        Args:
+            gates_S2E: logs of the shares `ahead` and of the layer's own.
+            votes_SLRVE: this row's get what its gate says, in place.
+        """
+        votes = votes_SLRVE[:, row]
+        votes[:, 0, 3] = gates_S2E[:, 0]  # the next gate's word speaks for the next layer only
+        features_SF = gates_S2E.reshape(len(gates_S2E), -1)
+        votes[:, :, 4] = (features_SF @ self._matrices[row]).reshape(len(gates_S2E), self.reach, -1)
+        return self._blend.logits(votes, row)[:, : self._num_layers - 1 - row]
+
+    def learn(self, gates_SL2E: np.ndarray, votes_SLRVE: np.ndarray, used_SLE: np.ndarray, rows: slice) -> None:
+        """Learn from a whole step which experts it used, a bool each. Args: rows: of the layers whose gates learn."""
+        if not self.reach:  # one layer: none follows
+            return
+        gates, votes, matrices = gates_SL2E[:, rows], votes_SLRVE[:, rows], self._matrices[rows]
         features = gates.reshape(*gates.shape[:2], -1).swapaxes(0, 1)  # [rows, S, F]
-        parts[:, :, 0, 3] = gates[:, :, 0]
-        parts[..., 4, :] = (features @ matrices).reshape(*features.shape[:2], self.reach, -1).swapaxes(0, 1)
-        errors = used[:, self._rows[rows]] - sigmoid(self._blend.logits(parts, rows))
+        votes[:, :, 0, 3] = gates[:, :, 0]
+        votes[..., 4, :] = (features @ matrices).reshape(*features.shape[:2], self.reach, -1).swapaxes(0, 1)
+        errors = used_SLE[:, self._rows[rows]] - sigmoid(self._blend.logits(votes, rows))
         errors *= self._in_step[rows]
-        self._blend.learn(parts, errors, rows)
+        self._blend.learn(votes, errors, rows)
         by_layer = errors.reshape(*errors.shape[:2], -1)
         learn_products(matrices, features.swapaxes(0, 1), by_layer, RATE)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from actors.gates.reader import GateReader
-from actors.kernels.search import SearchKernels, load_search
-from cluster.policies.next_use.estimate import NextUse, NextUseSettings
+from actors.kernels import search
+from actors.kernels.search import Lesson, SearchKernels, StepStructure, load_search
+from cluster.policies.next_use.estimate import NextUse
+from cluster.policies.next_use.settings import NextUseSettings
 from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid(layers=(0, 1, 2, 3, 4), num_experts=7, top_k=2)
@@ -27,7 +32,7 @@ def kernels() -> SearchKernels:
     return loaded
 
 
-def random_steps(num_sequences: int, *, seed: int) -> Iterator[tuple[StepSignal, list[GateSignal]]]:
+def random_steps(num_sequences: int, *, seed: int, grid: Grid = GRID) -> Iterator[tuple[StepSignal, list[GateSignal]]]:
     """Decode steps, after one of prompts of several tokens."""
     rng = np.random.default_rng(seed)
     for number in range(30):
@@ -39,11 +44,11 @@ def random_steps(num_sequences: int, *, seed: int) -> Iterator[tuple[StepSignal,
             np.full(num_sequences, number > 0),
         )
         gates: list[GateSignal] = []
-        for row in range(GRID.num_layers):
+        for row in range(grid.num_layers):
             probs, ahead = rng.dirichlet(np.full(7, 0.3), (2, num_sequences)).astype(np.float32)
             counts = np.zeros((num_sequences, 7), np.float32)
             np.put_along_axis(counts, probs.argsort(axis=1)[:, -2:], 1, axis=1)
-            gates.append(GateSignal(row, probs, counts, ahead if row + 1 < GRID.num_layers else None))
+            gates.append(GateSignal(row, probs, counts, ahead if row + 1 < grid.num_layers else None))
         yield step, gates
 
 
@@ -52,10 +57,24 @@ def random_steps(num_sequences: int, *, seed: int) -> Iterator[tuple[StepSignal,
 @pytest.mark.parametrize("weights_per_step", [2_000_000, 2_000])
 def test_next_use_is_the_same(kernels: SearchKernels, num_sequences: int, stride: int, weights_per_step: int) -> None:
     settings = replace(NextUseSettings(), weights_per_step=weights_per_step)
-    compiled = NextUse(GRID, embedding_dim=DIM, settings=settings, kernels=kernels)
-    plain = NextUse(GRID, embedding_dim=DIM, settings=settings)
+    learned = _learn_the_same(kernels, GRID, settings, num_sequences, stride)
+    assert np.abs(learned["trajectory.matrices"]).max() > 1e-3, "something was learned"
+
+
+def test_next_use_is_the_same_where_no_layer_follows(kernels: SearchKernels) -> None:
+    learned = _learn_the_same(kernels, replace(GRID, layers=(3,)), NextUseSettings(), num_sequences=3, stride=1)
+    assert learned["trajectory.matrices"].size == 0
+    assert np.abs(learned["worth.of_own"]).max() > 1e-3, "something was learned"
+
+
+def _learn_the_same(
+    kernels: SearchKernels, grid: Grid, settings: NextUseSettings, num_sequences: int, stride: int
+) -> dict[str, np.ndarray]:
+    """What compiled code learned of random steps, after it said and learned the same as numpy."""
+    compiled = NextUse(grid, embedding_dim=DIM, settings=settings, kernels=kernels)
+    plain = NextUse(grid, embedding_dim=DIM, settings=settings)
     said: dict[NextUse, list[np.ndarray]] = {compiled: [], plain: []}
-    for step, gates in random_steps(num_sequences, seed=num_sequences):
+    for step, gates in random_steps(num_sequences, seed=num_sequences, grid=grid):
         for next_use, values in said.items():
             next_use.on_step(step)
             values.append(next_use.hazards().copy())
@@ -69,7 +88,18 @@ def test_next_use_is_the_same(kernels: SearchKernels, num_sequences: int, stride
     learned = compiled.to_arrays()
     for name, array in plain.to_arrays().items():
         np.testing.assert_allclose(learned[name], array, rtol=1e-2, atol=1e-4, err_msg=name)
-    assert np.abs(learned["trajectory.matrices"]).max() > 1e-3, "something was learned"
+    return learned
+
+
+@pytest.mark.parametrize("structure", [StepStructure, Lesson])
+def test_structures_have_the_fields_of_the_header_in_its_order(structure: type[ctypes.Structure]) -> None:
+    header = (Path(search.__file__).parent / "search.h").read_text()
+    name = {StepStructure: "StepUnderWay"}.get(structure, structure.__name__)
+    (body,) = re.findall(rf"typedef struct {{([^}}]*)}} {name};", header)
+    fields = re.findall(r"(\w+)(?=[,;])", re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL))
+
+    ours = [re.sub(r"_[A-Z0-9]+$", "", field[0]) for field in structure._fields_]
+    assert ours == fields
 
 
 class _Gate(nn.Module):

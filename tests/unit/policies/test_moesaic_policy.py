@@ -48,7 +48,7 @@ def chosen_by(token: int, row: int) -> tuple[int, int]:
 def teach(next_use: NextUse, tokens: list[int]) -> None:
     for token in tokens:
         next_use.on_step(step_of(token))
-        next_use.ask()
+        next_use.learn_from_step()
         for row in range(GRID.num_layers):
             next_use.on_gate(gate_of(row, chosen_by(token, row)))
         next_use.on_step_end()

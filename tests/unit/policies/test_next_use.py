@@ -9,7 +9,8 @@ from hypothesis import given, settings
 
 from cluster.errors import ConfigError
 from cluster.policies.learned_state import NUM_LEARNED
-from cluster.policies.next_use.estimate import NextUse, NextUseSettings
+from cluster.policies.next_use.estimate import NextUse
+from cluster.policies.next_use.settings import NextUseSettings
 from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid(layers=(0, 1, 2), num_experts=6, top_k=2)
@@ -37,7 +38,7 @@ def run_step(
     """A decode step whose layers all choose the same; [L, E] values after it."""
     next_use.on_step(step_of(vectors))
     if asks:
-        next_use.ask()
+        next_use.learn_from_step()
     for row in range(GRID.num_layers):
         next_use.on_gate(gate_of(row, *chosen))
     values = next_use.values().reshape(GRID.num_layers, -1).copy() if asks else np.zeros(0)
@@ -99,7 +100,7 @@ def test_probability_is_calibrated_on_random_choices() -> None:
         if t > 250:
             predicted.append(next_use.soon()[0, 0].copy())
             used.append(np.isin(np.arange(6), chosen))
-        next_use.ask()
+        next_use.learn_from_step()
         for row in range(GRID.num_layers):
             next_use.on_gate(gate_of(row, chosen))
         next_use.on_step_end()
