@@ -1,4 +1,7 @@
-"""Draws a sweep: timely hit rate and bytes over the cache, mean time per token over the link; every axis from 0."""
+"""Draws a sweep: timely hit rate and bytes over the cache, mean time per token over the link.
+
+Axes begin at 0, but that of the link, which is logarithmic.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,8 @@ def draw(cells: Sequence[ReplayCell], target: Path) -> None:
         axes[1].axvspan(machine.link_gb_per_s * 0.8, machine.link_gb_per_s * 1.25, color="0.9", zorder=0)
     for side in axes:
         side.set_ylim(bottom=0)
+        if side is not axes[1]:
+            side.set_xlim(left=0)
         side.legend(fontsize=7)
     figure.suptitle(f"replay in virtual time, {concurrency} sequence(s)")
     figure.tight_layout()
