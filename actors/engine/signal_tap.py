@@ -63,7 +63,7 @@ class SignalTap:
         self._began_s = self._last_s = time.perf_counter()
         self._stall_s, self._demand_s = store.counters.total_stall_s, store.demand_s()
         starts = self._starts
-        self.policy_runner.begin(
+        self.policy_runner.begin_step(
             lambda: StepSignal(
                 sequences, means(self._embeddings[token_ids].float().numpy(), starts), lengths, is_decode
             )
@@ -85,7 +85,7 @@ class SignalTap:
             if is_whole:
                 self._hand_over()
             self._starts = None
-            self.policy_runner.end(time.perf_counter() - self._began_s, is_whole=is_whole)
+            self.policy_runner.end_step(time.perf_counter() - self._began_s, is_whole=is_whole)
         self._heard.clear()
         self._logits.clear()
 
@@ -93,7 +93,7 @@ class SignalTap:
         """A request is over."""
         number = self._numbers.pop(request_id, None)
         if number is not None:
-            self.policy_runner.forget(number)
+            self.policy_runner.end_sequence(number)
 
     def _on_gate(self, layer: int, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Any) -> None:
         if self._starts is not None:
@@ -114,9 +114,13 @@ class SignalTap:
         now_s, stall_s, demand_s = time.perf_counter(), store.counters.total_stall_s, store.demand_s()
         took_s, stalled_s, held_s = now_s - self._last_s, stall_s - self._stall_s, demand_s - self._demand_s
         self._last_s, self._stall_s, self._demand_s = now_s, stall_s, demand_s
-        self.policy_runner.gates(
+        self.policy_runner.post_gates(
             partial(self._signals, heard, self._num_rows, self._starts),
-            LayerTimes(max(took_s - stalled_s, 0.0) / num_layers, held_s / num_layers, took_s / num_layers),
+            LayerTimes(
+                compute_s=max(took_s - stalled_s, 0.0) / num_layers,
+                demand_s=held_s / num_layers,
+                took_s=took_s / num_layers,
+            ),
         )
 
     def _signals(self, heard: list[tuple[ExpertWork, Tensor]], num_rows: int, starts: np.ndarray) -> list[GateSignal]:

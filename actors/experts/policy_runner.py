@@ -1,7 +1,15 @@
 """Tells policies what the engine computes, and the expert memory what they expect: prefetch and the order of eviction.
 
-Search and learning run on a thread of their own, off the token path: the engine only hands over what its gates said.
-When that thread falls behind, whole steps are left out; what it says late is worth less, never wrong.
+Search and learning run on a thread of their own, off the token path. The engine's thread only posts what its gates
+said. When the searching thread falls behind, whole steps are left out. What it says late is worth less, never wrong.
+
+Signals come in the order of SignalListener. After each the policies are asked again: for scores, which order eviction,
+and for a forecast, which says what to prefetch.
+
+A large step, of a prompt or of many sequences, uses nearly every expert. Then the ring decides, not the policies.
+Source: MoESys' ring memory, see cluster/policies/ring.py.
+
+Shapes: L MoE layers, E experts of a layer, N = L * E experts of the grid.
 """
 
 from __future__ import annotations
@@ -28,14 +36,17 @@ from cluster.policies.signals import GateSignal, StepSignal
 
 _LOG = logging.getLogger(__name__)
 _MAX_STEPS_BEHIND = 2
-_STRIDE = 3
-_MOSTLY = 0.5
-_RING_RATE = 0.1  # of the newest layer in what large steps use
+_STRIDE = 3  # layers
+_MOSTLY = 0.5  # share of the time
+_RING_RATE = 0.1  # weight of the newest layer in the share of experts that large steps use
 Task = Callable[[], None]
 
 
 class LayerTimes(NamedTuple):
-    """Seconds of a layer: computing, demands holding the link, in all. See CostMeter."""
+    """Of one layer, in seconds. See CostMeter.
+
+    compute_s: computing. demand_s: on-demand loads held the link. took_s: by the clock, waiting included.
+    """
 
     compute_s: float
     demand_s: float
@@ -45,8 +56,9 @@ class LayerTimes(NamedTuple):
 class PolicyRunner:
     """Between the engine's thread, which posts, and the policies, which live on the searching thread.
 
-    num_unsound: forecasts left out, that were not finite. problem: why search has ended
-    for good, if it has. busy_s: processor time of the searching thread; step_s: of steps by the clock.
+    num_unsound: forecasts left out, because they were not finite.
+    problem: why search has ended for good, or None.
+    busy_s: processor time of the searching thread, in seconds. step_s: time of the steps by the clock, in seconds.
     """
 
     def __init__(
@@ -58,7 +70,12 @@ class PolicyRunner:
         *,
         inline: bool = False,
     ) -> None:
-        """Args: inline: no thread; whoever posts does the work, for tests."""
+        """Args:
+        store: gets what is to be fetched.
+        published: gets the scores by which the store evicts.
+        meter: told of layers of small steps; prices prefetch.
+        inline: no thread; whoever posts does the work, for tests.
+        """
         self.store, self.policies, self.meter = store, policies, meter
         self.num_unsound = 0
         self.problem: str | None = None
@@ -104,37 +121,42 @@ class PolicyRunner:
         else:
             self._tasks.put(task)
 
-    def begin(self, make: Callable[[], StepSignal]) -> None:
-        """A step begins. Args: make: called on the searching thread."""
+    def begin_step(self, make: Callable[[], StepSignal]) -> None:
+        """A step begins. Args: make: its signal; called on the searching thread."""
         self._num_begun += 1
-        self._tell(lambda: self._on_step(make()))
+        self._post_signal(lambda: self._on_step(make()))
 
-    def gates(self, make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
-        """Gates have spoken, in the order of their layers. Args: times: of one layer on average."""
+    def post_gates(self, make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
+        """Gates have spoken.
+
+        Args:
+            make: their signals, in the order of layers; called on the searching thread.
+            times: of one of these layers, on average.
+        """
 
         def hear() -> None:
             meter = self.meter if self._ring is None else self._ring_meter
             meter.note_layer(compute_s=times.compute_s, demand_s=times.demand_s, took_s=times.took_s)
             self._on_gates(make())
 
-        self._tell(hear)
+        self._post_signal(hear)
 
-    def end(self, step_s: float, *, is_whole: bool = True) -> None:
-        """All layers are done, or the step broke off; it took `step_s`."""
+    def end_step(self, step_s: float, *, is_whole: bool = True) -> None:
+        """The step is over. Args: step_s: seconds that it took. is_whole: False: it broke off, nobody learns of it."""
         self.step_s += step_s
-        self._tell(self._on_step_end if is_whole else self._on_step_broken)
+        self._post_signal(self._on_step_end if is_whole else self._on_step_broken)
 
-    def forget(self, sequence: int) -> None:
+    def end_sequence(self, sequence: int) -> None:
         """A sequence is over."""
-        self._tell(lambda: self._on_sequence_end(sequence))
+        self._post_signal(lambda: self._on_sequence_end(sequence))
 
     def ask(
         self, question: Callable[[], dict[str, dict[str, np.ndarray]]], timeout_s: float
     ) -> dict[str, dict[str, np.ndarray]]:
-        """An answer made by the searching thread, between two signals.
+        """Have the searching thread answer, between two signals: arrays by group and field, see policy state.
 
         Raises:
-            TimeoutError: it did not come.
+            TimeoutError: no answer within `timeout_s` seconds.
         """
         if self._inline:
             return question()
@@ -146,13 +168,13 @@ class PolicyRunner:
             raise TimeoutError(f"the searching thread did not answer within {timeout_s:g} s") from None
 
     def close(self) -> None:
-        """End after what was posted."""
+        """End the thread, after what was posted."""
         if not self._inline:
             self._tasks.put(None)
             self._thread.join(timeout=5)
 
-    def _tell(self, task: Task) -> None:
-        """Post a signal; once search has failed those that wait are void, questions are still answered."""
+    def _post_signal(self, task: Task) -> None:
+        """Once search has failed, signals that wait are void. Questions are still answered."""
         self.post(lambda: None if self.problem is not None else task())
 
     def _run(self) -> None:
@@ -216,6 +238,7 @@ class PolicyRunner:
             listener.on_sequence_end(sequence)
 
     def _look_ahead(self, row: int) -> None:
+        """Order eviction and prefetch anew, after the gate of a row (BEFORE_FIRST: the step begins)."""
         if self._ring is not None:
             outlook = self._ring.outlook(row)
             self._forecast = None
@@ -232,7 +255,7 @@ class PolicyRunner:
             self.store.want(None if self._forecast is None else self._forecast.priority.reshape(-1))
 
     def _sound(self, forecast: Forecast | None) -> Forecast | None:
-        """The forecast, if it is made of numbers: one that is not is worth nothing, and the next one may be."""
+        """The forecast if it is finite, or None: then nothing is fetched, until the next one."""
         if forecast is None or (np.isfinite(forecast.priority).all() and np.isfinite(forecast.probability).all()):
             return forecast
         self.num_unsound += 1
@@ -241,14 +264,14 @@ class PolicyRunner:
         return None
 
     def _costs(self, meter: CostMeter) -> LinkCosts:
-        """By a meter, with what a load takes now."""
+        """What prefetch costs, by a meter, with what a load takes now."""
         meter.load_s = self.store.load_s() or meter.load_s
         meter.cpu_s = self.store.load_cpu_s()
         meter.gives_way = self.store.loads_give_way
         return meter.costs()
 
     def _check_forecasts(self) -> None:
-        """Count how the last forecasts of the layers came true."""
+        """Count by bins of probability how the last forecast of each layer came true."""
         if not self._foreseen:
             return
         counters = self.store.counters

@@ -96,23 +96,23 @@ def timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
         yield took_s
         return
     spoke_s: deque[float] = deque()  # those that nothing is wanted by yet
-    begin, gates, want = policy_runner.begin, policy_runner.gates, store.want
+    begin_step, post_gates, want = policy_runner.begin_step, policy_runner.post_gates, store.want
 
     def timed_begin(make: Callable[[], StepSignal]) -> None:
         spoke_s.append(time.perf_counter())
-        begin(make)
+        begin_step(make)
 
     def timed_gates(make: Callable[[], Sequence[GateSignal]], times: LayerTimes) -> None:
         spoke_s.append(time.perf_counter())
-        gates(make, times)
+        post_gates(make, times)
 
     def timed_want(priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
         want(priority, below)
         took_s.append(time.perf_counter() - spoke_s.popleft())
 
     with (
-        patch.object(policy_runner, "begin", timed_begin),
-        patch.object(policy_runner, "gates", timed_gates),
+        patch.object(policy_runner, "begin_step", timed_begin),
+        patch.object(policy_runner, "post_gates", timed_gates),
         patch.object(store, "want", timed_want),
     ):
         yield took_s

@@ -91,10 +91,10 @@ def _gate(row: int, *used: int) -> GateSignal:
 
 
 def _run(policy_runner: PolicyRunner, *, num_rows: int = 1) -> None:
-    policy_runner.begin(lambda: _step(num_rows))
-    policy_runner.gates(lambda: [_gate(0, 1)], TIMES)
-    policy_runner.gates(lambda: [_gate(1, 2)], TIMES)
-    policy_runner.end(1e-3)
+    policy_runner.begin_step(lambda: _step(num_rows))
+    policy_runner.post_gates(lambda: [_gate(0, 1)], TIMES)
+    policy_runner.post_gates(lambda: [_gate(1, 2)], TIMES)
+    policy_runner.end_step(1e-3)
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -103,7 +103,7 @@ def test_signals_come_in_order_and_forecasts_are_fetched(store: ExpertStore, pol
     policy.probability[1, 4] = 0.95
 
     _run(policy_runner)
-    policy_runner.forget(7)
+    policy_runner.end_sequence(7)
     policy_runner.close()
 
     assert [what for what in policy.heard if "use" not in what] == ["step", "gate 0", "gate 1", "end", "over 7"]
@@ -146,10 +146,10 @@ def test_layers_are_heard_one_by_one_while_steps_wait_more_than_they_compute(
     policy.expects = False
     strides: list[int] = []
     for took_s in (1.5e-3, 4e-3):
-        policy_runner.begin(_step)
+        policy_runner.begin_step(_step)
         for row in range(LAYERS):
-            policy_runner.gates(lambda row=row: [_gate(row, 1)], LayerTimes(1e-3, 0.0, took_s))
-        policy_runner.end(1e-3)
+            policy_runner.post_gates(lambda row=row: [_gate(row, 1)], LayerTimes(1e-3, 0.0, took_s))
+        policy_runner.end_step(1e-3)
         strides.append(policy_runner.stride)
 
     assert strides[0] > 1 and strides[1] == 1
@@ -158,8 +158,8 @@ def test_layers_are_heard_one_by_one_while_steps_wait_more_than_they_compute(
 def test_large_steps_go_round_the_ring_instead(store: ExpertStore, policy: Scripted) -> None:
     policy_runner = _policy_runner(store, policy, inline=True)
 
-    policy_runner.begin(lambda: _step(64))
-    policy_runner.gates(lambda: [_gate(0, *range(NUM_EXPERTS))], TIMES)
+    policy_runner.begin_step(lambda: _step(64))
+    policy_runner.post_gates(lambda: [_gate(0, *range(NUM_EXPERTS))], TIMES)
 
     scores = store._device.residents.order.scores()
     assert scores[np.argsort(policy.values)[-1]] == scores.max(), "what is worth most is pinned"
@@ -179,10 +179,10 @@ def test_ring_on_a_busy_link_fetches_nothing_that_may_not_be_used(
     wanted: dict[str, bool] = {}
     for name, times in (("busy", LayerTimes(1e-5, 1.0, 1.0)), ("idle", LayerTimes(1.0, 0.0, 1.0))):
         for _ in range(100):
-            policy_runner.begin(lambda: _step(64))
-            policy_runner.gates(lambda: [_gate(0, *range(NUM_EXPERTS // 2))], times)
+            policy_runner.begin_step(lambda: _step(64))
+            policy_runner.post_gates(lambda: [_gate(0, *range(NUM_EXPERTS // 2))], times)
             wanted[name] = store._device.priority is not None
-            policy_runner.end(1e-3)
+            policy_runner.end_step(1e-3)
 
     assert wanted == {"busy": False, "idle": True}
 
@@ -210,7 +210,7 @@ def test_answers_are_made_between_signals(store: ExpertStore, policy: Scripted) 
 
     assert answer["heard"]["n"].tolist() == [4]
     policy.pause.clear()
-    policy_runner.begin(_step)
+    policy_runner.begin_step(_step)
     with pytest.raises(TimeoutError):
         policy_runner.ask(dict, 0.01)
     policy.pause.set()
@@ -224,8 +224,8 @@ def test_a_search_that_fails_leaves_the_memory_to_recency_and_says_so(store: Exp
     def breaks() -> StepSignal:
         raise ValueError("gates of another world")
 
-    policy_runner.begin(breaks)
-    policy_runner.gates(lambda: [_gate(0, 1)], TIMES)
+    policy_runner.begin_step(breaks)
+    policy_runner.post_gates(lambda: [_gate(0, 1)], TIMES)
     assert policy_runner.ask(dict, 10) == {}, "questions are still answered"
     policy_runner.close()
 

@@ -160,18 +160,18 @@ def test_signals_that_are_not_finite_reach_no_policy(store: ExpertStore, name: s
         step = steps.step()
         if number == 4:
             _spoil(step.embeddings, value)
-        policy_runner.begin(lambda step=step: step)
+        policy_runner.begin_step(lambda step=step: step)
         for row in range(3):
             gate = steps.gate(row)
             if number == 5:
                 _spoil(gate.probs, value)
             if number == 6:
                 _spoil(gate.ahead, value)
-            policy_runner.gates(lambda gate=gate: [gate], TIMES)
+            policy_runner.post_gates(lambda gate=gate: [gate], TIMES)
             assert np.isfinite(policies.scorer.scores()).all()
-        policy_runner.end(1e-3)
+        policy_runner.end_step(1e-3)
     for sequence in (1, 2):
-        policy_runner.forget(sequence)
+        policy_runner.end_sequence(sequence)
 
     assert policy_runner.problem is None
     assert policy_runner.num_unsound == 0
@@ -191,10 +191,10 @@ def test_a_forecast_that_is_not_finite_is_left_out_and_the_next_one_is_not(
     fine = np.full((3, 8), 0.5, np.float32)
     for priority, probability in ((bad, fine) if field == "priority" else (fine, bad), (good, good)):
         told.forecast = Forecast(priority, probability)
-        policy_runner.begin(steps.step)
+        policy_runner.begin_step(steps.step)
         for row in range(3):
-            policy_runner.gates(lambda row=row: [steps.gate(row)], TIMES)
-        policy_runner.end(1e-3)
+            policy_runner.post_gates(lambda row=row: [steps.gate(row)], TIMES)
+        policy_runner.end_step(1e-3)
 
     assert policy_runner.problem is None
     assert policy_runner.num_unsound == 4
