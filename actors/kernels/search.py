@@ -16,8 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from cluster.policies.next_use.kernels import LessonArrays, LessonRates, StepArrays
-from cluster.policies.next_use.kernels import PackedStep as AnyPackedStep
+from cluster.policies.next_use.kernels import LessonArrays, LessonRates, StepAddresses, StepArrays
 from cluster.policies.signals import GateSignal
 
 _STEP_SIZES = ("S", "L", "A", "E", "R")
@@ -135,7 +134,7 @@ class SearchKernels:
         self._read_gate(form, *logits, *hidden, chosen, num_rows, starts.ctypes.data, S, said.ctypes.data)
         return said[: 3 * S * E].reshape(3, S, E)
 
-    def follow(self, step: AnyPackedStep, gates: Sequence[GateSignal]) -> None:
+    def follow(self, step: StepAddresses, gates: Sequence[GateSignal]) -> None:
         """Take in what gates said, in the order of their layers: see NextUse."""
         for gate in gates:
             heard = [
@@ -144,7 +143,7 @@ class SearchKernels:
             addresses = [None if said is None else said.ctypes.data for said in heard]
             self._follow(step.structure, gate.row, *addresses, gate is gates[-1], step.scratch.ctypes.data)
 
-    def learn(self, step: AnyPackedStep, rates: LessonRates, arrays: LessonArrays, *, first: int, turns: int) -> None:
+    def learn(self, step: StepAddresses, rates: LessonRates, arrays: LessonArrays, *, first: int, turns: int) -> None:
         """Learn from a step that is over; of layers `first`, `first` + `turns`, ...: see NextUse."""
         sizes, num_examples = step.structure, len(arrays.examples_N)
         X, G = arrays.embedded_before_SX.shape[1], (1 + sizes.A) * sizes.E

@@ -80,7 +80,7 @@ class LessonArrays:
     soon_blend_LV: np.ndarray
 
 
-class PackedStep(Protocol):
+class StepAddresses(Protocol):
     """A step as compiled code sees it: addresses of its StepArrays, and room to compute."""
 
     structure: Any
@@ -90,14 +90,14 @@ class PackedStep(Protocol):
 class NextUseKernels(Protocol):
     """Compiled code; of any thread, without state."""
 
-    def pack_step(self, discount: float, arrays: StepArrays) -> PackedStep:
+    def pack_step(self, discount: float, arrays: StepArrays) -> StepAddresses:
         """A step for the other two."""
         ...
 
-    def follow(self, step: PackedStep, gates: Sequence[GateSignal]) -> None:
+    def follow(self, step: StepAddresses, gates: Sequence[GateSignal]) -> None:
         """Take in what gates said, in the order of their layers."""
         ...
 
-    def learn(self, step: PackedStep, rates: LessonRates, arrays: LessonArrays, *, first: int, turns: int) -> None:
+    def learn(self, step: StepAddresses, rates: LessonRates, arrays: LessonArrays, *, first: int, turns: int) -> None:
         """Learn from a step that is over. Layers first, first + turns, ... learn."""
         ...

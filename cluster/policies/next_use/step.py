@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.policies.next_use.kernels import PackedStep
+from cluster.policies.next_use.kernels import StepAddresses
 from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 _FLOOR = 0.3  # below it differences mean little
@@ -112,7 +112,7 @@ class Expected:
     hazards_LE: np.ndarray
     worth_LE: np.ndarray
     row: int = -1
-    packed: PackedStep | None = None
+    packed: StepAddresses | None = None
 
 
 def votes_of(popular_LE: np.ndarray) -> np.ndarray:
