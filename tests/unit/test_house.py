@@ -21,21 +21,19 @@ DECISIONS = {
     "cluster.model.sizing",
     "cluster.placement.planner",
     "cluster.policies.eviction.lru",
-    "cluster.policies.prefetch.moesaic",
-    "cluster.policies.prefetch.next_gate",
     "cluster.policies.next_use.estimate",
     "cluster.policies.next_use.hazards",
+    "cluster.policies.prefetch.moesaic",
+    "cluster.policies.prefetch.next_gate",
     "cluster.policies.residency",
     "cluster.policies.ring",
     "cluster.replay.link",
+    "cluster.replay.machine",
     "cluster.replay.simulator",
     "cluster.routing.worker_choice",
     "cluster.scaling.rules",
 }
 """Modules of pure decisions: each has an example."""
-    "cluster.replay.machine",
-)
-"""Modules of pure decisions whose examples run."""
 
 
 def _files() -> list[Path]:
