@@ -12,78 +12,29 @@ import typer
 
 from cluster.cli import flags
 from cluster.cli.command_group import describe_error
-from cluster.cli.generate import (
-    FrequencyPenalty,
-    MaxTokens,
-    MinP,
-    PresencePenalty,
-    RepetitionPenalty,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-)
+from cluster.cli.generate import SAMPLING, MaxTokens
+from cluster.cli.settings import ENGINE, settings
 from cluster.cli.text_source import TextOptions, TextSource, open_source
 from cluster.errors import MoesaicError
 
 _HELP = "/exit ends, /reset forgets the conversation, Ctrl-C stops an answer"
 
 
+@flags.in_place_of("sampling", SAMPLING)
+@flags.in_place_of("said", settings(*ENGINE))
 def chat(
-    model: flags.Model = None,
+    *,
     url: flags.Url = None,
     api_key: flags.ApiKey = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    presence_penalty: PresencePenalty = None,
-    frequency_penalty: FrequencyPenalty = None,
-    repetition_penalty: RepetitionPenalty = None,
-    seed: Seed = None,
-    config: flags.ConfigFile = None,
-    expert_cache: flags.ExpertCache = None,
-    eviction: flags.Eviction = None,
-    prediction: flags.Prediction = None,
-    ram_tier: flags.RamTier = None,
-    link_gb_per_s: flags.LinkRate = None,
-    policy_state: flags.PolicyState = None,
-    kv_cache: flags.KvCache = None,
-    max_model_len: flags.MaxModelLen = None,
-    dtype: flags.Dtype = None,
-    generation_config: flags.GenerationConfig = None,
-    threads: flags.Threads = None,
+    sampling: flags.Said,
+    said: flags.Said,
 ) -> None:
     """Talk with MODEL in this process, or with the server at --url."""
-    overrides = flags.engine_overrides(
-        model=model,
-        expert_cache=expert_cache,
-        kv_cache=kv_cache,
-        max_model_len=max_model_len,
-        dtype=dtype,
-        generation_config=generation_config,
-        threads=threads,
-        eviction=eviction,
-        prediction=prediction,
-        ram_tier=ram_tier,
-        link_gb_per_s=link_gb_per_s,
-        policy_state=policy_state,
-    )
-    settings = flags.read_config(config, overrides) if url is None else None
-    source = open_source(url, model=model, api_key=api_key, config=settings)
-    options = TextOptions(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    config = flags.read_config(said) if url is None else None
+    source = open_source(url, model=said["model"], api_key=api_key, config=config)
+    options = TextOptions(max_tokens=max_tokens, **sampling)
     typer.echo(f"{source.model}: {_HELP}")
     Conversation(source, options, system).run()
 

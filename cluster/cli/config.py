@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cluster.cli import flags
+from cluster.cli.settings import SETTINGS
 
 EXAMPLE = """\
 model:
@@ -28,7 +29,7 @@ frontend:
 
 
 def config(
-    file: flags.ConfigFile = None,
+    file: Annotated[Path | None, typer.Option("--config", help=SETTINGS["config"].option.help)] = None,
     example: Annotated[bool, typer.Option("--example", help="Print a commented file to start from.")] = False,
 ) -> None:
     """Print the configuration that the file, the environment and the defaults come to; secrets are not shown."""

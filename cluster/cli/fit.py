@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.cli import flags
+from cluster.cli.settings import SETTINGS
 from cluster.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def fit(
         int | None, typer.Option(min=0, help="Expert hosts in all; default: one a node where there are several.")
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="auto|bfloat16|float32", help="As the server computes.")] = "auto",
-    max_model_len: flags.MaxModelLen = None,
+    max_model_len: Annotated[int | None, SETTINGS["max_model_len"].option] = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Bytes of MODEL per worker and expert host, whether they fit, and what to set. Ends with 1 where they do not."""

@@ -1,54 +1,24 @@
-"""Flags that several commands share, and how they become configuration. Reads no files itself."""
+"""Flags that several commands share, and how they become configuration. Reads no files itself.
+
+Those that set fields of the configuration are in settings.py.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
+
+from cluster.cli.settings import overrides
 
 if TYPE_CHECKING:
     from cluster.cli.trace_loads import Rates
     from cluster.config.load import MoesaicConfig
 
-Model = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="Local Hugging Face directory, hub id, or moesaic-demo.")
-]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration file.")]
-ExpertCache = Annotated[
-    str | None, typer.Option(metavar="SIZE|PERCENT", help="Memory for experts: 512MiB or 25%; default: what is free.")
-]
-KvCache = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Memory for the KV cache: 2GiB; default: for one whole sequence.")
-]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's.")]
-GenerationConfig = Annotated[
-    str | None,
-    typer.Option(metavar="auto|none", help="Where a request says nothing: sample as the model's author did, or not."),
-]
-Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")]
-Threads = Annotated[int | None, typer.Option(help="Compute threads; 0: all cores but one.")]
-Eviction = Annotated[
-    str | None,
-    typer.Option(metavar="POLICY", help="What leaves a full memory first: lru, lfu, mrs, eam, fmoe, moesaic."),
-]
-Prediction = Annotated[
-    str | None,
-    typer.Option(
-        metavar="POLICY",
-        help="What is fetched ahead: none, next-gate, whole-layer, eam, fmoe, moesaic; default moesaic.",
-    ),
-]
-RamTier = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE|PERCENT", help="Slower memory between disk and --expert-cache; default none."),
-]
-LinkRate = Annotated[
-    float | None, typer.Option("--link-gb-per-s", help="Emulate a link of this rate from --ram-tier; default: none.")
-]
-PolicyState = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Start from what was learned there, and save it there at the end.")
-]
 Url = Annotated[str | None, typer.Option(help="Use the server at this URL instead of this process.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="MOESAIC_API_KEY", help="Bearer token of the server.")]
 OperatorKey = Annotated[
@@ -57,57 +27,40 @@ OperatorKey = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-Overrides = dict[str, dict[str, Any]]
+Said: TypeAlias = dict[str, Any]
+"""What flags said, by name; None for one that was not given."""
 
 
-def engine_overrides(
-    *,
-    model: str | None,
-    expert_cache: str | None,
-    kv_cache: str | None,
-    max_model_len: int | None,
-    dtype: str | None,
-    generation_config: str | None = None,
-    threads: int | None,
-    eviction: str | None = None,
-    prediction: str | None = None,
-    ram_tier: str | None = None,
-    link_gb_per_s: float | None = None,
-    policy_state: Path | None = None,
-) -> Overrides:
-    """Flags of the engine, as `load_config` takes them; those not given stay out."""
-    return given_only(
-        {
-            "model": {
-                "path": model,
-                "max_model_len": max_model_len,
-                "dtype": dtype,
-                "generation_config": generation_config,
-            },
-            "experts": {
-                "cache": expert_cache,
-                "eviction": eviction,
-                "prediction": prediction,
-                "ram_tier": ram_tier,
-                "link_gb_per_s": link_gb_per_s,
-                # Other processes have other working directories.
-                "policy_state": None if policy_state is None else str(policy_state.absolute()),
-            },
-            "attention": {"kv_cache": kv_cache, "threads": threads},
-        }
-    )
+def in_place_of(parameter: str, flags: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that has these flags where it has `parameter`, and gets what they said there (`Said`).
+
+    Args: flags: annotations by name. The command's parameters are given by name.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            said = {name: values.pop(name) for name in flags}
+            command(**values, **{parameter: said})
+
+        signature = inspect.signature(command, eval_str=True)
+        shown: list[inspect.Parameter] = []
+        for each in signature.parameters.values():
+            if each.name == parameter:
+                shown += [
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                    for name, annotation in flags.items()
+                ]
+            else:
+                shown.append(each)
+        run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in shown}
+        return run
+
+    return decorate
 
 
-def given_only(overrides: Overrides) -> Overrides:
-    """Without the values that are None and the sections that are empty."""
-    given = {
-        section: {name: value for name, value in fields.items() if value is not None}
-        for section, fields in overrides.items()
-    }
-    return {section: fields for section, fields in given.items() if fields}
-
-
-def read_config(path: Path | None, overrides: Overrides, *, with_model: bool = True) -> MoesaicConfig:
+def read_config(said: Said, *, with_model: bool = True) -> MoesaicConfig:
     """File, environment and flags; checks that the model exists, unless the caller does (`with_model` False).
 
     Raises:
@@ -116,7 +69,7 @@ def read_config(path: Path | None, overrides: Overrides, *, with_model: bool = T
     from cluster.config.load import load_config
     from cluster.model.info import read_model_info
 
-    config = load_config(path, overrides)
+    config = load_config(said.get("config"), overrides(said))
     if with_model:
         read_model_info(config.model)
     return config

@@ -10,6 +10,7 @@ import typer
 
 from cluster.cli import flags
 from cluster.cli.command_group import CommandGroup
+from cluster.cli.settings import settings
 from cluster.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -24,18 +25,18 @@ def trace() -> None:
 
 
 @app.command("record")
+@flags.in_place_of("said", settings("model", "expert_cache", "threads"))
 def record(
+    *,
     prompts: Annotated[Path, typer.Option(help="JSONL with prompt; id, domain and source are kept where given.")],
     out: Annotated[Path, typer.Option(help="File to write.")],
-    model: flags.Model = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate for each prompt.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are cut to their beginning.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each domain; default: all.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
     seed: Annotated[int, typer.Option(help="Prompt i draws with seed + i.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Prompts computed together.")] = 8,
-    expert_cache: flags.ExpertCache = None,
-    threads: flags.Threads = None,
+    said: flags.Said,
 ) -> None:
     """Generate for every prompt and write what the gates said, prompts included."""
     from rich.console import Console
@@ -47,10 +48,7 @@ def record(
     from cluster.model.info import read_model_info
     from cluster.types import SamplingParams
 
-    overrides = flags.engine_overrides(
-        model=model, expert_cache=expert_cache, kv_cache=None, max_model_len=None, dtype=None, threads=threads
-    )
-    config = flags.read_config(None, overrides)
+    config = flags.read_config(said)
     info = read_model_info(config.model)
     requests = _read_prompts(prompts, Tokenizer.load(info.path).encode, max_prompt_tokens, limit)
     parts = build_engine(config, info, threads=config.attention.threads or 1)
