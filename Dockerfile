@@ -15,6 +15,7 @@ RUN apt-get update \
 WORKDIR /source
 COPY pyproject.toml README.md ./
 COPY models/moesaic-demo models/moesaic-demo
+COPY models/prompts.jsonl models/prompts.jsonl
 COPY cluster cluster
 COPY actors actors
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \

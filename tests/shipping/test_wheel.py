@@ -43,5 +43,6 @@ def test_an_installed_wheel_finds_its_embedded_model_away_from_the_checkout(tmp_
     ).stdout.split()
 
     assert all(Path(path).is_relative_to(prefix) for path in found), found
+    assert (prefix / "share/moesaic/models/prompts.jsonl").is_file()
     assert any(name.startswith("actors/kernels/_native") for name in names)
     assert not any(name.startswith(("tests/", "proto/", "benchmarks/")) for name in names)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from papers import ROOT, pages
 from trace_builders import clustered_trace
 from typer.testing import CliRunner
 
@@ -119,3 +120,19 @@ def test_recorded_trace_replays(tmp_path: Path) -> None:
     assert facts["model"] == "moesaic-demo" and facts["domains"] == {"d": 1, "A": 1} and facts["decode_rows"] <= 6
     cells = RUNNER.invoke(app, ["replay", str(out), "--cache", "25%", "--link", "1", "--policies", "lru", "--json"])
     assert json.loads(cells.stdout)["cells"][0]["loads_per_token"] > 0
+
+
+@pytest.mark.slow
+def test_documented_commands_can_use_the_sample_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = "models/prompts.jsonl"
+    commands = [words for page in pages() for words in page.command_lines() if sample in words]
+    assert commands
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+
+    for words in commands:
+        assert Path(words[0]).name == "moesaic" and words[1:3] == ["trace", "record"], "say here how to shorten it"
+        result = RUNNER.invoke(app, [*words[1:], "--max-tokens", "2", "--limit", "2", "--threads", "1"])
+        assert result.exit_code == 0, result.output
+        out = words[words.index("--out") + 1]
+        assert json.loads(RUNNER.invoke(app, ["trace", "info", out, "--json"]).stdout)["requests"] == 2

@@ -27,6 +27,11 @@ def test_file(tmp_path: Path) -> None:
             read_prompts(path)
 
 
+def test_sample_prompts_can_be_measured_with() -> None:
+    sample = read_prompts(Path(__file__).parents[3] / "models" / "prompts.jsonl")
+    assert len(set(sample)) == len(sample) >= 5
+
+
 def test_fitting() -> None:
     def encode(text: str) -> list[int]:
         return [ord(letter) for letter in text]

@@ -30,6 +30,18 @@ def test_paths_exist(page: Page) -> None:
     assert not missing
 
 
+def test_a_newcomers_questions_have_a_folder_each() -> None:
+    """And the files named in the answer lie in one of its folders."""
+    section = (DOCS / "architecture.md").read_text().partition("## Where is it decided\n")[2].partition("\n## ")[0]
+    answers = dict(re.findall(r"^\| ([^|]*\?) \| (.*) \|$", section, re.MULTILINE))
+    assert len(answers) >= 10
+    for question, answer in answers.items():
+        folders = [ROOT / name for name in re.findall(r"`([\w/]+/)`", answer)]
+        assert folders and all(folder.is_dir() for folder in folders), question
+        for name in re.findall(r"`(\w+\.py)`", answer):
+            assert any((folder / name).is_file() for folder in folders), f"{question} {name}"
+
+
 @every_page
 def test_python_files_named_without_a_folder_exist(page: Page) -> None:
     names = {span for span in page.spans() if re.fullmatch(r"\w+\.py", span)}
