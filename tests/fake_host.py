@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from actors.data_plane.task import DispatchTask
 from actors.expert_host.batching_pool import BatchingPool
 from actors.expert_host.device_owner import DeviceOwner
 from actors.expert_host.handler import HostHandler
-from actors.experts.backend import ExpertBackend
+from actors.experts.backend import ExpertBackend, LoadTimes
 from cluster.errors import MoesaicError
 
 DIM, NUM_EXPERTS, TOP_K, LAYERS, MAX_ROWS = 16, 8, 2, (0, 3), 64
@@ -44,6 +44,9 @@ class ScaleBackend(ExpertBackend):
         self.gate.set()
         self.at_gate = threading.Event()
         self.fail: MoesaicError | None = None
+
+    def load_times(self) -> LoadTimes:
+        return LoadTimes(0.0, 0.0, 0.0)
 
     def partial_sums(
         self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype = torch.float32
@@ -64,6 +67,20 @@ def expected_sums(frame: DispatchFrame) -> np.ndarray:
     return scale.sum(1, keepdims=True, dtype=np.float32) * frame.rows
 
 
+class Outlooks:
+    """Remembers what workers said, and which of them have gone."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[Hashable, bytes]] = []
+        self.gone: list[Hashable] = []
+
+    def hear(self, worker: Hashable, data: bytes) -> None:
+        self.said.append((worker, data))
+
+    def forget(self, worker: Hashable) -> None:
+        self.gone.append(worker)
+
+
 @dataclass(slots=True)
 class FakeHost:
     """The parts of a running host."""
@@ -76,6 +93,7 @@ class FakeHost:
     backend: ScaleBackend
     welcome: Callable[[Hello], Welcome]
     submitted: list[DispatchTask]  # by threads of gRPC streams
+    outlooks: Outlooks
 
     def stop(self) -> None:
         """As ExpertHost.stop."""
@@ -101,10 +119,14 @@ def running_host(*, checked: bool = False, max_rows: int = MAX_ROWS) -> Iterator
         handler.submit(task)
         submitted.append(task)
 
-    handler = HostHandler(welcome, secret=SECRET, checked=checked)
-    server = ExpertServer(host="127.0.0.1", secret=SECRET, welcome=welcome, submit=submit, checked=checked)
+    outlooks = Outlooks()
+    handler = HostHandler(welcome, outlooks, secret=SECRET, checked=checked)
+    server = ExpertServer(
+        host="127.0.0.1", secret=SECRET, welcome=welcome, submit=submit, outlooks=outlooks, checked=checked
+    )
     endpoint = HostEndpoint(host_id="host", socket_name=handler.socket_name, grpc_address=server.address, secret=SECRET)
-    host = FakeHost(endpoint, handler, pool, DeviceOwner(handler, pool, backend), server, backend, welcome, submitted)
+    owner = DeviceOwner(handler, pool, backend)
+    host = FakeHost(endpoint, handler, pool, owner, server, backend, welcome, submitted, outlooks)
     server.start()
     host.owner.start()
     try:

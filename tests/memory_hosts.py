@@ -36,6 +36,7 @@ class Host:
     epoch: int = 1
     received: list[DispatchFrame] = field(default_factory=list)
     computed: list[DispatchFrame] = field(default_factory=list)
+    outlooks: list[bytes] = field(default_factory=list)
     is_slow: bool = False  # what it is slow with does not come yet
 
 
@@ -90,6 +91,9 @@ class MemoryChannel:
 
     def wait_for(self, sequence: int, deadline_s: float) -> bool:
         return sequence not in self.waiting or self.waiting[sequence][1] != "slow"
+
+    def send_outlook(self, data: bytes) -> None:
+        self._host.outlooks.append(data)
 
     def abandon(self, sequence: int) -> None:
         self.abandoned.add(sequence)

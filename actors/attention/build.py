@@ -20,6 +20,7 @@ from actors.engine.parts import EngineParts
 from actors.engine.signal_tap import SignalTap
 from actors.expert_client.dispatch import HostDispatcher
 from actors.expert_client.host_connections import HostConnections, Locate
+from actors.expert_client.host_memory import HostMemory
 from actors.expert_client.local_memory import LocalMemory
 from actors.experts.backend import ExpertBackend
 from actors.experts.build import BackendBuilder
@@ -38,6 +39,7 @@ from cluster.model.info import ModelInfo
 from cluster.model.kv_budget import USUAL_BYTES, blocks_for, plan_kv, value_bytes, values_per_token
 from cluster.node_memory.leases import MemoryLease
 from cluster.semantics.co_batching import CoBatching
+from cluster.semantics.request_mix import RequestMix
 from cluster.types import StartupPhase
 
 _HOSTS_TIMEOUT_S = 600.0
@@ -117,19 +119,22 @@ def _build(
         timeout_s, sources = config.experts.load_timeout_s, ()
         if shelves is not None:
             sources = (remote_source(shelves, fingerprint=info.fingerprint, load_timeout_s=timeout_s),)
-        several = max(config.attention.workers, config.attention.max_workers or 0) > 1
-        backend, policy_runner = builder.build_with_policies(budget, sources, co_batching.mix if several else None)
+        mix = _mix(config, co_batching)
+        backend, policy_runner = builder.build_with_policies(budget, sources, mix)
         dispatcher: Dispatcher = LocalDispatcher(backend, recorder, policy_runner)
     else:
         backend = _local_backend(config, builder)
         on_phase(StartupPhase.CONNECTING)
         links = _connect_hosts(config, info, loaded, hosts)
+        memory, policy_runner = _host_policies(config, builder, links, co_batching)
         dispatcher = HostDispatcher(
             links,
             LocalMemory(backend, builder.build_smallest, recorder),
             recorder,
             num_experts=loaded.layout.num_experts,
             timeout_s=config.experts.host_timeout_s,
+            memory=memory,
+            policy_runner=policy_runner,
         )
     block_size = config.attention.block_size
     runner = ModelRunner(
@@ -166,6 +171,24 @@ def _build(
         lease,
         loaded.problems,
     )
+
+
+def _host_policies(
+    config: MoesaicConfig, builder: BackendBuilder, links: HostConnections, co_batching: CoBatching
+) -> tuple[HostMemory | None, PolicyRunner | None]:
+    """The configured policies over the memory of all hosts; none where hosts need nobody's word."""
+    memory = HostMemory(builder.grid, links)
+    policies, meter = builder.build_policies(memory.num_slots, _mix(config, co_batching))
+    if not policies.listeners and policies.predictor is None:
+        return None, None
+    memory.set_policies(policies)
+    return memory, PolicyRunner(memory, policies, memory, meter)
+
+
+def _mix(config: MoesaicConfig, co_batching: CoBatching) -> RequestMix | None:
+    """What a worker's requests use; where several workers could share it out."""
+    several = max(config.attention.workers, config.attention.max_workers or 0) > 1
+    return co_batching.mix if several else None
 
 
 def _local_backend(config: MoesaicConfig, builder: BackendBuilder) -> ExpertBackend | None:

@@ -85,7 +85,13 @@ async def experts_report(worker: AttentionWorker) -> ExpertsReport:
 
 
 def _memory(parts: EngineParts, config: ExpertsConfig) -> ExpertMemoryStatus | None:
-    return None if parts.backend is None else memory_status(parts.backend, config, parts.policy_runner)
+    """Of this process. Beside hosts it takes what is used most, whatever policies say: they speak to the hosts."""
+    if parts.backend is None:
+        return None
+    runner = parts.policy_runner if parts.links is None else None
+    if runner is None:
+        return memory_status(parts.backend, config)
+    return memory_status(parts.backend, config, hears=True, search_share=runner.search_share)
 
 
 def _data_plane(dispatcher: HostDispatcher) -> DataPlaneStatus:

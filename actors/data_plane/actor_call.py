@@ -32,13 +32,15 @@ def find_actor(endpoint: HostEndpoint) -> Any:
 
 
 class ActorCallChannel:
-    """A worker's side; the host is an actor with `welcome_json(worker, fingerprint)` and `dispatch(frame bytes)`."""
+    """A worker's side; the host is an actor with `welcome_json(worker, fingerprint)`, `dispatch(frame bytes)` and
+    `hear_outlook(worker, bytes)`."""
 
     carrier = "actor call"
 
     def __init__(self, host: Any, *, worker_id: str, fingerprint: str, checked: bool = False) -> None:
         """Raises OSError if the host does not answer, MoesaicError if it refuses us."""
         self._host = host
+        self._worker_id = worker_id
         self._checked = checked
         self._asked: dict[int, Any] = {}
         self._abandoned: list[Any] = []
@@ -60,6 +62,9 @@ class ActorCallChannel:
         buffer = bytearray(dispatch_bytes(T, D, K, frame.rows.itemsize))
         encode_dispatch(frame, memoryview(buffer), checked=self._checked)
         self._asked[frame.sequence] = self._host.dispatch.remote(bytes(buffer))
+
+    def send_outlook(self, data: bytes) -> None:
+        self._host.hear_outlook.remote(self._worker_id, data)
 
     def receive(self, sequence: int, deadline_s: float) -> Answer:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,13 +57,18 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """A host introduces itself: the plan epoch, the experts that it owns, by layer, and the nonce it read."""
+    """A host introduces itself: the plan epoch, the experts that it owns, by layer, and the nonce it read.
+
+    num_slots: experts that its memory holds. gives_way: whether a load ahead of need lets a demand go first there.
+    """
 
     host_id: str
     epoch: int
     num_experts: int
     owned: Mapping[int, tuple[int, ...]]
     nonce: str = ""
+    num_slots: int = 0
+    gives_way: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; owned experts as hexadecimal bit sets."""
@@ -74,6 +79,8 @@ class Welcome:
             "num_experts": self.num_experts,
             "owned": bits,
             "nonce": self.nonce,
+            "num_slots": self.num_slots,
+            "gives_way": self.gives_way,
         }
 
     @classmethod
@@ -118,6 +125,11 @@ class ExpertChannel(Protocol):
         """
         ...
 
+    def send_outlook(self, data: bytes) -> None:
+        """Tell the host what is expected of its experts (cluster/policies/outlook.py); from any thread. Does not wait,
+        and may be lost: the next one replaces it."""
+        ...
+
     def abandon(self, sequence: int) -> None:
         """Nobody wants the answer to the frame `sequence` any more: it is dropped when it comes."""
         ...
@@ -132,6 +144,18 @@ class ExpertChannel(Protocol):
 
     def close(self) -> None:
         """End the connection; idempotent."""
+        ...
+
+
+class OutlookSink(Protocol):
+    """Who hears on a host what workers expect; from any thread. `worker` stands for one connection."""
+
+    def hear(self, worker: Hashable, data: bytes) -> None:
+        """A worker said this."""
+        ...
+
+    def forget(self, worker: Hashable) -> None:
+        """A worker's connection has ended."""
         ...
 
 

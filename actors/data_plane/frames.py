@@ -23,7 +23,7 @@ from cluster.errors import MoesaicError
 MAX_FRAME_BYTES = 256 * 2**20
 
 _MAGIC = b"MSIC"
-_VERSION = 1
+_VERSION = 2
 _ALIGN = 64
 # magic, version, kind, flags; epoch, layer, micro-batch, T, K, D, element bytes; sequence, step; deadline or busy us,
 # checksum of the arrays, length
@@ -33,6 +33,7 @@ HEADER_BYTES = 128
 MAX_MESSAGE_BYTES = 1024  # of a refusal; fits the smallest answer area
 _DISPATCH, _COMBINE, _REFUSAL = 1, 2, 3
 _CHECKED = 1
+_MOST = 2**32 - 1
 
 Buffer = memoryview | bytearray
 
@@ -72,6 +73,9 @@ class CombineFrame:
     sequence: int
     rows: np.ndarray  # [T, D] float32
     busy_us: int  # time that the host computed
+    stall_us: int = 0  # of it, that it waited for experts
+    load_us: int = 0  # that it takes the host to load an expert, on average; 0: it loaded none yet
+    load_cpu_us: int = 0  # processor time that takes of the host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +145,9 @@ def encode_answer(answer: Answer, buffer: Buffer, *, checked: bool = False) -> i
     if isinstance(answer, CombineFrame):
         T, D = answer.rows.shape
         end = _put(buffer, (answer.rows,))
-        return _seal(buffer, end, _COMBINE, (0, 0, 0, T, 0, D, 4), answer.sequence, 0, answer.busy_us, checked=checked)
+        times = (min(time_us, _MOST) for time_us in (answer.stall_us, answer.load_us, answer.load_cpu_us))
+        fields = (*times, T, 0, D, 4)
+        return _seal(buffer, end, _COMBINE, fields, answer.sequence, 0, answer.busy_us, checked=checked)
     text = np.frombuffer(answer.message.encode(errors="replace")[:MAX_MESSAGE_BYTES] or b" ", np.uint8)
     end = _put(buffer, (text,))
     fields = (answer.epoch, int(answer.reason), 0, len(text), 0, 1, 1)
@@ -155,11 +161,12 @@ def decode_answer(buffer: Buffer) -> Answer:
         FrameError: foreign, damaged, cut or too large.
     """
     kind, header, end = _open(buffer)
-    epoch, layer, _, T, _, D, _, sequence, _, busy_us = header
+    epoch, layer, load_cpu_us, T, _, D, _, sequence, _, busy_us = header  # of a combine frame the first three are times
     if kind == _COMBINE:
         _check_length(end, combine_bytes(T, D))
         rows = np.frombuffer(buffer, np.float32, T * D, HEADER_BYTES).reshape(T, D)
-        return CombineFrame(sequence=sequence, rows=rows, busy_us=busy_us)
+        times = {"busy_us": busy_us, "stall_us": epoch, "load_us": layer, "load_cpu_us": load_cpu_us}
+        return CombineFrame(sequence=sequence, rows=rows, **times)
     if kind != _REFUSAL:
         raise FrameError(f"frame kind {kind} where an answer ({_COMBINE} or {_REFUSAL}) belongs")
     if T > MAX_MESSAGE_BYTES:

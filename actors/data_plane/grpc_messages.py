@@ -77,7 +77,13 @@ def answer_message(answer: Answer, *, checked: bool = False) -> pb.DispatchRespo
     if isinstance(answer, CombineFrame):
         rows = answer.rows
         combine = pb.CombineFrame(
-            sequence=answer.sequence, num_rows=len(rows), rows=rows.tobytes(), busy_us=answer.busy_us
+            sequence=answer.sequence,
+            num_rows=len(rows),
+            rows=rows.tobytes(),
+            busy_us=answer.busy_us,
+            stall_us=answer.stall_us,
+            load_us=answer.load_us,
+            load_cpu_us=answer.load_cpu_us,
         )
         if checked:
             combine.checksum = _combine_checksum(combine)
@@ -105,7 +111,14 @@ def read_answer(response: pb.DispatchResponse) -> Answer:
         if not combine.num_rows or len(combine.rows) % (4 * combine.num_rows):
             raise FrameError(f"{len(combine.rows)} bytes for {combine.num_rows} rows")
         rows = np.frombuffer(bytearray(combine.rows), np.float32).reshape(combine.num_rows, -1)
-        return CombineFrame(sequence=combine.sequence, rows=rows, busy_us=combine.busy_us)
+        return CombineFrame(
+            sequence=combine.sequence,
+            rows=rows,
+            busy_us=combine.busy_us,
+            stall_us=combine.stall_us,
+            load_us=combine.load_us,
+            load_cpu_us=combine.load_cpu_us,
+        )
     if kind != "refusal":
         raise FrameError(f"a message of kind {kind} where an answer belongs")
     refusal = response.refusal
@@ -117,7 +130,13 @@ def welcome_message(welcome: Welcome, proof: bytes) -> pb.DispatchResponse:
     """A welcome to send. Args: proof: that this is the host."""
     owned = [pb.OwnedExperts(layer=layer, experts=experts) for layer, experts in welcome.owned.items()]
     message = pb.HostWelcome(
-        host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned, proof=proof
+        host_id=welcome.host_id,
+        epoch=welcome.epoch,
+        num_experts=welcome.num_experts,
+        owned=owned,
+        proof=proof,
+        num_slots=welcome.num_slots,
+        gives_way=welcome.gives_way,
     )
     return pb.DispatchResponse(welcome=message)
 
@@ -128,7 +147,14 @@ def read_welcome(response: pb.DispatchResponse) -> tuple[Welcome, bytes]:
         raise FrameError("the host's second message is no welcome")
     welcome = response.welcome
     owned = {entry.layer: tuple(entry.experts) for entry in welcome.owned}
-    read = Welcome(host_id=welcome.host_id, epoch=welcome.epoch, num_experts=welcome.num_experts, owned=owned)
+    read = Welcome(
+        host_id=welcome.host_id,
+        epoch=welcome.epoch,
+        num_experts=welcome.num_experts,
+        owned=owned,
+        num_slots=welcome.num_slots,
+        gives_way=welcome.gives_way,
+    )
     return read, welcome.proof
 
 

@@ -19,6 +19,7 @@ from actors.data_plane.channel import (
     Hello,
     HostEndpoint,
     HostLost,
+    OutlookSink,
     StreamLimits,
     Welcome,
     remaining_s,
@@ -40,6 +41,7 @@ from cluster.rpc import expert_pb2 as pb
 from cluster.rpc import expert_pb2_grpc
 
 _MAX_UNREAD = 256  # answers that a worker leaves unread: far more than it ever has frames under way
+_MAX_UNSENT = 64  # messages that wait for the network; an outlook that comes late is worth nothing
 _STOP_TIMEOUT_S = 5.0
 _DEFAULT_LIMITS = StreamLimits()
 
@@ -126,6 +128,10 @@ class GrpcChannel:
             raise HostLost(f"host {self._host_id}: {self._ended}")
         self._outgoing.put(pb.DispatchRequest(frame=dispatch_message(frame, checked=self._checked)))
 
+    def send_outlook(self, data: bytes) -> None:
+        if self._ended is None and self._outgoing.qsize() < _MAX_UNSENT:
+            self._outgoing.put(pb.DispatchRequest(outlook=data))
+
     def receive(self, sequence: int, deadline_s: float) -> Answer:
         there = self.wait_for(sequence, deadline_s)
         with self._news:
@@ -189,17 +195,18 @@ class ExpertServer:
         secret: str,
         welcome: Callable[[Hello], Welcome],
         submit: Callable[[DispatchTask], None],
+        outlooks: OutlookSink,
         checked: bool = False,
         limits: StreamLimits = _DEFAULT_LIMITS,
     ) -> None:
-        """Args: welcome: raises FrameError to refuse a worker. submit: may be called from any thread. checked: answers
-        carry a checksum."""
+        """Args: welcome: raises FrameError to refuse a worker. submit: may be called from any thread. outlooks: hears
+        what workers expect. checked: answers carry a checksum."""
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_streams, thread_name_prefix="expert-stream"),
             options=_options(limits),
             maximum_concurrent_rpcs=limits.max_streams,
         )
-        self._servicer = _ExpertServicer(secret, welcome, submit, checked=checked)
+        self._servicer = _ExpertServicer(secret, welcome, submit, outlooks, checked=checked)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
         port = self._server.add_insecure_port(join_address(host, 0))
         self.address = join_address(host, port)
@@ -223,6 +230,7 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         secret: str,
         welcome: Callable[[Hello], Welcome],
         submit: Callable[[DispatchTask], None],
+        outlooks: OutlookSink,
         *,
         checked: bool,
     ) -> None:
@@ -231,6 +239,7 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self._secret = secret
         self._welcome = welcome
         self._submit = submit
+        self._outlooks = outlooks
 
     def Dispatch(
         self, request_iterator: Iterator[pb.DispatchRequest], context: grpc.ServicerContext
@@ -258,7 +267,7 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         self.streams.add(answers)
         try:
             yield welcome_message(welcome, handshake.proof(self._secret, "listener"))
-            threading.Thread(target=self._take_frames, args=(request_iterator, answers), daemon=True).start()
+            threading.Thread(target=self._take_frames, args=(request_iterator, answers, nonce), daemon=True).start()
             while (answer := answers.get()) is not None:
                 if answers.qsize() > _MAX_UNREAD:
                     context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MAX_UNREAD} answers wait unread")
@@ -266,9 +275,14 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         finally:
             self.streams.discard(answers)
 
-    def _take_frames(self, requests: Iterator[pb.DispatchRequest], answers: queue.SimpleQueue[Answer | None]) -> None:
+    def _take_frames(
+        self, requests: Iterator[pb.DispatchRequest], answers: queue.SimpleQueue[Answer | None], worker: bytes
+    ) -> None:
         try:
             for request in requests:
+                if request.WhichOneof("kind") == "outlook":
+                    self._outlooks.hear(worker, request.outlook)
+                    continue
                 try:
                     self._submit(DispatchTask(read_dispatch(request.frame), answers.put))
                 except FrameError as error:
@@ -276,6 +290,7 @@ class _ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         except grpc.RpcError:  # the worker has gone
             return
         finally:
+            self._outlooks.forget(worker)
             answers.put(None)  # who waits for answers ends
 
 

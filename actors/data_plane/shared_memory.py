@@ -36,6 +36,8 @@ from cluster.network.handshake import NONCE_BYTES, Handshake, new_nonce
 
 NUM_SLOTS = 4
 WAKE = struct.Struct("<IQ")  # slot, bytes of the frame in it
+OUTLOOK = 2**32 - 1  # in the place of a slot: what follows is an outlook
+MAX_PACKET_BYTES = 192 * 2**10  # of one; less than what a socket takes at once
 MAX_HANDSHAKE_BYTES = 64 * 2**10
 _PAGE = 4096
 # A file that shrinks under a mapping kills whoever touches it: worker and host rule it out for each other.
@@ -69,6 +71,8 @@ class SharedMemoryChannel:
     def __init__(self, wake: socket.socket, slots: SharedSlots, welcome: Welcome, *, checked: bool) -> None:
         self.welcome = welcome
         self._socket = wake
+        self._said = wake.dup()  # its own object: outlooks are sent from another thread, and never wait
+        self._said.settimeout(0.0)
         self._slots = slots
         self._checked = checked
         self._free = list(range(slots.num_slots))
@@ -114,6 +118,11 @@ class SharedMemoryChannel:
             self._ended = error.message
         return True
 
+    def send_outlook(self, data: bytes) -> None:
+        if WAKE.size + len(data) <= MAX_PACKET_BYTES:
+            with contextlib.suppress(OSError):
+                self._said.send(WAKE.pack(OUTLOOK, len(data)) + data)
+
     def abandon(self, sequence: int) -> None:
         self._abandoned.add(sequence)
         if self._arrived.pop(sequence, None) is not None:
@@ -127,6 +136,7 @@ class SharedMemoryChannel:
 
     def close(self) -> None:
         self._socket.close()
+        self._said.close()
 
     def _take_next(self, timeout_s: float) -> bool:
         """Take the next answer in, whosever it is; False if none came in time."""

@@ -20,10 +20,12 @@ from torch import Tensor
 from actors.data_plane.channel import HostLost, checked_rows
 from actors.data_plane.frames import CombineFrame, DispatchFrame, FrameError, RefusalReason
 from actors.expert_client.host_connections import HostConnections
+from actors.expert_client.host_memory import HostMemory
 from actors.expert_client.local_memory import LocalMemory
 from actors.expert_client.routes import Routes
 from actors.expert_client.row_shares import RowShare, SentFrame, as_wire
 from actors.experts.dispatch import padded
+from actors.experts.policy_runner import PolicyRunner
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.gates.work import ExpertWork
 from cluster.errors import MoesaicError
@@ -63,13 +65,18 @@ class HostDispatcher:
         *,
         num_experts: int,
         timeout_s: float,
+        memory: HostMemory | None = None,
+        policy_runner: PolicyRunner | None = None,
     ) -> None:
+        """Args: memory: of all hosts, where policies look at it. policy_runner: is closed with this."""
         self.recorder = recorder
         self.links = links
         self.local = local
         self.counters = DataPlaneCounters()
         self.num_experts = num_experts
         self.timeout_s = timeout_s
+        self.memory = memory
+        self._policy_runner = policy_runner
         self._step = 0
 
     def start(self, work: ExpertWork, num_rows: int, num_decode: int) -> Callable[[], Tensor]:
@@ -83,6 +90,8 @@ class HostDispatcher:
 
     def close(self) -> None:
         """End the connections and give the memory back."""
+        if self._policy_runner is not None:
+            self._policy_runner.close()
         self.links.close()
         self.local.close()
 
@@ -105,6 +114,7 @@ class _LayerRun:
         self._weights_TK = work.topk_weights_TK[:num_rows].float().numpy()
         self._total: Tensor | None = None
         self._sent: list[RowShare] = []
+        self._stall_s = 0.0  # of the host that waited longest for experts
 
     def start(self) -> Callable[[], Tensor]:
         if len(self._ids_TK):
@@ -152,6 +162,8 @@ class _LayerRun:
                         self._fall_back(part)
                 if not failed:
                     break
+        if self._owner.memory is not None:
+            self._owner.memory.note_stall(self._stall_s)
         if self._total is None:
             self._total = torch.zeros(self._x_TD.shape, dtype=torch.float32)
         return padded(self._total.to(self._hidden.dtype), len(self._hidden))
@@ -233,6 +245,7 @@ class _LayerRun:
             owner.counters.wait_s += time.perf_counter() - began
         if isinstance(answer, CombineFrame):
             self._learn(part, sent, answer.busy_us / 1e6)
+            self._note(sent, answer)
             self._add(part.rows, torch.from_numpy(answer.rows))
             return True
         if answer.reason is RefusalReason.FAILED:  # it would fail again; here the error, if any, has a cause
@@ -278,6 +291,13 @@ class _LayerRun:
         if owner.links.routes.has_replicas:  # else there is nothing to choose by it
             num_choices = int(np.count_nonzero(part.ids_tK != owner.num_experts))
             sent.times.cost.observe(len(part.experts(owner.num_experts)), num_choices, busy_s)
+
+    def _note(self, sent: SentFrame, answer: CombineFrame) -> None:
+        memory, frame = self._owner.memory, sent.frame
+        if memory is not None:
+            self._stall_s = max(self._stall_s, answer.stall_us / 1e6)
+            memory.note_frame(frame.rows.nbytes + frame.expert_ids.nbytes + frame.weights.nbytes + answer.rows.nbytes)
+            memory.note_answer(sent.channel.welcome.host_id, answer)
 
     def _compute_here(self, part: RowShare) -> None:
         x_tD = self._x_TD if part.rows is None else self._x_TD[torch.from_numpy(part.rows)]

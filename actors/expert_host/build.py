@@ -16,18 +16,23 @@ from cluster.config.load import MoesaicConfig
 from cluster.model.info import ModelInfo
 from cluster.node_memory.leases import MemoryLease
 from cluster.placement import even_placement
+from cluster.policies.eviction.published import PublishedScores
 
 _SPARE = 0.125  # of what a host owns: room for replicas, and for what comes before something else may go
 
 
 @dataclass(frozen=True, slots=True)
 class HostBackend:
-    """The experts of a host, those by layer that it owns at first, and the way from other hosts into its memory."""
+    """The experts of a host, those by layer that it owns at first, and the way from other hosts into its memory.
+
+    scores: of the eviction, where workers say what experts are worth.
+    """
 
     backend: ExpertBackend
     owned: dict[int, tuple[int, ...]]
     peers: PeerLink | None
     lease: MemoryLease
+    scores: PublishedScores | None
 
 
 def build_host_backend(
@@ -63,5 +68,5 @@ def _build_host(
     budget = builder.budget("experts.host_cache", config.experts.host_cache, share=min(1.0, largest * (1 + _SPARE)))
     links: list[PeerLink] = []
     sources = () if peers is None else (peer_source(peers, links.append),)
-    backend = builder.build(budget, sources=sources)
-    return HostBackend(backend, owned, links[0] if links else None, lease)
+    backend, scores = builder.build_for_outlooks(budget, sources)
+    return HostBackend(backend, owned, links[0] if links else None, lease, scores)

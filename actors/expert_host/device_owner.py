@@ -87,7 +87,7 @@ class DeviceOwner:
         self._pool.add(task)
 
     def _compute(self, batch: list[DispatchTask]) -> None:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self._backend.load_times()
         try:
             sums = self._partial_sums([task.frame for task in batch])
         except Exception as error:  # noqa: BLE001 - top loop: the batch's frames are refused, the host goes on
@@ -99,10 +99,20 @@ class DeviceOwner:
         busy_s = time.perf_counter() - began
         self.busy_s += busy_s
         self.num_batches += 1
+        now = self._backend.load_times()
         at = 0
         for task in batch:
             rows = len(task.frame.rows)
-            task.reply(CombineFrame(sequence=task.frame.sequence, rows=sums[at : at + rows], busy_us=int(busy_s * 1e6)))
+            task.reply(
+                CombineFrame(
+                    sequence=task.frame.sequence,
+                    rows=sums[at : at + rows],
+                    busy_us=int(busy_s * 1e6),
+                    stall_us=int((now.stall_s - before.stall_s) * 1e6),
+                    load_us=int(now.load_s * 1e6),
+                    load_cpu_us=int(now.load_cpu_s * 1e6),
+                )
+            )
             at += rows
         if self._costs is not None:
             self._learn(self._costs, batch, busy_s)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-from actors.data_plane.channel import CONNECT_TIMEOUT_S, Hello, Welcome
+from actors.data_plane.channel import CONNECT_TIMEOUT_S, Hello, OutlookSink, Welcome
 from actors.data_plane.frames import (
     Answer,
     FrameError,
@@ -29,7 +29,15 @@ from actors.data_plane.frames import (
     decode_dispatch,
     encode_answer,
 )
-from actors.data_plane.shared_memory import WAKE, SharedSlots, receive_hello, send_challenge, send_welcome
+from actors.data_plane.shared_memory import (
+    MAX_PACKET_BYTES,
+    OUTLOOK,
+    WAKE,
+    SharedSlots,
+    receive_hello,
+    send_challenge,
+    send_welcome,
+)
 from actors.data_plane.task import DispatchTask
 from cluster.logs import log_event
 
@@ -51,12 +59,17 @@ class _Connection:
 class HostHandler:
     """Takes workers in and their frames; `welcome` says what this host owns now."""
 
-    def __init__(self, welcome: Callable[[Hello], Welcome], *, secret: str, checked: bool = False) -> None:
-        """Args: welcome: raises FrameError to refuse a worker. checked: answers carry a checksum of their rows."""
+    def __init__(
+        self, welcome: Callable[[Hello], Welcome], outlooks: OutlookSink, *, secret: str, checked: bool = False
+    ) -> None:
+        """Args: welcome: raises FrameError to refuse a worker. outlooks: hears what workers expect. checked: answers
+        carry a checksum of their rows."""
         self.num_frames = 0
         self.num_rows = 0
         self.num_damaged = 0
         self._welcome = welcome
+        self._outlooks = outlooks
+        self._packet = bytearray(MAX_PACKET_BYTES)
         self._secret = secret
         self._checked = checked
         self.socket_name = f"moesaic-{secrets.token_hex(12)}"
@@ -165,11 +178,16 @@ class HostHandler:
             if connection.slots is None:
                 self._greet(connection)
                 return
-            wake = connection.socket.recv(WAKE.size)
-            if len(wake) != WAKE.size:
+            num_bytes = connection.socket.recv_into(self._packet)
+            if num_bytes < WAKE.size:
                 self._drop(connection)  # the worker has gone
                 return
-            slot, length = WAKE.unpack(wake)
+            slot, length = WAKE.unpack_from(self._packet)
+            if slot == OUTLOOK:
+                if length != num_bytes - WAKE.size:
+                    raise FrameError(f"an outlook of {length} bytes of which {num_bytes - WAKE.size} came")
+                self._outlooks.hear(connection.nonce, bytes(self._packet[WAKE.size : num_bytes]))
+                return
             if slot >= connection.slots.num_slots:
                 raise FrameError(f"slot {slot} of {connection.slots.num_slots}")
             self._take(connection, connection.slots, slot, length, tasks)
@@ -217,6 +235,7 @@ class HostHandler:
         fd = connection.socket.fileno()
         if self._connections.pop(fd, None) is not None:
             self._poll.unregister(fd)
+            self._outlooks.forget(connection.nonce)  # a name, not the connection: nobody keeps its memory
         connection.socket.close()
 
 

@@ -30,6 +30,7 @@ from actors.data_plane.task import DispatchTask
 from actors.expert_host.batching_pool import BatchingPool
 from actors.expert_host.device_owner import DeviceOwner
 from actors.expert_host.handler import HostHandler
+from actors.expert_host.outlooks import HostOutlooks
 from actors.expert_host.owned_experts import OwnedExperts
 from actors.experts.backend import ExpertBackend
 from actors.experts.memory.peer import Peers
@@ -83,7 +84,8 @@ class ExpertHost:
         self._form = ""  # of the bytes of its experts, once they are known
         self._secret = secrets.token_hex(16)
         self._pool = BatchingPool(max_rows=config.attention.max_batch_tokens)
-        self._handler = HostHandler(self._welcome, secret=self._secret, checked=config.experts.checksums)
+        self.outlooks = HostOutlooks()
+        self._handler = HostHandler(self._welcome, self.outlooks, secret=self._secret, checked=config.experts.checksums)
         self._owner: DeviceOwner | None = None
         self._server: ExpertServer | None = None
         self._stopped = False
@@ -96,6 +98,7 @@ class ExpertHost:
             secret=self._secret,
             welcome=self._welcome,
             submit=self._handler.submit,
+            outlooks=self.outlooks,
             checked=self._config.experts.checksums,
             limits=stream_limits(self._config.experts),
         )
@@ -112,6 +115,7 @@ class ExpertHost:
             self._owner.stop()
         else:
             self._handler.close()
+        self.outlooks.close()
         if self._experts is not None:
             self._experts.close()
         if self.backend is not None:
@@ -158,6 +162,10 @@ class ExpertHost:
         answer = answered.result(timeout=_ANSWER_TIMEOUT_S)
         buffer, checked = bytearray(combine_bytes(*frame.rows.shape) + 4096), self._config.experts.checksums
         return bytes(buffer[: encode_answer(answer, memoryview(buffer), checked=checked)])
+
+    def hear_outlook(self, worker_id: str, data: bytes) -> None:
+        """What a worker expects, by the actor-call carrier."""
+        self.outlooks.hear(worker_id, data)
 
     def set_plan(self, epoch: int, owned: Mapping[int, tuple[int, ...]]) -> None:
         """Own other experts from now on, whether they are in memory or not; frames of other epochs are refused."""
@@ -247,7 +255,7 @@ class ExpertHost:
     def _memory_status(self) -> ExpertMemoryStatus | None:
         from actors.experts.report import memory_status
 
-        return memory_status(self.backend, self._config.experts) if self.backend else None
+        return memory_status(self.backend, self._config.experts, hears=True) if self.backend else None
 
     def experts_report(self) -> ExpertsReport:
         """Residency per layer; empty while loading."""
@@ -281,6 +289,7 @@ class ExpertHost:
             self.host_id, backend.store, built.owned, peers=built.peers, on_epochs=self._pool.set_epochs
         )
         self._experts.start()
+        self.outlooks.start(backend.store, built.scores)
         owner = DeviceOwner(self._handler, self._pool, backend, self._costs)
         owner.start()
         self._owner = owner
@@ -297,6 +306,8 @@ class ExpertHost:
             epoch=self._pool.epoch,
             num_experts=self.backend.store.layout.num_experts,
             owned=self.owned,
+            num_slots=self.backend.store.num_slots,
+            gives_way=self.backend.store.loads_give_way,
         )
 
     def _ready_experts(self) -> OwnedExperts:

@@ -9,6 +9,8 @@ Shapes: T token rows, D model dim, K experts per token (top-k), P = T * K pairs.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,14 @@ from torch import Tensor
 from actors.data_plane.frames import FrameError
 from actors.experts.compute import ExpertCompute
 from actors.experts.memory.store import ExpertStore
+
+
+class LoadTimes(NamedTuple):
+    """stall_s: that batches have waited for experts since start. load_s, load_cpu_s: of one load, on average."""
+
+    stall_s: float
+    load_s: float
+    load_cpu_s: float
 
 
 class ExpertBackend:
@@ -42,6 +52,11 @@ class ExpertBackend:
         low, high = int(ids_TK.min()), int(ids_TK.max())
         if low < 0 or high > self._num_experts:
             raise FrameError(f"expert {low if low < 0 else high} of layer {layer}; there are {self._num_experts}")
+
+    def load_times(self) -> LoadTimes:
+        """What its memory's loads cost."""
+        store = self.store
+        return LoadTimes(store.counters.total_stall_s, store.load_s(), store.load_cpu_s())
 
     def partial_sums(
         self, layer: int, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, dtype: torch.dtype = torch.float32

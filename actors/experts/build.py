@@ -24,10 +24,12 @@ from actors.weights.slots import SlotForm, held_expert_bytes
 from cluster.config.sections import ExpertsConfig
 from cluster.config.sizes import parse_cache_size
 from cluster.node_memory.leases import MemoryLease
-from cluster.policies.base import Scorer
+from cluster.policies.base import PolicySet, Scorer
 from cluster.policies.build import WITHOUT_GATES, PolicyContext, PolicySettings, build_policies
+from cluster.policies.eviction.lru import LruScorer
 from cluster.policies.eviction.published import PublishedScores
 from cluster.policies.prefetch.meter import CostMeter
+from cluster.policies.signals import Grid
 from cluster.semantics.request_mix import RequestMix
 
 FormedLink = Callable[[SlotForm, RamArena], MemoryLink]
@@ -50,6 +52,11 @@ class BackendBuilder:
         self.total_bytes = held_expert_bytes(loaded.layout, self._held)
         self._lease = lease
         expert_budget(config.ram_tier, total_bytes=self.total_bytes, lease=lease, field="experts.ram_tier")
+
+    @property
+    def grid(self) -> Grid:
+        """The model's experts."""
+        return self._form().grid
 
     def calibrate(self) -> None:
         """Choose kernels for this machine."""
@@ -78,6 +85,24 @@ class BackendBuilder:
         ram_bytes = self._ram_bytes(form) if has_ram_tier else 0
         store = self._store(form, policies.scorer, budget_bytes=budget_bytes, ram_bytes=ram_bytes, sources=sources)
         return ExpertBackend(store, self.compute)
+
+    def build_for_outlooks(
+        self, budget_bytes: int, sources: tuple[FormedLink, ...] = ()
+    ) -> tuple[ExpertBackend, PublishedScores | None]:
+        """A backend whose memory hears from others what its experts are worth, and where that is told; until then, and
+        where the policy needs no gates, it evicts by itself. Args and errors as in `build`."""
+        if self._config.eviction in WITHOUT_GATES:
+            return self.build(budget_bytes, sources=sources), None
+        form = self._form()
+        scores = PublishedScores(LruScorer(form.grid.size), form.grid.size)
+        store = self._store(form, scores, budget_bytes=budget_bytes, ram_bytes=self._ram_bytes(form), sources=sources)
+        return ExpertBackend(store, self.compute), scores
+
+    def build_policies(self, num_slots: int, mix: RequestMix | None) -> tuple[PolicySet, CostMeter]:
+        """The configured policies, of a memory of so many slots that is elsewhere. Args: mix: as in PolicyContext."""
+        form, meter = self._form(), CostMeter(load_s=_FIRST_GUESS_S, layer_s=_FIRST_GUESS_S)
+        context = replace(self._context(form, num_slots * form.slot_bytes, meter), mix=mix)
+        return build_policies(f"{self._config.eviction}+{self._config.prediction}", context), meter
 
     def build_with_policies(
         self, budget_bytes: int, sources: tuple[FormedLink, ...] = (), mix: RequestMix | None = None

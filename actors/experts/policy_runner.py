@@ -19,20 +19,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from actors.experts.memory.counters import CALIBRATION_BINS
-from actors.experts.memory.store import ExpertStore
+from actors.experts.memory.counters import CALIBRATION_BINS, MemoryCounters
 from cluster.logs import log_event
 from cluster.policies.base import PolicySet
-from cluster.policies.eviction.published import PublishedScores, sound_scores
+from cluster.policies.eviction.published import sound_scores
 from cluster.policies.prefetch.base import BEFORE_FIRST, Forecast
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.prefetch.moesaic import LinkCosts
 from cluster.policies.ring import RingPlan, ring_for_step
-from cluster.policies.signals import GateSignal, StepSignal
+from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 _LOG = logging.getLogger(__name__)
 _MAX_STEPS_BEHIND = 2
@@ -40,6 +39,53 @@ _STRIDE = 3  # layers
 _MOSTLY = 0.5  # share of the time
 _RING_RATE = 0.1  # weight of the newest layer in the share of experts that large steps use
 Task = Callable[[], None]
+
+
+class PolicyMemory(Protocol):
+    """What policies steer: a process's own ExpertStore, or that of all hosts."""
+
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def counters(self) -> MemoryCounters: ...
+    @property
+    def num_slots(self) -> int:
+        """Experts that it has room for."""
+        ...
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether nothing has to be chosen."""
+        ...
+
+    @property
+    def loads_give_way(self) -> bool:
+        """Whether a load ahead can let a demand go first."""
+        ...
+
+    def load_s(self) -> float:
+        """Average time that one expert takes into it."""
+        ...
+
+    def load_cpu_s(self) -> float:
+        """Average processor time that takes of this process."""
+        ...
+
+    def demand_s(self) -> float:
+        """Seconds since start in which demands had the way into it."""
+        ...
+
+    def want(self, priority: np.ndarray | None, below: np.ndarray | None = None) -> None:
+        """Replace what is to be fetched ahead: [N] float32; below: for the next tier, if not the same."""
+        ...
+
+
+class ScorePublisher(Protocol):
+    """Takes what experts are worth to whoever evicts."""
+
+    def publish(self, scores: np.ndarray | None = None) -> None:
+        """The policy's values now. Args: scores: [N] instead of them."""
+        ...
 
 
 class LayerTimes(NamedTuple):
@@ -63,9 +109,9 @@ class PolicyRunner:
 
     def __init__(
         self,
-        store: ExpertStore,
+        store: PolicyMemory,
         policies: PolicySet,
-        published: PublishedScores,
+        published: ScorePublisher,
         meter: CostMeter,
         *,
         inline: bool = False,

@@ -7,21 +7,20 @@ import numpy as np
 from actors.experts.backend import ExpertBackend
 from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.report import tiers_report
-from actors.experts.policy_runner import PolicyRunner
 from cluster.config.sections import ExpertsConfig
 from cluster.policies.build import WITHOUT_GATES
 from cluster.status.expert_memory import CalibrationBin, ExpertMemoryStatus
 
 
 def memory_status(
-    backend: ExpertBackend, config: ExpertsConfig, policy_runner: PolicyRunner | None = None
+    backend: ExpertBackend, config: ExpertsConfig, *, hears: bool = False, search_share: float = 0.0
 ) -> ExpertMemoryStatus:
-    """One process's expert memory. Args: policy_runner: None for a memory that hears no gates."""
+    """One process's expert memory. Args: hears: what gates say comes to it. search_share: of the steps' time."""
     store, counters = backend.store, backend.store.counters
     needs_gates = config.eviction not in WITHOUT_GATES
     return ExpertMemoryStatus(
-        eviction="lru" if policy_runner is None and needs_gates else config.eviction,
-        prediction="none" if policy_runner is None else config.prediction,
+        eviction=config.eviction if hears or not needs_gates else "lru",
+        prediction=config.prediction if hears else "none",
         tiers=tiers_report(store),
         budget_bytes=store.budget_bytes,
         resident_bytes=store.num_resident * store.slot_bytes,
@@ -38,7 +37,7 @@ def memory_status(
         prefetch_bytes={**counters.prefetch_bytes},
         bytes_read=store.bytes_read,
         stall_s=float(counters.stall_s.sum()),
-        search_share=0.0 if policy_runner is None else policy_runner.search_share,
+        search_share=search_share,
         calibration=calibration(counters),
         read_mode=store.read_mode,
         kernel=backend.compute.plan.label,

@@ -68,6 +68,10 @@ class ExpertHostActor:
         """Handshake of the actor-call carrier."""
         return self._host.welcome_json(worker_id, fingerprint)
 
+    def hear_outlook(self, worker_id: str, data: bytes) -> None:
+        """What a worker expects of this host's experts."""
+        self._host.hear_outlook(worker_id, data)
+
     def dispatch(self, data: bytes) -> bytes:
         """One frame of the actor-call carrier."""
         return self._host.dispatch(data)

@@ -10,6 +10,7 @@ import torch
 
 from actors.data_plane.channel import Hello, HostEndpoint, Welcome
 from actors.data_plane.frames import Answer, combine_bytes, decode_dispatch, encode_answer
+from actors.experts.backend import LoadTimes
 
 
 class _Echo:
@@ -17,6 +18,10 @@ class _Echo:
 
     def check(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor) -> None:
         """Everything is fine."""
+
+    def load_times(self) -> LoadTimes:
+        """Nothing is loaded."""
+        return LoadTimes(0.0, 0.0, 0.0)
 
     def partial_sums(self, layer: int, x_TD: torch.Tensor, ids_TK: object, weights_TK: object) -> torch.Tensor:
         """The rows."""
@@ -31,14 +36,20 @@ class EchoHost:
         from actors.expert_host.batching_pool import BatchingPool
         from actors.expert_host.device_owner import DeviceOwner
         from actors.expert_host.handler import HostHandler
+        from actors.expert_host.outlooks import HostOutlooks
 
         torch.set_num_threads(1)
         self._secret = secrets.token_hex(8)
-        self._handler = HostHandler(self._welcome, secret=self._secret)
+        outlooks = HostOutlooks()  # never started: nobody listens
+        self._handler = HostHandler(self._welcome, outlooks, secret=self._secret)
         backend: Any = _Echo()
         self._owner = DeviceOwner(self._handler, BatchingPool(max_rows=4096), backend)
         self._server = ExpertServer(
-            host="127.0.0.1", secret=self._secret, welcome=self._welcome, submit=self._handler.submit
+            host="127.0.0.1",
+            secret=self._secret,
+            welcome=self._welcome,
+            submit=self._handler.submit,
+            outlooks=outlooks,
         )
         self._server.start()
         self._owner.start()

@@ -24,35 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/expert.proto\x12\nmoesaic.v1\"o\n\x0f\x44ispatchRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.moesaic.v1.WorkerHelloH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.moesaic.v1.DispatchFrameH\x00\x42\x06\n\x04kind\"\xcb\x01\n\x10\x44ispatchResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.moesaic.v1.HostWelcomeH\x00\x12+\n\x07\x63ombine\x18\x02 \x01(\x0b\x32\x18.moesaic.v1.CombineFrameH\x00\x12&\n\x07refusal\x18\x03 \x01(\x0b\x32\x13.moesaic.v1.RefusalH\x00\x12.\n\tchallenge\x18\x04 \x01(\x0b\x32\x19.moesaic.v1.HostChallengeH\x00\x42\x06\n\x04kind\"\x1e\n\rHostChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"S\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\"z\n\x0bHostWelcome\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\'\n\x05owned\x18\x04 \x03(\x0b\x32\x18.moesaic.v1.OwnedExperts\x12\r\n\x05proof\x18\x05 \x01(\x0c\".\n\x0cOwnedExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x96\x02\n\rDispatchFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x06 \x01(\r\x12\x10\n\x08num_rows\x18\x07 \x01(\r\x12\r\n\x05top_k\x18\x08 \x01(\r\x12%\n\x08row_type\x18\t \x01(\x0e\x32\x13.moesaic.v1.RowType\x12\x0c\n\x04rows\x18\n \x01(\x0c\x12\x12\n\nexpert_ids\x18\x0b \x01(\x0c\x12\x0f\n\x07weights\x18\x0c \x01(\x0c\x12\x15\n\x08\x63hecksum\x18\r \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"u\n\x0c\x43ombineFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\x0f\n\x07\x62usy_us\x18\x04 \x01(\r\x12\x15\n\x08\x63hecksum\x18\x05 \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"f\n\x07Refusal\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.moesaic.v1.RefusalReason\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t*P\n\x07RowType\x12\x18\n\x14ROW_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10ROW_TYPE_FLOAT32\x10\x01\x12\x15\n\x11ROW_TYPE_BFLOAT16\x10\x02*\x9f\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x01\x12\x17\n\x13REFUSAL_REASON_LATE\x10\x02\x12\x1a\n\x16REFUSAL_REASON_DAMAGED\x10\x03\x12\x19\n\x15REFUSAL_REASON_FAILED\x10\x04\x32Z\n\rExpertService\x12I\n\x08\x44ispatch\x12\x1b.moesaic.v1.DispatchRequest\x1a\x1c.moesaic.v1.DispatchResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17moesaic/v1/expert.proto\x12\nmoesaic.v1\"\x82\x01\n\x0f\x44ispatchRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.moesaic.v1.WorkerHelloH\x00\x12*\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x19.moesaic.v1.DispatchFrameH\x00\x12\x11\n\x07outlook\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04kind\"\xcb\x01\n\x10\x44ispatchResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.moesaic.v1.HostWelcomeH\x00\x12+\n\x07\x63ombine\x18\x02 \x01(\x0b\x32\x18.moesaic.v1.CombineFrameH\x00\x12&\n\x07refusal\x18\x03 \x01(\x0b\x32\x13.moesaic.v1.RefusalH\x00\x12.\n\tchallenge\x18\x04 \x01(\x0b\x32\x19.moesaic.v1.HostChallengeH\x00\x42\x06\n\x04kind\"\x1e\n\rHostChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\"S\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\"\xa0\x01\n\x0bHostWelcome\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12\'\n\x05owned\x18\x04 \x03(\x0b\x32\x18.moesaic.v1.OwnedExperts\x12\r\n\x05proof\x18\x05 \x01(\x0c\x12\x11\n\tnum_slots\x18\x06 \x01(\r\x12\x11\n\tgives_way\x18\x07 \x01(\x08\".\n\x0cOwnedExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x96\x02\n\rDispatchFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0bmicro_batch\x18\x04 \x01(\r\x12\r\n\x05\x65poch\x18\x05 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x06 \x01(\r\x12\x10\n\x08num_rows\x18\x07 \x01(\r\x12\r\n\x05top_k\x18\x08 \x01(\r\x12%\n\x08row_type\x18\t \x01(\x0e\x32\x13.moesaic.v1.RowType\x12\x0c\n\x04rows\x18\n \x01(\x0c\x12\x12\n\nexpert_ids\x18\x0b \x01(\x0c\x12\x0f\n\x07weights\x18\x0c \x01(\x0c\x12\x15\n\x08\x63hecksum\x18\r \x01(\x07H\x00\x88\x01\x01\x42\x0b\n\t_checksum\"\xad\x01\n\x0c\x43ombineFrame\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\x0f\n\x07\x62usy_us\x18\x04 \x01(\r\x12\x15\n\x08\x63hecksum\x18\x05 \x01(\x07H\x00\x88\x01\x01\x12\x10\n\x08stall_us\x18\x06 \x01(\r\x12\x0f\n\x07load_us\x18\x07 \x01(\r\x12\x13\n\x0bload_cpu_us\x18\x08 \x01(\rB\x0b\n\t_checksum\"f\n\x07Refusal\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.moesaic.v1.RefusalReason\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t*P\n\x07RowType\x12\x18\n\x14ROW_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10ROW_TYPE_FLOAT32\x10\x01\x12\x15\n\x11ROW_TYPE_BFLOAT16\x10\x02*\x9f\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1aREFUSAL_REASON_STALE_EPOCH\x10\x01\x12\x17\n\x13REFUSAL_REASON_LATE\x10\x02\x12\x1a\n\x16REFUSAL_REASON_DAMAGED\x10\x03\x12\x19\n\x15REFUSAL_REASON_FAILED\x10\x04\x32Z\n\rExpertService\x12I\n\x08\x44ispatch\x12\x1b.moesaic.v1.DispatchRequest\x1a\x1c.moesaic.v1.DispatchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cluster.rpc.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROWTYPE']._serialized_start=1151
-  _globals['_ROWTYPE']._serialized_end=1231
-  _globals['_REFUSALREASON']._serialized_start=1234
-  _globals['_REFUSALREASON']._serialized_end=1393
-  _globals['_DISPATCHREQUEST']._serialized_start=39
-  _globals['_DISPATCHREQUEST']._serialized_end=150
-  _globals['_DISPATCHRESPONSE']._serialized_start=153
-  _globals['_DISPATCHRESPONSE']._serialized_end=356
-  _globals['_HOSTCHALLENGE']._serialized_start=358
-  _globals['_HOSTCHALLENGE']._serialized_end=388
-  _globals['_WORKERHELLO']._serialized_start=390
-  _globals['_WORKERHELLO']._serialized_end=473
-  _globals['_HOSTWELCOME']._serialized_start=475
-  _globals['_HOSTWELCOME']._serialized_end=597
-  _globals['_OWNEDEXPERTS']._serialized_start=599
-  _globals['_OWNEDEXPERTS']._serialized_end=645
-  _globals['_DISPATCHFRAME']._serialized_start=648
-  _globals['_DISPATCHFRAME']._serialized_end=926
-  _globals['_COMBINEFRAME']._serialized_start=928
-  _globals['_COMBINEFRAME']._serialized_end=1045
-  _globals['_REFUSAL']._serialized_start=1047
-  _globals['_REFUSAL']._serialized_end=1149
-  _globals['_EXPERTSERVICE']._serialized_start=1395
-  _globals['_EXPERTSERVICE']._serialized_end=1485
+  _globals['_ROWTYPE']._serialized_start=1267
+  _globals['_ROWTYPE']._serialized_end=1347
+  _globals['_REFUSALREASON']._serialized_start=1350
+  _globals['_REFUSALREASON']._serialized_end=1509
+  _globals['_DISPATCHREQUEST']._serialized_start=40
+  _globals['_DISPATCHREQUEST']._serialized_end=170
+  _globals['_DISPATCHRESPONSE']._serialized_start=173
+  _globals['_DISPATCHRESPONSE']._serialized_end=376
+  _globals['_HOSTCHALLENGE']._serialized_start=378
+  _globals['_HOSTCHALLENGE']._serialized_end=408
+  _globals['_WORKERHELLO']._serialized_start=410
+  _globals['_WORKERHELLO']._serialized_end=493
+  _globals['_HOSTWELCOME']._serialized_start=496
+  _globals['_HOSTWELCOME']._serialized_end=656
+  _globals['_OWNEDEXPERTS']._serialized_start=658
+  _globals['_OWNEDEXPERTS']._serialized_end=704
+  _globals['_DISPATCHFRAME']._serialized_start=707
+  _globals['_DISPATCHFRAME']._serialized_end=985
+  _globals['_COMBINEFRAME']._serialized_start=988
+  _globals['_COMBINEFRAME']._serialized_end=1161
+  _globals['_REFUSAL']._serialized_start=1163
+  _globals['_REFUSAL']._serialized_end=1265
+  _globals['_EXPERTSERVICE']._serialized_start=1511
+  _globals['_EXPERTSERVICE']._serialized_end=1601
 # @@protoc_insertion_point(module_scope)

@@ -83,25 +83,29 @@ class DispatchRequest(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
+    OUTLOOK_FIELD_NUMBER: _builtins.int
+    outlook: _builtins.bytes
+    """What the worker expects of this host's experts; it is not answered. See `cluster/policies/outlook.py`."""
     @_builtins.property
     def hello(self) -> Global___WorkerHello:
         """The first message."""
 
     @_builtins.property
     def frame(self) -> Global___DispatchFrame:
-        """Every other one."""
+        """Every other one, but for these:"""
 
     def __init__(
         self,
         *,
         hello: Global___WorkerHello | None = ...,
         frame: Global___DispatchFrame | None = ...,
+        outlook: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "hello", b"hello", "kind", b"kind", "outlook", b"outlook"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "hello", b"hello", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "hello", b"hello", "kind", b"kind", "outlook", b"outlook"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "frame"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "frame", "outlook"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -218,6 +222,8 @@ class HostWelcome(_message.Message):
     NUM_EXPERTS_FIELD_NUMBER: _builtins.int
     OWNED_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    NUM_SLOTS_FIELD_NUMBER: _builtins.int
+    GIVES_WAY_FIELD_NUMBER: _builtins.int
     host_id: _builtins.str
     """Unique among hosts."""
     epoch: _builtins.int
@@ -226,6 +232,10 @@ class HostWelcome(_message.Message):
     """Experts in each layer."""
     proof: _builtins.bytes
     """HMAC-SHA256 of the host's side."""
+    num_slots: _builtins.int
+    """Experts that its memory holds."""
+    gives_way: _builtins.bool
+    """Whether loading an expert ahead of need lets one that is waited for go first."""
     @_builtins.property
     def owned(self) -> _containers.RepeatedCompositeFieldContainer[Global___OwnedExperts]:
         """Experts that the plan gives this host."""
@@ -238,10 +248,12 @@ class HostWelcome(_message.Message):
         num_experts: _builtins.int = ...,
         owned: _abc.Iterable[Global___OwnedExperts] | None = ...,
         proof: _builtins.bytes = ...,
+        num_slots: _builtins.int = ...,
+        gives_way: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "host_id", b"host_id", "num_experts", b"num_experts", "owned", b"owned", "proof", b"proof"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "gives_way", b"gives_way", "host_id", b"host_id", "num_experts", b"num_experts", "num_slots", b"num_slots", "owned", b"owned", "proof", b"proof"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -358,6 +370,9 @@ class CombineFrame(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     BUSY_US_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    STALL_US_FIELD_NUMBER: _builtins.int
+    LOAD_US_FIELD_NUMBER: _builtins.int
+    LOAD_CPU_US_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Of the dispatch frame."""
     num_rows: _builtins.int
@@ -368,6 +383,12 @@ class CombineFrame(_message.Message):
     """Microseconds that the host computed."""
     checksum: _builtins.int
     """CRC-32 of the numbers and arrays above, where checksums are on."""
+    stall_us: _builtins.int
+    """Microseconds of busy_us in which the host waited for experts."""
+    load_us: _builtins.int
+    """Microseconds that loading an expert takes the host, on average; 0: it loaded none yet."""
+    load_cpu_us: _builtins.int
+    """Microseconds of processor time that takes of the host."""
     def __init__(
         self,
         *,
@@ -376,10 +397,13 @@ class CombineFrame(_message.Message):
         rows: _builtins.bytes = ...,
         busy_us: _builtins.int = ...,
         checksum: _builtins.int | None = ...,
+        stall_us: _builtins.int = ...,
+        load_us: _builtins.int = ...,
+        load_cpu_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "busy_us", b"busy_us", "checksum", b"checksum", "num_rows", b"num_rows", "rows", b"rows", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "busy_us", b"busy_us", "checksum", b"checksum", "load_cpu_us", b"load_cpu_us", "load_us", b"load_us", "num_rows", b"num_rows", "rows", b"rows", "sequence", b"sequence", "stall_us", b"stall_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
     _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015

@@ -198,3 +198,18 @@ def test_actor_call_keeps_the_contract() -> None:
         lost_within(10, lambda: [ask_host(channel, make_frame(channel)) for _ in range(1000)])
     finally:
         ray.shutdown()
+
+
+def test_outlooks_arrive_beside_frames_and_end_with_the_connection(host: FakeHost, channel: ExpertChannel) -> None:
+    if channel.carrier == "actor call":
+        pytest.skip("the host behind it is no actor here")
+    for number in range(3):
+        channel.send_outlook(b"%d" % number)
+        assert answers_right(channel, 2)
+
+    wait_until(lambda: len(host.outlooks.said) == 3, "all are heard")
+    assert [data for _, data in host.outlooks.said] == [b"0", b"1", b"2"]
+    assert len({worker for worker, _ in host.outlooks.said}) == 1
+    channel.close()
+    wait_until(lambda: host.outlooks.gone == [host.outlooks.said[0][0]], "the worker is forgotten")
+    channel.send_outlook(b"late")  # nobody is there, and nobody minds

@@ -162,7 +162,9 @@ def test_host_that_does_not_know_the_secret_gets_neither_it_nor_any_rows(host: F
 
 
 def test_grpc_host_that_does_not_know_the_secret_is_left_at_once(host: FakeHost) -> None:
-    forger = ExpertServer(host="127.0.0.1", secret="a guess", welcome=host.welcome, submit=host.handler.submit)
+    forger = ExpertServer(
+        host="127.0.0.1", secret="a guess", welcome=host.welcome, submit=host.handler.submit, outlooks=host.outlooks
+    )
     forger.start()
     try:
         with pytest.raises(HostLost):  # it refuses the proof that it cannot check

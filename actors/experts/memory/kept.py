@@ -27,6 +27,7 @@ class KeptExperts:
         """Args: stages: from the fastest down."""
         self._form, self._stages, self._lock = form, tuple(stages), lock
         self._fast = stages[0]
+        self._priority = self._expected = np.zeros(form.grid.size, dtype=np.float32)
 
     def keep(self, kept: np.ndarray, priority: np.ndarray) -> None:
         """Have these from now on. Demands still go first, and find a slot even if it is that of a kept one.
@@ -40,7 +41,21 @@ class KeptExperts:
             for stage in self._stages:
                 stage.backoff.try_now()  # a plan comes seldom, and whoever made it waits
                 stage.residents.order.keep(kept)
-            self._fast.want(priority, keeps_begun=True)
+            self._priority = priority
+            self._want()
+
+    def expect(self, ahead: np.ndarray) -> None:
+        """Fetch these before the others that are to be had. Args: ahead: [N] float32, larger first; 0: not before."""
+        with self._lock:
+            if ahead.any() or self._expected.any():
+                self._expected = ahead
+                self._want()
+
+    def _want(self) -> None:
+        most = np.float32(self._priority.max())
+        priority = np.where(self._expected > 0, self._expected + most, self._priority)
+        self._fast.want(priority, keeps_begun=True)
+        if len(self._stages) > 1:
             absent = (priority > 0) & ~self._fast.residents.resident
             passing = np.where(absent, priority + priority.max(), priority)  # what is above already may leave below
             for stage in self._stages[1:]:

@@ -220,7 +220,7 @@ def test_header_that_lies_about_sizes_is_refused_or_stays_inside(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"length": MAX_FRAME_BYTES + 1}, str(MAX_FRAME_BYTES)),
         ({"length": HEADER_BYTES - 1}, "are possible"),
         ({"T": 0}, "0 rows"),
