@@ -63,7 +63,7 @@ class AttentionWorkerClient(Protocol):
         ...
 
 
-class LearnedShare(NamedTuple):
+class PolicyStateShare(NamedTuple):
     """What one worker learned: its id, how much went into it (steps), and the state as actors/experts writes it."""
 
     owner: str
@@ -79,7 +79,7 @@ class VersionedState(NamedTuple):
 
 
 class StateStore(Protocol):
-    """Aggregated activation statistics and learned state, shared by all processes of a cluster.
+    """Aggregated activation statistics and policy state, shared by all processes of a cluster.
 
     Never on the token path. Implementations raise `ConnectionError` when they cannot be reached. Two kinds of counts:
     `activations` are exact and only grow, for people; `statistics` fade and know clusters of prompts, for decisions.
@@ -107,17 +107,17 @@ class StateStore(Protocol):
         """Total activation counts by phase, layer and expert; what was never chosen may be missing."""
         ...
 
-    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+    def publish_policy_state(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
         """Leave a worker's share of a kind of state for others; replaces its last one.
 
-        Kept are the shares of the last few workers that published, for about a day (cluster/stats/learned_shares.py).
+        Kept are the shares of the last few workers that published, for about a day (see policy_state_shares.py).
 
         Raises:
             ValueError: the share is too large; says the bound.
         """
         ...
 
-    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+    def read_policy_states(self, fingerprint: str, name: str) -> list[PolicyStateShare]:
         """Shares of a kind of state of the model `fingerprint`, the last published first."""
         ...
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from actors.expert_host.host import ExpertHost
-from actors.experts.memory.remote import RemoteReadError
+from actors.experts.memory.shelves import RemoteReadError
 from cluster.errors import MoesaicError
 from cluster.placement.migration import HostCommand, HostEpochs
 from cluster.types import ExpertId

@@ -20,10 +20,10 @@ from live_server import poll
 
 from actors.attention.build import HostAccess, build_engine
 from actors.engine.engine import Engine, StepOutput
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.expert_host.host import ExpertHost
 from actors.experts.memory.peer import Peers
-from actors.experts.memory.remote import Shelves
+from actors.experts.memory.shelves import Shelves
 from cluster.config.load import load_config
 from cluster.loadgen.prompts import BUNDLED_PROMPTS
 from cluster.model.info import load_model_info
@@ -199,7 +199,7 @@ def engine_parts(
     experts: Mapping[str, Any] | None = None,
     shelves: Shelves | None = None,
     **attention: Any,
-) -> Iterator[EngineParts]:
+) -> Iterator[LoadedEngine]:
     """An engine as the worker builds it.
 
     Args:

@@ -15,8 +15,8 @@ from actors.engine.attention_check import AttentionCheck
 from actors.engine.batcher import Batcher
 from actors.engine.engine import Engine
 from actors.engine.kv_blocks import KvBlocks
+from actors.engine.loaded_engine import LoadedEngine
 from actors.engine.model_runner import ModelRunner
-from actors.engine.parts import EngineParts
 from actors.engine.signal_tap import SignalTap
 from actors.expert_client.dispatch import HostDispatcher
 from actors.expert_client.host_connections import HostConnections, Locate
@@ -26,7 +26,7 @@ from actors.experts.backend import ExpertBackend
 from actors.experts.build import BackendBuilder
 from actors.experts.dispatch import Dispatcher, LocalDispatcher
 from actors.experts.lease import closed_on_error, open_lease
-from actors.experts.memory.remote import Shelves, remote_source
+from actors.experts.memory.shelves import Shelves, remote_source
 from actors.experts.policy_runner import PolicyRunner
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.kernels.native import load_native
@@ -62,7 +62,7 @@ def build_engine(
     shelves: Shelves | None = None,
     num_nodes: int = 1,
     on_phase: Callable[[StartupPhase], None] = lambda _: None,
-) -> EngineParts:
+) -> LoadedEngine:
     """Load the model and make it ready to step.
 
     Args:
@@ -90,7 +90,7 @@ def _build(
     hosts: HostAccess | None,
     shelves: Shelves | None,
     on_phase: Callable[[StartupPhase], None],
-) -> EngineParts:
+) -> LoadedEngine:
     torch.set_num_threads(threads)
     on_phase(StartupPhase.LOADING)
     expected, kv_bytes = values_per_token(info.config), 0
@@ -157,7 +157,7 @@ def _build(
         recorder=recorder,
         sampling_kernel=load_sampling_kernel() if native else None,
     )
-    return EngineParts(
+    return LoadedEngine(
         engine,
         dispatcher,
         recorder,

@@ -19,7 +19,7 @@ from cluster.types import StartupPhase, Tier
 
 if TYPE_CHECKING:
     from actors.attention.worker import AttentionWorker
-    from actors.engine.parts import EngineParts
+    from actors.engine.loaded_engine import LoadedEngine
     from actors.experts.memory.store import ExpertStore
 
 
@@ -113,7 +113,7 @@ class WorkerReporter:
         )
 
 
-def _miss_s(parts: EngineParts, store: ExpertStore | None) -> dict[Tier, float]:
+def _miss_s(parts: LoadedEngine, store: ExpertStore | None) -> dict[Tier, float]:
     """What one expert that is not in the fast tier costs, by where it comes from; only what was measured."""
     costs = store.miss_s() if store else {}
     dispatcher = parts.dispatcher

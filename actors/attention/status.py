@@ -16,7 +16,7 @@ from cluster.types import Phase, StartupPhase
 
 if TYPE_CHECKING:
     from actors.attention.worker import AttentionWorker
-    from actors.engine.parts import EngineParts
+    from actors.engine.loaded_engine import LoadedEngine
 
 
 def worker_status(worker: AttentionWorker, config: MoesaicConfig) -> WorkerStatus:
@@ -84,7 +84,7 @@ async def experts_report(worker: AttentionWorker) -> ExpertsReport:
     )
 
 
-def _memory(parts: EngineParts, config: ExpertsConfig) -> ExpertMemoryStatus | None:
+def _memory(parts: LoadedEngine, config: ExpertsConfig) -> ExpertMemoryStatus | None:
     """Of this process. Beside hosts it takes what is used most, whatever policies say: they speak to the hosts."""
     if parts.backend is None:
         return None

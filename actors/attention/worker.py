@@ -22,9 +22,9 @@ from actors.engine.cache_change import change_cache
 from actors.engine.engine import StepOutput
 from actors.engine.failed_steps import FailedSteps
 from actors.engine.isolation import failure_of, lost_to
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.expert_client.host_connections import Locate
-from actors.experts.memory.remote import Shelves
+from actors.experts.memory.shelves import Shelves
 from actors.experts.memory.warm_up import warm_up
 from cluster.config.load import MoesaicConfig, worker_threads
 from cluster.errors import MoesaicError, Overloaded, Unavailable
@@ -33,7 +33,7 @@ from cluster.model.info import ModelInfo
 from cluster.protocols import StateStore
 from cluster.semantics.knowledge import Knowledge
 from cluster.stats.cluster_counts import ClusterCounts
-from cluster.stats.learned_state_loop import LearnedParts, LearnedStateLoop
+from cluster.stats.policy_state_loop import PolicyStateLoop, StatefulPolicies
 from cluster.stats.statistics_loop import StatisticsLoop
 from cluster.status.experts import ExpertsReport
 from cluster.status.host import ExpertHostStatus
@@ -44,7 +44,7 @@ from cluster.types import FinishReason, GenerationRequest, RequestId, StartupPha
 _LOG = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.5
 
-Command = Callable[[EngineParts], None]
+Command = Callable[[LoadedEngine], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -96,14 +96,14 @@ class AttentionWorker:
         self.info = info
         self.phase = StartupPhase.STARTING
         self.error: MoesaicError | None = None
-        self.parts: EngineParts | None = None
+        self.parts: LoadedEngine | None = None
         self.failed_steps = FailedSteps()
         self.is_draining = False  # takes no more requests; those under way go on
         self._store = store
         self.statistics = StatisticsLoop(store, info.fingerprint, half_life_s=config.scheduler.half_life_s)
         self.cluster_counts = ClusterCounts(store, info.fingerprint)
         path = config.experts.policy_state
-        self.learned = LearnedStateLoop(store, info.fingerprint, self.worker_id, None if path is None else Path(path))
+        self.learned = PolicyStateLoop(store, info.fingerprint, self.worker_id, None if path is None else Path(path))
         self._config = config
         self._hosts = None if locate_host is None else HostAccess(worker_id=self.worker_id, locate=locate_host)
         self._shelves, self._num_nodes = shelves, num_nodes
@@ -225,7 +225,7 @@ class AttentionWorker:
                 on_phase=self._set_phase,
             )
             if parts.policy_runner is not None:
-                self.learned.start(LearnedParts(parts.policy_runner.policies.learned, parts.policy_runner.ask))
+                self.learned.start(StatefulPolicies(parts.policy_runner.policies.learned, parts.policy_runner.ask))
             if parts.backend is not None:
                 self.phase = StartupPhase.WARMING_UP
                 warm_up(parts.backend.store, self._store, self.info.fingerprint)
@@ -251,7 +251,7 @@ class AttentionWorker:
     def _set_phase(self, phase: StartupPhase) -> None:
         self.phase = phase
 
-    def _apply_commands(self, parts: EngineParts) -> bool:
+    def _apply_commands(self, parts: LoadedEngine) -> bool:
         """Apply what came in since the last step; waits when there is no work. False: time to end."""
         while True:
             try:
@@ -268,13 +268,13 @@ class AttentionWorker:
             except Exception as error:  # noqa: BLE001 - the engine's thread is everybody's: it must not end by one command
                 log_event(_LOG, logging.ERROR, "a command to the engine failed", error=error)
 
-    def _add(self, parts: EngineParts, stream: _Stream) -> None:
+    def _add(self, parts: LoadedEngine, stream: _Stream) -> None:
         try:
             parts.engine.add(stream.request)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with one request is that request's alone
             self._call(stream, self._fail, [stream], failure_of(error, "taking the request in"))
 
-    def _step(self, parts: EngineParts) -> None:
+    def _step(self, parts: LoadedEngine) -> None:
         try:
             outputs = parts.engine.step()
         except Exception as error:  # noqa: BLE001 - top loop: nobody's fault in particular, so all may try again

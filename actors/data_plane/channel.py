@@ -59,7 +59,7 @@ class Hello:
 class Welcome:
     """A host introduces itself: the plan epoch, the experts that it owns, by layer, and the nonce it read.
 
-    num_slots: experts that its memory holds. gives_way: whether a load ahead of need lets a demand go first there.
+    num_slots: experts that its memory holds. gives_way: whether a prefetch of need lets a demand go first there.
     """
 
     host_id: str

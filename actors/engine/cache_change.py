@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.experts.memory.store import ExpertStore
 from cluster.config.sizes import parse_cache_size
 from cluster.errors import ConfigError, InvalidRequest, NothingToChange
@@ -11,7 +11,7 @@ from cluster.node_memory.leases import MemoryLease
 _FIELD = "experts.cache"
 
 
-def change_cache(parts: EngineParts, setting: str) -> None:
+def change_cache(parts: LoadedEngine, setting: str) -> None:
     """Give the worker's own expert memory another budget, and promise it. Args: setting: bytes or percent.
 
     Raises:

@@ -26,8 +26,8 @@ from cluster.policies.trace import GateTrace, TracedModel, TracedRequest
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 if TYPE_CHECKING:
+    from actors.engine.loaded_engine import LoadedEngine
     from actors.engine.model_runner import ModelRunner
-    from actors.engine.parts import EngineParts
     from cluster.model.info import ModelInfo
 
 
@@ -122,7 +122,7 @@ class TracingRunner:
 
 
 def record_trace(
-    parts: EngineParts,
+    parts: LoadedEngine,
     info: ModelInfo,
     requests: Sequence[TracedRequest],
     sampling: SamplingParams,

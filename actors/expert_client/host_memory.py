@@ -18,7 +18,7 @@ from actors.expert_client.routes import Routes
 from actors.experts.memory.counters import MemoryCounters
 from cluster.execution.replica_choice import choose_fewest_experts
 from cluster.policies.base import PolicySet
-from cluster.policies.eviction.published import sound_scores
+from cluster.policies.eviction.score_snapshot import sound_scores
 from cluster.policies.outlook import ByteShare, encode_outlook
 from cluster.policies.signals import Grid
 
@@ -68,7 +68,7 @@ class HostMemory:
 
     @property
     def loads_give_way(self) -> bool:
-        """Whether a load ahead lets a demand go first, on every host."""
+        """Whether a prefetch lets a demand go first, on every host."""
         return all(channel.welcome.gives_way for channel in self._links.routes.channels)
 
     def load_s(self) -> float:

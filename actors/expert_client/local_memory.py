@@ -82,7 +82,7 @@ class LocalMemory:
         best = int(experts[np.argmax(counts[experts])])
         used = float(counts[best])
         store = self.backend.store
-        store.load_ahead(ExpertId(layer, best), replaces=lambda victim: self._used(victim) * _WORTH < used)
+        store.prefetch(ExpertId(layer, best), replaces=lambda victim: self._used(victim) * _WORTH < used)
 
     def close(self) -> None:
         """Stop reading and give the memory back."""

@@ -16,7 +16,7 @@ from cluster.config.load import MoesaicConfig
 from cluster.model.info import ModelInfo
 from cluster.node_memory.leases import MemoryLease
 from cluster.placement import even_placement
-from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.eviction.score_snapshot import ScoreSnapshot
 
 _SPARE = 0.125  # of what a host owns: room for replicas, and for what comes before something else may go
 
@@ -32,7 +32,7 @@ class HostBackend:
     owned: dict[int, tuple[int, ...]]
     peers: PeerLink | None
     lease: MemoryLease
-    scores: PublishedScores | None
+    scores: ScoreSnapshot | None
 
 
 def build_host_backend(

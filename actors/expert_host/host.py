@@ -34,8 +34,8 @@ from actors.expert_host.outlooks import HostOutlooks
 from actors.expert_host.owned_experts import OwnedExperts
 from actors.experts.backend import ExpertBackend
 from actors.experts.memory.peer import Peers
-from actors.experts.memory.remote import RemoteReadError, form_digest
 from actors.experts.memory.report import layers_report
+from actors.experts.memory.shelves import RemoteReadError, form_digest
 from actors.experts.memory.store import ExpertStore
 from cluster.config.load import MoesaicConfig, host_threads
 from cluster.errors import MoesaicError, Unavailable
@@ -193,7 +193,7 @@ class ExpertHost:
     def checksums(self, form: str, experts: Sequence[ExpertId]) -> dict[ExpertId, int]:
         """CRC-32 of those of these experts that are in the fast tier. Args: form: of the bytes (form_digest)."""
         store = self._store_of(form)
-        found = {expert: store.kept.read(store.grid.flat(expert), zlib.crc32) for expert in experts}
+        found = {expert: store.protected.read(store.grid.flat(expert), zlib.crc32) for expert in experts}
         return {expert: crc for expert, crc in found.items() if crc is not None}
 
     def expert_bytes(self, form: str, expert: ExpertId) -> tuple[np.ndarray, int]:
@@ -203,7 +203,7 @@ class ExpertHost:
             RemoteReadError: it is not there, or not in this form.
         """
         store = self._store_of(form)
-        data = store.kept.read(store.grid.flat(expert), lambda view: np.frombuffer(view, dtype=np.uint8).copy())
+        data = store.protected.read(store.grid.flat(expert), lambda view: np.frombuffer(view, dtype=np.uint8).copy())
         if data is None:
             raise RemoteReadError(f"expert {expert} is not in the memory of expert host {self._index} now")
         return data, zlib.crc32(data.data)

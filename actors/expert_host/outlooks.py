@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable
 from actors.experts.memory.store import ExpertStore
 from cluster.errors import InvalidRequest
 from cluster.logs import log_event
-from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.eviction.score_snapshot import ScoreSnapshot
 from cluster.policies.outlook import HALF_LIFE_S, JoinedOutlook, decode_outlook
 
 _LOG = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class HostOutlooks:
         self._news: queue.Queue[tuple[Hashable, bytes | None] | None] = queue.Queue(_MAX_WAITING)
         self._joined: JoinedOutlook | None = None
         self._store: ExpertStore | None = None
-        self._scores: PublishedScores | None = None
+        self._scores: ScoreSnapshot | None = None
         self._thread = threading.Thread(target=self._run, name="host-outlooks", daemon=True)
 
     @property
@@ -43,7 +43,7 @@ class HostOutlooks:
         """Workers whose word counts now."""
         return 0 if self._joined is None else self._joined.num_speakers
 
-    def start(self, store: ExpertStore, scores: PublishedScores | None) -> None:
+    def start(self, store: ExpertStore, scores: ScoreSnapshot | None) -> None:
         """Begin to listen. Args: scores: the eviction's; None: it needs nobody's."""
         self._joined, self._store, self._scores = JoinedOutlook(store.grid.size), store, scores
         self._thread.start()
@@ -82,7 +82,7 @@ class HostOutlooks:
             values, ahead = joined.at(self._clock())
             if self._scores is not None:
                 self._scores.publish(values)
-            store.kept.expect(ahead)
+            store.protected.expect(ahead)
 
     def _next(self, joined: JoinedOutlook) -> list[tuple[Hashable, bytes | None]] | None:
         """All that came; nothing after a while, for what was said to fade. None: the host stops."""

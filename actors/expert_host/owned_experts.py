@@ -101,7 +101,7 @@ class OwnedExperts:
             if is_same and now is not None and now.problem is None:
                 return
             self._give_up()
-            missing = self._store.kept.absent(self._indices(command.owned))
+            missing = self._store.protected.absent(self._indices(command.owned))
             self._preparation = _Preparation(command, missing)
         self._loop.soon()
 
@@ -203,14 +203,14 @@ class OwnedExperts:
                 self._peers.offered = offers if self._prefers_peers() else {}
             self._keep(coming=self._indices(command.owned), up_to=chunk[-1])
         try:
-            absent = self._store.kept.wait(chunk, _CHUNK_TIMEOUT_S, preparation.given_up)
+            absent = self._store.protected.wait(chunk, _CHUNK_TIMEOUT_S, preparation.given_up)
         finally:
             if self._peers is not None:
                 self._peers.offered = {}
-        reasons = [reason for index in absent if (reason := self._store.kept.failure(index)) is not None]
+        reasons = [reason for index in absent if (reason := self._store.protected.failure(index)) is not None]
         if reasons:
             raise ExpertReadError(reasons[0])
-        if absent and not self._store.kept.is_full and not preparation.given_up.is_set():
+        if absent and not self._store.protected.is_full and not preparation.given_up.is_set():
             layer, expert = self._store.form.expert(absent[0])
             raise ExpertReadError(f"expert {expert} of layer {layer} did not come within {_CHUNK_TIMEOUT_S:.0f} s")
         return absent
@@ -233,7 +233,7 @@ class OwnedExperts:
         for host, theirs in sources.items() if peers is not None else ():
             assert peers is not None
             for index, checksum in peers.checksums(host, theirs).items():
-                ours = self._store.kept.read(index, zlib.crc32)
+                ours = self._store.protected.read(index, zlib.crc32)
                 if ours is not None and ours != checksum:
                     layer, expert = self._store.form.expert(index)
                     preparation.problem = (
@@ -256,7 +256,7 @@ class OwnedExperts:
             indices = self._indices(owned)
             kept[indices] = True
             priority[indices] = _OWNED
-        self._store.kept.keep(kept, priority)
+        self._store.protected.protect(kept, priority)
         self._on_epochs(self.epoch, self.taken)
 
     def _indices(self, owned: Owned) -> list[int]:

@@ -27,7 +27,7 @@ from cluster.node_memory.leases import MemoryLease
 from cluster.policies.base import PolicySet, Scorer
 from cluster.policies.build import WITHOUT_GATES, PolicyContext, PolicySettings, build_policies
 from cluster.policies.eviction.lru import LruScorer
-from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.eviction.score_snapshot import ScoreSnapshot
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.signals import Grid
 from cluster.semantics.request_mix import RequestMix
@@ -88,13 +88,13 @@ class BackendBuilder:
 
     def build_for_outlooks(
         self, budget_bytes: int, sources: tuple[FormedLink, ...] = ()
-    ) -> tuple[ExpertBackend, PublishedScores | None]:
+    ) -> tuple[ExpertBackend, ScoreSnapshot | None]:
         """A backend whose memory hears from others what its experts are worth, and where that is told; until then, and
         where the policy needs no gates, it evicts by itself. Args and errors as in `build`."""
         if self._config.eviction in WITHOUT_GATES:
             return self.build(budget_bytes, sources=sources), None
         form = self._form()
-        scores = PublishedScores(LruScorer(form.grid.size), form.grid.size)
+        scores = ScoreSnapshot(LruScorer(form.grid.size), form.grid.size)
         store = self._store(form, scores, budget_bytes=budget_bytes, ram_bytes=self._ram_bytes(form), sources=sources)
         return ExpertBackend(store, self.compute), scores
 
@@ -122,9 +122,9 @@ class BackendBuilder:
         store = partial(self._store, form, budget_bytes=budget_bytes, ram_bytes=self._ram_bytes(form), sources=sources)
         if not policies.listeners and policies.predictor is None:
             return ExpertBackend(store(policies.scorer), self.compute), None
-        published = PublishedScores(policies.scorer, form.grid.size)
-        backend = ExpertBackend(store(published), self.compute)
-        return backend, PolicyRunner(backend.store, policies, published, meter)
+        snapshot = ScoreSnapshot(policies.scorer, form.grid.size)
+        backend = ExpertBackend(store(snapshot), self.compute)
+        return backend, PolicyRunner(backend.store, policies, snapshot, meter)
 
     def build_smallest(self) -> ExpertBackend:
         """Room for one token's experts of a layer."""

@@ -26,7 +26,7 @@ import numpy as np
 from actors.experts.memory.counters import CALIBRATION_BINS, MemoryCounters
 from cluster.logs import log_event
 from cluster.policies.base import PolicySet
-from cluster.policies.eviction.published import sound_scores
+from cluster.policies.eviction.score_snapshot import sound_scores
 from cluster.policies.prefetch.base import BEFORE_FIRST, Forecast
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.prefetch.moesaic import LinkCosts
@@ -60,7 +60,7 @@ class PolicyMemory(Protocol):
 
     @property
     def loads_give_way(self) -> bool:
-        """Whether a load ahead can let a demand go first."""
+        """Whether a prefetch can let a demand go first."""
         ...
 
     def load_s(self) -> float:
@@ -111,14 +111,14 @@ class PolicyRunner:
         self,
         store: PolicyMemory,
         policies: PolicySet,
-        published: ScorePublisher,
+        publisher: ScorePublisher,
         meter: CostMeter,
         *,
         inline: bool = False,
     ) -> None:
         """Args:
         store: gets what is to be fetched.
-        published: gets the scores by which the store evicts.
+        publisher: gets the scores by which the store evicts.
         meter: told of layers of small steps; prices prefetch.
         inline: no thread; whoever posts does the work, for tests.
         """
@@ -127,7 +127,7 @@ class PolicyRunner:
         self.problem: str | None = None
         self.busy_s = 0.0
         self.step_s = 0.0
-        self._published = published
+        self._publisher = publisher
         self._looks_ahead = policies.predictor is not None
         self._looked_ahead = False  # in the present step
         self._ring: RingPlan | None = None
@@ -239,7 +239,7 @@ class PolicyRunner:
         log_event(_LOG, logging.ERROR, "search failed; experts are evicted by recency now", error=error)
         self.problem = f"expert prediction stopped: {error!r}"
         self.store.want(None)
-        self._published.publish(np.zeros(self.store.grid.size))
+        self._publisher.publish(np.zeros(self.store.grid.size))
 
     def _on_step(self, step: StepSignal) -> None:
         grid, step = self.store.grid, step.sound()
@@ -288,13 +288,13 @@ class PolicyRunner:
         if self._ring is not None:
             outlook = self._ring.outlook(row)
             self._forecast = None
-            self._published.publish(outlook.scores)
+            self._publisher.publish(outlook.scores)
             if self.policies.predictor is not None:
                 pays = self._ring_use > float(self._costs(self._ring_meter).pays_from(1.0))
                 self._looked_ahead |= pays
                 self.store.want(outlook.ahead if pays else None, outlook.below)
             return
-        self._published.publish()
+        self._publisher.publish()
         if self.policies.predictor is not None:
             self._forecast = self._sound(self.policies.predictor.predict(row))
             self._looked_ahead |= self._forecast is not None

@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from actors.experts.memory.remote import RemoteReadError
+from actors.experts.memory.shelves import RemoteReadError
 from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from cluster.application import ApplicationId
 from cluster.placement.migration import HostCommand, HostEpochs

@@ -32,7 +32,7 @@ class ExpertRequestRouter(RequestRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Replicas have come or gone. Nobody needs views while there is nothing to choose."""
-        self._choice.keep([replica.replica_id.unique_id for replica in replicas])
+        self._choice.set_replicas([replica.replica_id.unique_id for replica in replicas])
         super().update_replicas(replicas)
         if len(replicas) > 1:
             self._poll.start()

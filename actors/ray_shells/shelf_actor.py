@@ -1,7 +1,7 @@
 """Expert shelves: an actor per node that keeps experts in that node's part of Ray's object store, for other nodes.
 
 Ray's side of the REMOTE tier, with every `.remote` of it: starting, ending, finding and asking shelves. What a shelf
-keeps is decided in cluster/placement/shelf_plan.py; who takes from it is actors/experts/memory/remote.py.
+keeps is decided in cluster/placement/shelf_plan.py; who takes from it is actors/experts/memory/shelves.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.experts.memory.remote import RemoteReadError, ShelfFacts, form_digest
+from actors.experts.memory.shelves import RemoteReadError, ShelfFacts, form_digest
 from actors.ray_shells.named_actors import ActorKind, DetachedActors
 from cluster.application import ApplicationId
 from cluster.config.load import MoesaicConfig
@@ -178,7 +178,7 @@ def expert_shelves(application: ApplicationId) -> DetachedActors:
 
 
 class RayShelves:
-    """The shelves of a cluster, as RemoteLink asks them; from plain threads, never from an event loop.
+    """The shelves of a cluster, as ShelfLink asks them; from plain threads, never from an event loop.
 
     Nothing is asked of Ray once this process has left it: Ray would start a cluster of its own to answer.
     """

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from actors.attention.build import HostAccess, build_engine
 from actors.data_plane.channel import HostEndpoint
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from benchmarks.shared.command_line import progress
 from benchmarks.shared.engines import begin_all
 from benchmarks.shared.measuring import median
@@ -108,7 +108,7 @@ def _host_process(path: Path, commands: Connection) -> None:
     host.stop()
 
 
-def _run(parts: EngineParts, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[tuple[str, int]]]:
+def _run(parts: LoadedEngine, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[tuple[str, int]]]:
     """Decode tokens per second after all first tokens, and every token."""
     outputs: list[tuple[str, int]] = [(o.request_id, o.token_id) for o in begin_all(parts, prompts, num_tokens)]
     first, began = len(outputs), time.perf_counter()

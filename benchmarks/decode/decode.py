@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from benchmarks.shared.command_line import progress
 from benchmarks.shared.engines import begin_all, resident_engine
 from benchmarks.shared.measuring import median, memory_bandwidth, one_thread
@@ -58,7 +58,7 @@ def run(options: Namespace) -> Report:
 
 def _compare(
     report: Report,
-    parts: EngineParts,
+    parts: LoadedEngine,
     reference: Any,
     tokenizer: Any,
     prompts: list[list[int]],
@@ -94,7 +94,7 @@ def _compare(
     report.at_least(f"{len(prompts)} sequences: ratio to transformers", ratio, MIN_RATIO[len(prompts)])
 
 
-def decode_rate(parts: EngineParts, prompts: list[list[int]], num_tokens: int) -> tuple[float, float]:
+def decode_rate(parts: LoadedEngine, prompts: list[list[int]], num_tokens: int) -> tuple[float, float]:
     """Decode tokens per second after all first tokens, and bytes of weights a step reads."""
     engine, store = parts.engine, parts.store
     begin_all(parts, prompts, num_tokens)

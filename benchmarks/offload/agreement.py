@@ -68,7 +68,7 @@ class RunTimes:
     """Of one run of a live cell.
 
     pace: what computing takes on the machine around it, of what it took when it was measured. load_cpu_s:
-    processor time of a load, as its price of prefetch had it. lag_s: how late chunks of loads ahead began on average.
+    processor time of a load, as its price of prefetch had it. lag_s: how late chunks of prefetches began on average.
     forecast_s: from a gate to its forecast, by the clock, and forecast_spread, the standard deviation of the logarithm.
     """
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 
 from actors.attention.build import build_engine
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.experts.memory.store import ExpertStore
 from actors.experts.policy_runner import LayerTimes
 from actors.ray_shells.deployments import SWITCH_INTERVAL_S
@@ -32,7 +32,7 @@ _LEARN_LIMIT_S = 600.0
 
 
 @contextlib.contextmanager
-def engine(info: ModelInfo, policy: str, *, cache: float, link: float | None = None) -> Iterator[EngineParts]:
+def engine(info: ModelInfo, policy: str, *, cache: float, link: float | None = None) -> Iterator[LoadedEngine]:
     """An engine on one thread, which shares the interpreter lock as a worker's does.
 
     Args:
@@ -55,7 +55,7 @@ def engine(info: ModelInfo, policy: str, *, cache: float, link: float | None = N
         parts.dispatcher.close()
 
 
-def make_resident(parts: EngineParts) -> None:
+def make_resident(parts: LoadedEngine) -> None:
     """Use every expert once."""
     store = parts.store
     for layer in store.grid.layers:
@@ -63,7 +63,7 @@ def make_resident(parts: EngineParts) -> None:
             pass
 
 
-def fill_ram(parts: EngineParts) -> None:
+def fill_ram(parts: LoadedEngine) -> None:
     """Wait until RAM holds every expert: it fills itself from disk."""
     store, deadline = parts.store, time.monotonic() + _FILL_LIMIT_S
     while store.ram_resident < store.grid.size:
@@ -72,7 +72,7 @@ def fill_ram(parts: EngineParts) -> None:
         time.sleep(0.02)
 
 
-def learn(parts: EngineParts, past: Sequence[ReplayStep]) -> None:
+def learn(parts: LoadedEngine, past: Sequence[ReplayStep]) -> None:
     """Show the steps of other prompts to the policies, as if they had been computed here."""
     policy_runner = parts.policy_runner
     if policy_runner is None:
@@ -88,7 +88,7 @@ def learn(parts: EngineParts, past: Sequence[ReplayStep]) -> None:
 
 
 @contextlib.contextmanager
-def timed_forecasts(parts: EngineParts) -> Iterator[list[float]]:
+def timed_forecasts(parts: LoadedEngine) -> Iterator[list[float]]:
     """From a gate, or a step's beginning, to what is wanted by it; nothing for a policy that fetches nothing ahead."""
     policy_runner, store = parts.policy_runner, parts.store
     took_s: list[float] = []
@@ -129,7 +129,7 @@ def keep_loading(store: ExpertStore) -> Iterator[None]:
     def load() -> None:
         for index in itertools.cycle(range(store.grid.size)):
             expert = store.form.expert(index)
-            while not store.load_ahead(expert, replaces=lambda _: True):
+            while not store.prefetch(expert, replaces=lambda _: True):
                 if is_over.is_set():
                     return
                 if store.resident(expert[0])[expert[1]]:

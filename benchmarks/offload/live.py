@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.engine.trace_recorder import record_trace
 from actors.gates.reader import gate_modules
 from benchmarks.offload.agreement import Agreement, ComputeTimes, Key, RunTimes
@@ -154,7 +154,7 @@ class Live:
             make_resident(parts)
             return record_trace(parts, self._info, requests, sampling, num_running=concurrency)
 
-    def _compare_resident(self, parts: EngineParts) -> None:
+    def _compare_resident(self, parts: LoadedEngine) -> None:
         """Of one engine, predicting or not: two engines differ more than that by where their memory lies."""
         rates: dict[str, list[float]] = {OFF: [], ON: []}
         disk_bytes = 0
@@ -174,14 +174,14 @@ class Live:
         self._report.at_least("everything resident: tok/s with prediction on / off", ratio, 0.97)
         self._report.at_most("cache 100%: bytes read after warm-up", disk_bytes, 0)
 
-    def _compute_times(self, parts: EngineParts) -> ComputeTimes:
+    def _compute_times(self, parts: LoadedEngine) -> ComputeTimes:
         alone = self._figures(parts, self._ordered, concurrency=1)
         alike = self._figures(parts, 8 * self._ordered[:1], concurrency=8)
         many = self._figures(parts, self._ordered, concurrency=8)
         times = ComputeTimes.of(alone, alike, many, num_layers=parts.store.grid.num_layers)
         return replace(times, spread=self._spread(parts))
 
-    def _spread(self, parts: EngineParts) -> float:
+    def _spread(self, parts: LoadedEngine) -> float:
         """Of the times from gate to gate, one sequence's tokens, everything resident."""
         spoke_s: list[float] = []
         gates = gate_modules(parts.engine.runner.model).values()
@@ -195,12 +195,12 @@ class Live:
         decode = by_step[[not step.has_prompt_rows for step in steps]]
         return float(np.log(np.diff(decode)).std())
 
-    def _layer_s(self, resident: EngineParts) -> float:
+    def _layer_s(self, resident: LoadedEngine) -> float:
         """What a layer of one sequence's tokens takes now: neighbours make the machine slower for minutes."""
         steps = self._figures(resident, self._ordered[:3], concurrency=1).decode
         return median([step.ended_s - step.began_s for step in steps]) / resident.store.grid.num_layers
 
-    def _search_share(self, policy: str, alone: EngineParts, past: Sequence[ReplayStep]) -> float:
+    def _search_share(self, policy: str, alone: LoadedEngine, past: Sequence[ReplayStep]) -> float:
         """How much longer a layer takes beside a policy's search, of one without, with which it alternates.
 
         One expert less than all fits: with all resident nothing is searched."""
@@ -215,7 +215,7 @@ class Live:
         progress(f"{policy}: a layer takes {median(more):.1%} longer beside its search")
         return max(median(more), 0.0)
 
-    def _contention(self, alone: EngineParts) -> float:
+    def _contention(self, alone: LoadedEngine) -> float:
         """How much longer computing takes while the link into another engine's memory is busy, as a share of that."""
         link = self._plan.links[0]
         more: list[float] = []
@@ -233,16 +233,16 @@ class Live:
         progress(f"computing takes {median(more):.1%} longer beside a busy link")
         return max(median(more), 0.0)
 
-    def _figures(self, parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> Figures:
+    def _figures(self, parts: LoadedEngine, prompts: Sequence[Sequence[int]], concurrency: int) -> Figures:
         figures = Figures()
         figures.add(list(self._drive(parts, prompts, concurrency)))
         return figures
 
-    def _drive(self, parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> Iterator[Step]:
+    def _drive(self, parts: LoadedEngine, prompts: Sequence[Sequence[int]], concurrency: int) -> Iterator[Step]:
         num_tokens = self._plan.num_tokens
         return drive(parts, prompts, num_tokens=num_tokens, concurrency=concurrency, read_bytes=read_bytes_of_process)
 
-    def _run_cells(self, resident: EngineParts, usual_s: float, past: Sequence[ReplayStep]) -> dict[Key, Cell]:
+    def _run_cells(self, resident: LoadedEngine, usual_s: float, past: Sequence[ReplayStep]) -> dict[Key, Cell]:
         """All of them, round by round: a noisy minute is not a cell. An interrupt leaves those run so far."""
         plan = self._plan
         cells: dict[Key, Cell] = defaultdict(Cell)

@@ -26,8 +26,8 @@ from benchmarks.shared.prompts import prompts_of_domains
 from benchmarks.shared.report import Report
 from cluster.config.load import load_config
 from cluster.model.info import load_model_info
-from cluster.policies.learned_state import save_learned
-from cluster.stats.learned_state_loop import LearnedParts
+from cluster.policies.policy_state import save_policy_state
+from cluster.stats.policy_state_loop import StatefulPolicies
 
 FACTOR = 8
 OURS = "moesaic"
@@ -186,8 +186,8 @@ class Peers:
         past = self._prompts()[self._plan.rounds * self._plan.prompts :]
         for _ in drive(parts, past, num_tokens=_PAST_TOKENS, concurrency=1, read_bytes=lambda: 0):
             pass
-        learned = LearnedParts(parts.policy_runner.policies.learned, parts.policy_runner.ask)
-        save_learned(self._learned, info.fingerprint, learned.snapshot())
+        learned = StatefulPolicies(parts.policy_runner.policies.learned, parts.policy_runner.ask)
+        save_policy_state(self._learned, info.fingerprint, learned.snapshot())
         parts.dispatcher.close()
         self._report.notes.append(f"{OURS} starts from what it learned from {len(past)} other prompts")
 

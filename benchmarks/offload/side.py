@@ -85,8 +85,8 @@ def _ours(task: Task) -> Loaded:
     from actors.attention.build import build_engine
     from cluster.config.load import load_config
     from cluster.model.info import load_model_info
-    from cluster.policies.learned_state import load_learned
-    from cluster.stats.learned_state_loop import LearnedParts
+    from cluster.policies.policy_state import load_policy_state
+    from cluster.stats.policy_state_loop import StatefulPolicies
 
     eviction, _, prediction = task.policy.partition("+")
     config = load_config(
@@ -100,8 +100,8 @@ def _ours(task: Task) -> Loaded:
     info = load_model_info(task.model, max_model_len=MAX_LEN)
     parts = build_engine(config, info, threads=1)
     if task.learned and parts.policy_runner is not None:
-        learned = LearnedParts(parts.policy_runner.policies.learned, parts.policy_runner.ask)
-        learned.load(load_learned(Path(task.learned), info.fingerprint))
+        learned = StatefulPolicies(parts.policy_runner.policies.learned, parts.policy_runner.ask)
+        learned.load(load_policy_state(Path(task.learned), info.fingerprint))
     store = parts.store
     dense = sum(p.numel() * p.element_size() for p in parts.engine.runner.model.parameters() if not p.is_meta)
 

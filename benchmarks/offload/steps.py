@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from actors.engine.parts import EngineParts
+    from actors.engine.loaded_engine import LoadedEngine
     from actors.experts.memory.counters import MemoryCounters
 
 
@@ -146,7 +146,7 @@ def percentile_ms(values_s: Sequence[float], percent: float) -> float:
 
 
 def drive(
-    parts: EngineParts,
+    parts: LoadedEngine,
     prompts: Sequence[Sequence[int]],
     *,
     num_tokens: int,

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from actors.attention.build import HostAccess, build_engine
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.expert_client.dispatch import HostDispatcher
 from benchmarks.offload.engine import fill_ram
 from benchmarks.one_system.host_process import HostProcess, host_processes
@@ -48,7 +48,7 @@ class _Counts:
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    parts: EngineParts
+    parts: LoadedEngine
     hosts: Sequence[HostProcess]
 
     def counts(self) -> _Counts:
@@ -184,7 +184,7 @@ def _opened(info: ModelInfo, has_hosts: bool, policy: str, share: float) -> Iter
             parts.dispatcher.close()
 
 
-def _decode(parts: EngineParts, prompts: Sequence[Sequence[int]], concurrency: int) -> tuple[list[float], int]:
+def _decode(parts: LoadedEngine, prompts: Sequence[Sequence[int]], concurrency: int) -> tuple[list[float], int]:
     """Answer all prompts, so many at a time; seconds of each step per token of it, and tokens."""
     sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     waiting = list(enumerate(prompts))

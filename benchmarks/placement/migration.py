@@ -25,7 +25,7 @@ import ray
 from transformers import AutoTokenizer
 
 from actors.attention.build import HostAccess, build_engine
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.expert_client.dispatch import HostDispatcher
 from actors.ray_shells.host_actor import locate_host, start_expert_hosts
 from actors.ray_shells.host_calls import RayHosts, expert_hosts, find_host
@@ -109,7 +109,7 @@ class Mover:
 class Load:
     """Sequences that decode all the time; one that ends is followed by the next prompt."""
 
-    parts: EngineParts
+    parts: LoadedEngine
     prompts: list[tuple[int, ...]]
     started: int = 0
     answers: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
@@ -179,7 +179,7 @@ def _run(report: Report, config: MoesaicConfig, path: Path, rounds: int, seconds
     parts.dispatcher.close()
 
 
-def _exchange(mover: Any, parts: EngineParts, ended: threading.Event) -> None:
+def _exchange(mover: Any, parts: LoadedEngine, ended: threading.Event) -> None:
     assert parts.links is not None
     while not ended.wait(_EXCHANGE_S):
         placement: Placement | None = ray.get(mover.exchange.remote(parts.links.epoch))
@@ -187,7 +187,7 @@ def _exchange(mover: Any, parts: EngineParts, ended: threading.Event) -> None:
             parts.links.set_placement(placement)
 
 
-def _reference(parts: EngineParts, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+def _reference(parts: LoadedEngine, prompts: list[tuple[int, ...]]) -> list[list[int]]:
     """Answers to all prompts while nothing moves."""
     load = Load(parts, prompts)
     while load.started < len(prompts) or parts.engine.has_work:

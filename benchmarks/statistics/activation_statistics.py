@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.gates.activation_recorder import ActivationRecorder
 from actors.gates.work import ExpertWork
 from actors.kernels.native import load_native
@@ -121,7 +121,7 @@ def run(options: Namespace) -> Report:
 
 
 def _compare(
-    report: Report, parts: EngineParts, store: StateStore, prompts: list[list[int]], *, block_s: float, pairs: int
+    report: Report, parts: LoadedEngine, store: StateStore, prompts: list[list[int]], *, block_s: float, pairs: int
 ) -> None:
     layers, num_experts = _shape(parts)
     name = f"{len(prompts)} sequences"
@@ -166,7 +166,7 @@ def _compare(
 
 
 def _compare_down(
-    report: Report, parts: EngineParts, store: StateStore, prompts: list[list[int]], *, block_s: float, pairs: int
+    report: Report, parts: LoadedEngine, store: StateStore, prompts: list[list[int]], *, block_s: float, pairs: int
 ) -> None:
     """A store that was lost while the server ran, against one that is there."""
     with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +222,7 @@ def _large_flush(report: Report, store: StateStore) -> None:
 
 
 def _run_on(
-    parts: EngineParts, store: StateStore, prompts: list[list[int]], num_tokens: int, *, is_up: bool = True
+    parts: LoadedEngine, store: StateStore, prompts: list[list[int]], num_tokens: int, *, is_up: bool = True
 ) -> _Block:
     """With recording and flushing; every count must be in the store afterwards, if it is up."""
     fingerprint = f"run-{time.monotonic_ns()}"
@@ -245,7 +245,7 @@ def _run_on(
     return _Block(block.elapsed_s, block.tokens, flushes, cpu_s)
 
 
-def _run(parts: EngineParts, recorder: ActivationRecorder, prompts: list[list[int]], num_tokens: int) -> _Block:
+def _run(parts: LoadedEngine, recorder: ActivationRecorder, prompts: list[list[int]], num_tokens: int) -> _Block:
     parts.dispatcher.recorder = recorder
     sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
@@ -292,7 +292,7 @@ class _Recorded:
         return [_embedding(0)]
 
 
-def _shape(parts: EngineParts) -> tuple[tuple[int, ...], int]:
+def _shape(parts: LoadedEngine) -> tuple[tuple[int, ...], int]:
     counts = parts.recorder.counts
     return tuple(counts), next(iter(counts.values())).shape[1]
 

@@ -51,13 +51,13 @@ def check_files(model: ModelConfig, policy_state: str | None) -> None:
     from cluster.frontend.generation.tokenizer import Tokenizer
     from cluster.model.info import read_model_info, resolve_model
     from cluster.model.safetensors_index import read_index
-    from cluster.policies.learned_state import check_learned
+    from cluster.policies.policy_state import check_policy_state
 
     directory = resolve_model(model.path)
     read_index(directory)
     Tokenizer.load(directory)
     if policy_state is not None:
-        check_learned(Path(policy_state), read_model_info(model).fingerprint)
+        check_policy_state(Path(policy_state), read_model_info(model).fingerprint)
 
 
 def check_port_is_free(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> None:

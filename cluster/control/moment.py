@@ -10,9 +10,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 from cluster.control.diagnose import diagnose
-from cluster.control.live_inputs import diagnosis_inputs
+from cluster.control.planning_inputs import diagnosis_inputs
 from cluster.control.roster import Roster
-from cluster.control.scheduler_parts import Placer
+from cluster.control.scheduler_protocols import Placer
 from cluster.errors import MoesaicError, Unavailable
 from cluster.placement.plan import Placement, PlacementPlan
 from cluster.placement.planner import present_balance

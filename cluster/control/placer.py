@@ -15,7 +15,7 @@ from typing import Protocol
 
 from cluster.config.sections import SchedulerConfig
 from cluster.config.sizes import parse_size
-from cluster.control.live_inputs import placement_inputs
+from cluster.control.planning_inputs import placement_inputs
 from cluster.control.roster import Roster
 from cluster.errors import Superseded, Unavailable
 from cluster.logs import log_event

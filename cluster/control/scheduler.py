@@ -21,7 +21,7 @@ from cluster.config.sections import SchedulerConfig
 from cluster.control.host_scaler import HostScaler
 from cluster.control.moment import Moment, Moments
 from cluster.control.roster import Roster
-from cluster.control.scheduler_parts import ClusterLearner, Placer
+from cluster.control.scheduler_protocols import ClusterLearner, Placer
 from cluster.control.status_lines import drain_line, host_line, knowledge_line, worker_line
 from cluster.errors import NothingToChange, Superseded
 from cluster.finite import with_finite_numbers

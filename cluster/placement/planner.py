@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cluster.placement.cost import Demand, balance, busiest_s, demands_of, reading_s, touch_rates
+from cluster.placement.free_capacity import add_failover_replicas, gather_pairs
 from cluster.placement.inputs import PlacementInputs, own_limits, owned_array, placement_of
 from cluster.placement.layers import Layers
 from cluster.placement.moves import changes_between, moves_of
@@ -18,7 +19,6 @@ from cluster.placement.plan import PlacementPlan
 from cluster.placement.rebuild import rebuild
 from cluster.placement.refine import StepPrice, refine
 from cluster.placement.repair import adopt_orphans, fill_newcomers, lacks_its_share, relieve_full
-from cluster.placement.spare import add_failover_replicas, gather_pairs
 from cluster.placement.tiering import tier_moves
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.policies.learned_state import Learned
+from cluster.policies.policy_state import StatefulPolicy
 from cluster.policies.prefetch.base import Predictor
 from cluster.policies.signals import SignalListener
 
@@ -33,10 +33,10 @@ class Scorer(Protocol):
 class PolicySet:
     """Values and prediction of one memory, and who must hear the signals for them, in this order.
 
-    learned: what is worth keeping beyond this process, by name (see learned_state.py).
+    learned: what is worth keeping beyond this process, by name (see policy_state.py).
     """
 
     scorer: Scorer
     predictor: Predictor | None
     listeners: tuple[SignalListener, ...]
-    learned: Mapping[str, Learned] = field(default_factory=dict[str, Learned])
+    learned: Mapping[str, StatefulPolicy] = field(default_factory=dict[str, StatefulPolicy])

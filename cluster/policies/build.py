@@ -21,13 +21,13 @@ from cluster.policies.eviction.frequency import LfuScorer, StaticScorer
 from cluster.policies.eviction.lru import LruPerLayerScorer, LruScorer
 from cluster.policies.eviction.moesaic import MoesaicScorer
 from cluster.policies.eviction.mrs import MrsScorer
-from cluster.policies.eviction.with_mix import WithMix
+from cluster.policies.eviction.request_mix import RequestMixScorer
 from cluster.policies.expert_maps.search import MapSearch
 from cluster.policies.expert_maps.store import MapStore
 from cluster.policies.future import Future
-from cluster.policies.learned_state import Learned
 from cluster.policies.next_use.estimate import NextUse
 from cluster.policies.next_use.kernels import NextUseKernels
+from cluster.policies.policy_state import StatefulPolicy
 from cluster.policies.prefetch.base import Predictor
 from cluster.policies.prefetch.eam import EamPredictor
 from cluster.policies.prefetch.fmoe import FmoePredictor
@@ -132,8 +132,8 @@ def build_policies(name: str, context: PolicyContext) -> PolicySet:
     return PolicySet(scorer, predictor, tuple(listeners.values()), _learned(tuple(listeners.values())))
 
 
-def _learned(listeners: tuple[SignalListener, ...]) -> dict[str, Learned]:
-    learned: dict[str, Learned] = {}
+def _learned(listeners: tuple[SignalListener, ...]) -> dict[str, StatefulPolicy]:
+    learned: dict[str, StatefulPolicy] = {}
     for listener in listeners:
         if isinstance(listener, MapSearch):
             learned["maps"] = listener.store
@@ -161,7 +161,7 @@ def _build_scorer(name: str, context: PolicyContext, listeners: dict[int, Signal
             return FmoeScorer(grid, _heard(context.search, listeners))
         case "moesaic":
             scorer = MoesaicScorer(_heard(context.next_use, listeners))
-            return scorer if context.mix is None else WithMix(scorer, context.mix)
+            return scorer if context.mix is None else RequestMixScorer(scorer, context.mix)
         case "belady":
             return BeladyScorer(_heard(_needed(context.future, name, "the future"), listeners))
         case _:

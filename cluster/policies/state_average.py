@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from cluster.errors import ConfigError
-from cluster.policies.learned_state import NUM_LEARNED
+from cluster.policies.policy_state import NUM_LEARNED
 
 
 def average_in(live: Mapping[str, np.ndarray], num_learned: int, given: Mapping[str, np.ndarray]) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cluster.policies.base import PolicySet
-from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.eviction.score_snapshot import ScoreSnapshot
 from cluster.policies.prefetch.base import BEFORE_FIRST
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.ring import RingPlan, ring_for_step, uses_nearly_all
@@ -63,9 +63,9 @@ class Simulator:
             on_transfer=on_transfer,
         )
         hears = bool(policies.listeners) or policies.predictor is not None
-        self._published = PublishedScores(policies.scorer, grid.size) if has_ring and hears else None
+        self._snapshot = ScoreSnapshot(policies.scorer, grid.size) if has_ring and hears else None
         self._ring: RingPlan | None = None  # of a large step
-        self.memory = ReplayMemory(grid, self._published or policies.scorer, link, machine.num_slots)
+        self.memory = ReplayMemory(grid, self._snapshot or policies.scorer, link, machine.num_slots)
         self._num_slots = machine.num_slots
         self._ledger = StepLedger(self.outcome)
         self._forecast_s = machine.processor.predict_s if policies.predictor is not None else 0.0
@@ -149,14 +149,14 @@ class Simulator:
         return self.memory.counters.demand_chunks + self.memory.counters.prefetch_chunks
 
     def _plan_ring(self, num_rows: int) -> None:
-        if self._published is not None:
+        if self._snapshot is not None:
             self._ring = ring_for_step(self._grid, self._num_slots, num_rows, self.policies.scorer.scores)
             self._publish(BEFORE_FIRST)
 
     def _publish(self, row: int) -> None:
         """What experts are worth now, for eviction."""
-        if self._published is not None:
-            self._published.publish(None if self._ring is None else self._ring.outlook(row).scores)
+        if self._snapshot is not None:
+            self._snapshot.publish(None if self._ring is None else self._ring.outlook(row).scores)
 
     def _search(self) -> None:
         """Begin to make a forecast; those begun before are there first."""

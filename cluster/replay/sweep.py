@@ -1,6 +1,6 @@
 """Replays many policies on many machines over one trace.
 
-Learned state (expert maps, activation matrices, frequencies) comes from another trace only, the past; without one the
+Policy state (expert maps, activation matrices, frequencies) comes from another trace only, the past; without one the
 policies start with nothing. Policies are built once for all machines that they cannot tell apart.
 """
 

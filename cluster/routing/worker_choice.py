@@ -92,7 +92,7 @@ class WorkerChoice:
         if self._reported:
             self._state.note_sent(replica_id, self._description(request), now_s)
 
-    def keep(self, replica_ids: Sequence[str]) -> None:
+    def set_replicas(self, replica_ids: Sequence[str]) -> None:
         """These replicas there are now."""
         fewest = min(self._num_sent.values(), default=0)
         # A new one starts level with the others, or it would get everything until it has caught up.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from cluster.protocols import LearnedShare, StateStore, VersionedState
+from cluster.protocols import PolicyStateShare, StateStore, VersionedState
 from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
 
@@ -95,13 +95,13 @@ class FallbackStore:
             add_counts(counts, self._pending.get(fingerprint, {}))
         return counts
 
-    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+    def publish_policy_state(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
         """Through to the primary; a share under way holds nobody up."""
-        self._through(lambda: self._primary.publish_learned(fingerprint, name, owner, blob, weight))
+        self._through(lambda: self._primary.publish_policy_state(fingerprint, name, owner, blob, weight))
 
-    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+    def read_policy_states(self, fingerprint: str, name: str) -> list[PolicyStateShare]:
         """The primary's."""
-        return self._through(lambda: self._primary.read_learned(fingerprint, name))
+        return self._through(lambda: self._primary.read_policy_states(fingerprint, name))
 
     def add_statistics(
         self, fingerprint: str, delta: ExpertStatistics, prompts: Sequence[bytes], *, half_life_s: float

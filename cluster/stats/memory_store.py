@@ -10,11 +10,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from cluster.protocols import LearnedShare, VersionedState
+from cluster.protocols import PolicyStateShare, VersionedState
 from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas, add_counts, copy_counts
 from cluster.stats.decayed_totals import DecayedTotals
-from cluster.stats.learned_shares import MAX_SHARES, check_size
+from cluster.stats.policy_state_shares import MAX_SHARES, check_size
 from cluster.stats.recent_prompts import MAX_PROMPTS, checked_prompts
 
 
@@ -25,7 +25,7 @@ class MemoryStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._counts: dict[str, Counts] = {}
-        self._shares: dict[tuple[str, str], dict[str, LearnedShare]] = {}  # owners, last published last
+        self._shares: dict[tuple[str, str], dict[str, PolicyStateShare]] = {}  # owners, last published last
         self._totals: dict[str, DecayedTotals] = {}
         self._prompts: dict[str, deque[bytes]] = {}  # the latest first
         self._states: dict[tuple[str, str], VersionedState] = {}
@@ -53,17 +53,17 @@ class MemoryStore:
         with self._lock:
             return copy_counts(self._counts.get(fingerprint, {}))
 
-    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+    def publish_policy_state(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
         """Keep a worker's share."""
         check_size(name, blob)
         with self._lock:
             shares = self._shares.setdefault((fingerprint, name), {})
             shares.pop(owner, None)
-            shares[owner] = LearnedShare(owner, weight, blob)
+            shares[owner] = PolicyStateShare(owner, weight, blob)
             if len(shares) > MAX_SHARES:
                 del shares[next(iter(shares))]
 
-    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+    def read_policy_states(self, fingerprint: str, name: str) -> list[PolicyStateShare]:
         """Shares, the last published first."""
         with self._lock:
             return [*reversed(self._shares.get((fingerprint, name), {}).values())]

@@ -9,8 +9,8 @@ import struct
 from typing import cast
 
 from cluster.errors import Superseded
-from cluster.protocols import LearnedShare, VersionedState
-from cluster.stats.learned_shares import MAX_SHARES, SHARE_TTL_S, check_size
+from cluster.protocols import PolicyStateShare, VersionedState
+from cluster.stats.policy_state_shares import MAX_SHARES, SHARE_TTL_S, check_size
 from cluster.stats.redis_connection import RedisConnection
 
 _WEIGHT = struct.Struct("<Q")
@@ -73,7 +73,7 @@ _GET = "return redis.call('HMGET', KEYS[1], 'version', 'state')"
 
 
 class RedisStates:
-    """The part of RedisStore for `publish_learned`, `read_learned` and the states."""
+    """The part of RedisStore for `publish_policy_state`, `read_policy_states` and the states."""
 
     def __init__(self, connection: RedisConnection) -> None:
         self._key = connection.key
@@ -84,17 +84,17 @@ class RedisStates:
         self._put = connection.script(_PUT)
         self._get = connection.script(_GET)
 
-    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
-        """StateStore.publish_learned."""
+    def publish_policy_state(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+        """StateStore.publish_policy_state."""
         check_size(name, blob)
         value = _WEIGHT.pack(weight) + blob
         self._publish(self._share_keys(fingerprint, name), [owner, value, MAX_SHARES, int(SHARE_TTL_S)])
 
-    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
-        """StateStore.read_learned."""
+    def read_policy_states(self, fingerprint: str, name: str) -> list[PolicyStateShare]:
+        """StateStore.read_policy_states."""
         found = cast("list[bytes]", self._published(self._share_keys(fingerprint, name), [int(SHARE_TTL_S)]))
         return [
-            LearnedShare(owner.decode(), _WEIGHT.unpack_from(value)[0], value[_WEIGHT.size :])
+            PolicyStateShare(owner.decode(), _WEIGHT.unpack_from(value)[0], value[_WEIGHT.size :])
             for owner, value in zip(found[::2], found[1::2], strict=True)
         ]
 

@@ -8,7 +8,7 @@ their keys are left alone)
 | activations:P | hash | "layer:expert" -> exact count in phase P (prefill, decode), since the first worker | layers x experts |
 | statistics:0, :1 | hash | decayed counts and masses by cluster of prompts (redis_statistics.py): "version" and "shape" of the clusters, and "cluster:phase:layer" -> time, then count and mass of each expert, as doubles. Clusters of version v are in v % 2, so a new version takes the place of the last but one. The cluster after the last is of prompts without one. | 2 x 2 x clusters x layers x experts x 16 bytes; a day or 16 half-lives |
 | prompts | list | embeddings of the last prompts, int8 | 1024 x 64 bytes; a day |
-| learned:K, learned:K:times | hash, sorted set | worker -> weight (8 bytes) and share of a kind of learned state K, and when | learned_shares.py; a day |
+| learned:K, learned:K:times | hash, sorted set | worker -> weight (8 bytes) and share of a kind of policy state K, and when | policy_state_shares.py; a day |
 | state:N | hash | "version" and "state" of what the scheduler remembers by the name N (clusters, placement) | one a name |
 | fence | string | a number that grows with every scheduler; states are taken from the last one only | |
 | epoch | string | a random id, set once; it is gone when the server lost its data | |
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.application import DEFAULT_APPLICATION, ApplicationId
-from cluster.protocols import LearnedShare, VersionedState
+from cluster.protocols import PolicyStateShare, VersionedState
 from cluster.semantics.statistics import ExpertStatistics
 from cluster.stats.activation_counts import Counts, Deltas
 from cluster.stats.redis_connection import RedisConnection
@@ -67,13 +67,13 @@ class RedisStore:
         """Total counts of the model `fingerprint`, from all processes."""
         return self._counts.read(fingerprint)
 
-    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+    def publish_policy_state(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
         """Keep a worker's share; whole or (on `ConnectionError`, as far as is known) not."""
-        self._states.publish_learned(fingerprint, name, owner, blob, weight)
+        self._states.publish_policy_state(fingerprint, name, owner, blob, weight)
 
-    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+    def read_policy_states(self, fingerprint: str, name: str) -> list[PolicyStateShare]:
         """Shares of all workers, the last published first."""
-        return self._states.read_learned(fingerprint, name)
+        return self._states.read_policy_states(fingerprint, name)
 
     def add_statistics(
         self, fingerprint: str, delta: ExpertStatistics, prompts: Sequence[bytes], *, half_life_s: float

@@ -19,8 +19,8 @@ from cluster.protocols import StateStore
 from cluster.stats.activation_counts import Counts
 from cluster.stats.embedded_valkey import EmbeddedValkey, start_embedded_valkey
 from cluster.stats.fallback_store import FallbackStore
-from cluster.stats.learned_shares import MAX_SHARE_BYTES, MAX_SHARES, SHARE_TTL_S
 from cluster.stats.memory_store import MemoryStore
+from cluster.stats.policy_state_shares import MAX_SHARE_BYTES, MAX_SHARES, SHARE_TTL_S
 from cluster.stats.redis_store import RedisStore
 from cluster.types import Phase
 
@@ -80,33 +80,33 @@ def test_concurrent_additions_all_count(store: StateStore, fingerprint: str) -> 
 
 def test_shares_come_back_whole_the_last_published_first(store: StateStore, fingerprint: str) -> None:
     every_byte = bytes(range(256)) * 4
-    assert store.read_learned(fingerprint, "maps") == []
-    store.publish_learned(fingerprint, "maps", "w1", b"old", 1)
-    store.publish_learned(fingerprint, "maps", "w2", every_byte, 2**40)
-    store.publish_learned(fingerprint, "maps", "w1", b"", 0)
-    assert store.read_learned(fingerprint, "maps") == [("w1", 0, b""), ("w2", 2**40, every_byte)]
+    assert store.read_policy_states(fingerprint, "maps") == []
+    store.publish_policy_state(fingerprint, "maps", "w1", b"old", 1)
+    store.publish_policy_state(fingerprint, "maps", "w2", every_byte, 2**40)
+    store.publish_policy_state(fingerprint, "maps", "w1", b"", 0)
+    assert store.read_policy_states(fingerprint, "maps") == [("w1", 0, b""), ("w2", 2**40, every_byte)]
 
 
 def test_shares_of_models_and_of_kinds_are_kept_apart(store: StateStore, fingerprint: str) -> None:
-    store.publish_learned(fingerprint, "maps", "w1", b"a", 1)
-    store.publish_learned(fingerprint, "next_use", "w1", b"b", 2)
-    assert store.read_learned(fingerprint, "next_use") == [("w1", 2, b"b")]
-    assert store.read_learned(fingerprint, "maps") == [("w1", 1, b"a")]
-    assert store.read_learned(fingerprint + "-other", "maps") == []
+    store.publish_policy_state(fingerprint, "maps", "w1", b"a", 1)
+    store.publish_policy_state(fingerprint, "next_use", "w1", b"b", 2)
+    assert store.read_policy_states(fingerprint, "next_use") == [("w1", 2, b"b")]
+    assert store.read_policy_states(fingerprint, "maps") == [("w1", 1, b"a")]
+    assert store.read_policy_states(fingerprint + "-other", "maps") == []
     assert store.activations(fingerprint) == {}
 
 
 def test_shares_are_bounded_in_number_and_size(store: StateStore, fingerprint: str) -> None:
     for i in range(MAX_SHARES + 3):
-        store.publish_learned(fingerprint, "maps", f"w{i}", b"x", i)
-        store.publish_learned(fingerprint, "maps", "w-busy", b"y", i)
-    kept = [share.owner for share in store.read_learned(fingerprint, "maps")]
+        store.publish_policy_state(fingerprint, "maps", f"w{i}", b"x", i)
+        store.publish_policy_state(fingerprint, "maps", "w-busy", b"y", i)
+    kept = [share.owner for share in store.read_policy_states(fingerprint, "maps")]
     assert kept == ["w-busy", *(f"w{i}" for i in range(MAX_SHARES + 2, 3, -1))]
 
-    store.publish_learned(fingerprint, "maps", "w-busy", bytes(MAX_SHARE_BYTES), 1)
+    store.publish_policy_state(fingerprint, "maps", "w-busy", bytes(MAX_SHARE_BYTES), 1)
     with pytest.raises(ValueError, match=str(MAX_SHARE_BYTES)):
-        store.publish_learned(fingerprint, "maps", "w-busy", bytes(MAX_SHARE_BYTES + 1), 2)
-    assert store.read_learned(fingerprint, "maps")[0] == ("w-busy", 1, bytes(MAX_SHARE_BYTES))
+        store.publish_policy_state(fingerprint, "maps", "w-busy", bytes(MAX_SHARE_BYTES + 1), 2)
+    assert store.read_policy_states(fingerprint, "maps")[0] == ("w-busy", 1, bytes(MAX_SHARE_BYTES))
 
 
 def test_shares_in_redis_are_forgotten_after_their_time(valkey: EmbeddedValkey, fingerprint: str) -> None:
@@ -115,11 +115,11 @@ def test_shares_in_redis_are_forgotten_after_their_time(valkey: EmbeddedValkey, 
         [f"moesaic:v3:moesaic:moesaic:{fingerprint}:learned:maps{end}" for end in ("", ":times")],
     )
     with redis.Redis.from_url(valkey.url) as client:
-        store.publish_learned(fingerprint, "maps", "gone", b"x", 1)
+        store.publish_policy_state(fingerprint, "maps", "gone", b"x", 1)
         assert [0 < client.pttl(key) <= SHARE_TTL_S * 1000 for key in keys] == [True, True]
         client.zadd(keys[1], {"gone": time.time() - SHARE_TTL_S - 60})
-        store.publish_learned(fingerprint, "maps", "here", b"x", 1)
-        assert [share.owner for share in store.read_learned(fingerprint, "maps")] == ["here"]
+        store.publish_policy_state(fingerprint, "maps", "here", b"x", 1)
+        assert [share.owner for share in store.read_policy_states(fingerprint, "maps")] == ["here"]
         assert client.hkeys(keys[0]) == [b"here"], "the bytes are gone too"
 
 
@@ -141,10 +141,10 @@ def test_unreachable_redis_is_a_connection_error() -> None:
         store.ping,
         lambda: store.activations("f"),
         lambda: store.add_activations("f", {DECODE: {0: {0: 1}}}),
-        lambda: store.publish_learned("f", "maps", "w", b"", 1),
-        lambda: store.read_learned("f", "maps"),
-        lambda: fallback.publish_learned("f", "maps", "w", b"", 1),
-        lambda: fallback.read_learned("f", "maps"),
+        lambda: store.publish_policy_state("f", "maps", "w", b"", 1),
+        lambda: store.read_policy_states("f", "maps"),
+        lambda: fallback.publish_policy_state("f", "maps", "w", b"", 1),
+        lambda: fallback.read_policy_states("f", "maps"),
     ):
         with pytest.raises(ConnectionError, match=r"redis://127\.0\.0\.1:1"):
             call()

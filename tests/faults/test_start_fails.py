@@ -11,7 +11,7 @@ from damaged_checkpoints import truncated, with_shape
 from live_server import LiveServer, launched
 
 from cluster.model.info import load_model_info
-from cluster.policies.learned_state import save_learned
+from cluster.policies.policy_state import save_policy_state
 
 pytestmark = pytest.mark.ray
 
@@ -49,9 +49,9 @@ def test_tensor_of_wrong_shape_is_found_by_the_worker(tmp_path: Path) -> None:
         assert tensor in _last_line(server)
 
 
-def test_learned_state_of_another_model_is_found_at_once(tmp_path: Path) -> None:
+def test_policy_state_of_another_model_is_found_at_once(tmp_path: Path) -> None:
     path, fingerprint = tmp_path / "learned.npz", load_model_info("moesaic-demo").fingerprint
-    save_learned(path, "0123456789abcdef", {"maps": {"maps": np.zeros((1, 2, 3))}})
+    save_policy_state(path, "0123456789abcdef", {"maps": {"maps": np.zeros((1, 2, 3))}})
     with launched("--policy-state", str(path)) as server:
         server.assert_ends(2, EARLY_S)
         line = _last_line(server)

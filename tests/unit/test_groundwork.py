@@ -19,7 +19,7 @@ WIRED_BY = {
     "actors.engine.model_runner.ModelRunner.execute_interleaved": {"execute_interleaved"},
     "actors.experts.memory.cuda": {"import actors.experts.memory.cuda"},
     "cluster.placement.cost.Regime": {"PlacementHost(link_row_s=)", "replace(link_row_s=)"},
-    "cluster.placement.spare.gather_pairs": {"PlacementInputs(pairs=)", "replace(pairs=)"},
+    "cluster.placement.free_capacity.gather_pairs": {"PlacementInputs(pairs=)", "replace(pairs=)"},
     "cluster.placement.tiering": {"PlacementInputs(tiers=)", "replace(tiers=)"},
     "cluster.replay.fleet": {"import cluster.replay.fleet"},
 }

@@ -154,4 +154,4 @@ def test_nobody_else_writes_a_loop_of_a_pace_by_hand() -> None:
         if any(re.search(r"self\._(wake|stop|stopped)\.wait\(", ast.unparse(loop)) for loop in loops):
             by_hand.add(str(path.relative_to(ROOT)))
     process_that_is_restarted = "actors/ray_shells/valkey_actor.py"
-    assert by_hand - {"cluster/periodic.py", "actors/experts/memory/remote.py", process_that_is_restarted} == set()
+    assert by_hand - {"cluster/periodic.py", "actors/experts/memory/shelves.py", process_that_is_restarted} == set()

@@ -17,12 +17,23 @@ BANNED = {
     "Exchange": "what is given and taken: a report, directives",
     "Followed": "a step under way",
     "LoadAhead": "prefetch",
+    "Learned": "policy state",
+    "Kept": "protected",
+    "Published": "a snapshot",
+    "Spare": "free capacity",
+    "Parts": "what they are parts of",
+    "With": "what it adds",
     "KindOf": "prompt cluster",
     "Helper": "what it helps with",
     "Manager": "what it does",
     "Utils": "what it does",
 }
-WHOLE = {"Link", "Part", "Parts", "Form", "Plan", "Step", "Store", "Sent", "Kept", "Spare", "Transfer", "Runner"}
+WHOLE = {"Link", "Part", "Form", "Plan", "Step", "Stage", "Store", "Sent", "Transfer", "Runner"}
+BANNED_MODULES = {
+    "conductor", "exchange", "followed", "kept", "learned", "live_inputs", "parts", "published", "spare", "with",
+    "helper", "helpers", "manager", "utils",
+}  # fmt: skip
+"""Words that no module's name has."""
 
 
 def public_classes() -> dict[str, list[str]]:
@@ -54,3 +65,9 @@ def test_no_class_has_a_banned_word(word: str) -> None:
 
 def test_words_that_mean_several_things_stand_with_another() -> None:
     assert not WHOLE & set(CLASSES)
+
+
+def test_no_module_has_a_banned_word() -> None:
+    modules = [path for package in ("cluster", "actors") for path in (ROOT / package).rglob("*.py")]
+    having = [str(path.relative_to(ROOT)) for path in modules if BANNED_MODULES & {path.stem, *path.stem.split("_")}]
+    assert not having

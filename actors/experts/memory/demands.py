@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from actors.experts.memory.stage import Stage
+from actors.experts.memory.stage import MemoryStage
 from actors.experts.memory.transfers import ExpertTransfer
 from actors.weights.slots import SlotForm
 from cluster.errors import ExpertReadError
@@ -21,7 +21,9 @@ from cluster.types import Tier
 class Demands:
     """Of one step at a time. waited_for: experts that were not handed out yet, in the order of demand."""
 
-    def __init__(self, form: SlotForm, stages: tuple[Stage, ...], lock: threading.Lock, *, timeout_s: float) -> None:
+    def __init__(
+        self, form: SlotForm, stages: tuple[MemoryStage, ...], lock: threading.Lock, *, timeout_s: float
+    ) -> None:
         """Args: stages: from the fastest down. timeout_s: longest wait for the next expert."""
         self._form, self._stages, self._timeout_s = form, stages, timeout_s
         self._fast = stages[0].residents

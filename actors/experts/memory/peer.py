@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from actors.experts.memory.arena import RamArena
-from actors.experts.memory.remote import RemoteReadError, form_digest
+from actors.experts.memory.shelves import RemoteReadError, form_digest
 from cluster.types import ExpertId, Tier
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from cluster.errors import ExpertReadError
 from cluster.policies.residency import ABSENT, Residency
 
 
-class Stage:
+class MemoryStage:
     """An arena and the way into it.
 
     links: in the order of preference. below: the stage that its link reads from, if that is an arena. priority: [N],
@@ -39,9 +39,9 @@ class Stage:
         lock: threading.Lock,
         num_threads: int,
         counters: MemoryCounters,
-        done: Callable[[Stage, ExpertTransfer], None],
+        done: Callable[[MemoryStage, ExpertTransfer], None],
         backoff: ReadBackoff,
-        below: Stage | None = None,
+        below: MemoryStage | None = None,
         fills_up: bool = False,
         bytes_per_s: float = 0.0,
     ) -> None:

@@ -21,10 +21,10 @@ from actors.experts.memory.counters import MemoryCounters
 from actors.experts.memory.demands import Demands
 from actors.experts.memory.disk import DiskLink
 from actors.experts.memory.emulated import RamLink
-from actors.experts.memory.kept import KeptExperts
 from actors.experts.memory.links import MemoryLink
-from actors.experts.memory.remote import RemoteLink
-from actors.experts.memory.stage import Stage
+from actors.experts.memory.protected import ProtectedExperts
+from actors.experts.memory.shelves import ShelfLink
+from actors.experts.memory.stage import MemoryStage
 from actors.experts.memory.transfers import ExpertTransfer
 from actors.experts.memory.views import ExpertViews
 from actors.weights.formats.expert import ExpertWeights
@@ -73,13 +73,13 @@ class ExpertStore:
         num_slots = self.form.num_slots(budget_bytes, self._min_experts, "experts.cache")
         self._residents = Residency(self.grid, scorer, num_slots, on_retire=arena.release)
         self._backoff = ReadBackoff([form.files(index)[0] for index in range(self.grid.size)])
-        stage = partial(Stage, lock=self._lock, counters=self.counters, done=self._on_end, backoff=self._backoff)
+        stage = partial(MemoryStage, lock=self._lock, counters=self.counters, done=self._on_end, backoff=self._backoff)
         if ram_bytes:
             ram_slots = self.form.num_slots(ram_bytes, self._min_experts, "experts.ram_tier")
             below = RamArena(self.grid.size, form.slot_bytes)
             ram = Residency(self.grid, scorer, ram_slots, on_retire=below.release)
             links = [make(below) for make in sources]
-            self._ram: Stage | None = stage("ram", below, ram, links, num_threads=io_threads, fills_up=True)
+            self._ram: MemoryStage | None = stage("ram", below, ram, links, num_threads=io_threads, fills_up=True)
             link = ram_link(below, arena, ram.slot_of)  # one chunk after the other: one thread
             rate = ram_gb_per_s * 1e9
             self._device = stage(
@@ -93,7 +93,7 @@ class ExpertStore:
         self.counters.prefetch_used = self._residents.num_used  # the very arrays
         self.counters.prefetch_wasted = self._residents.num_wasted
         self.counters.prefetch_dropped = self._device.num_dropped
-        self.kept = KeptExperts(form, self._stages, self._lock)
+        self.protected = ProtectedExperts(form, self._stages, self._lock)
         self._demands = Demands(form, self._stages, self._lock, timeout_s=load_timeout_s)
         for each in self._stages:
             each.queue.start()
@@ -188,7 +188,7 @@ class ExpertStore:
             for stage in self._stages:
                 stage.residents.order.touch(indices)
 
-    def load_ahead(self, expert: ExpertId, *, replaces: Callable[[ExpertId], bool]) -> bool:
+    def prefetch(self, expert: ExpertId, *, replaces: Callable[[ExpertId], bool]) -> bool:
         """Begin to bring one expert that nobody waits for a stage higher, one at a time; False if there is no room.
 
         It comes from where it is now: into RAM first, where there is one, and into DEVICE when it is asked for again.
@@ -245,7 +245,7 @@ class ExpertStore:
     def problems(self) -> tuple[str, ...]:
         """Why tiers hold less than they should, in words."""
         links = (self._ram or self._device).links
-        remote = tuple(problem for link in links if isinstance(link, RemoteLink) for problem in link.problems)
+        remote = tuple(problem for link in links if isinstance(link, ShelfLink) for problem in link.problems)
         with self._lock:
             reading = self._backoff.problem()
         return remote if reading is None else (*remote, reading)
@@ -279,7 +279,7 @@ class ExpertStore:
 
     @property
     def loads_give_way(self) -> bool:
-        """Whether a load ahead into DEVICE can let a demand go first: not if all its chunks are moved at once."""
+        """Whether a prefetch into DEVICE can let a demand go first: not if all its chunks are moved at once."""
         device = self._device
         return device.queue.num_threads < device.links[-1].num_chunks(0)  # the last link has every expert
 
@@ -293,7 +293,7 @@ class ExpertStore:
         return self._device.queue.expert_cpu_s
 
     def load_late_s(self) -> float:
-        """How late chunks of loads ahead began, on average, on the emulated way into DEVICE: its thread had to wake."""
+        """How late chunks of prefetches began, on average, on the emulated way into DEVICE: its thread had to wake."""
         return self._device.queue.late_s
 
     def demand_s(self) -> float:
@@ -328,14 +328,14 @@ class ExpertStore:
         for tier, count in sources.items():
             self.counters.misses[tier][row] += count
 
-    def _on_end(self, stage: Stage, transfer: ExpertTransfer) -> None:
+    def _on_end(self, stage: MemoryStage, transfer: ExpertTransfer) -> None:
         """A transfer has ended; under the lock, on its thread."""
         if stage is not self._device:
             self._device.queue.wake()
         self._demands.on_end(transfer)
 
     @property
-    def _stages(self) -> tuple[Stage, ...]:
+    def _stages(self) -> tuple[MemoryStage, ...]:
         return (self._device,) if self._ram is None else (self._device, self._ram)
 
     def _index(self, expert: ExpertId) -> int:

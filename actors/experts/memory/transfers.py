@@ -1,6 +1,6 @@
 """The transfer queue into one arena: who goes next, chunk by chunk, on the threads of that way.
 
-Demands go first, in the order they were asked for; a load ahead is begun only when none waits, and gives way after the
+Demands go first, in the order they were asked for; a prefetch is begun only when none waits, and gives way after the
 chunk under way. Knows transfers and threads; who is worth a slot is decided by `choose`, what follows an end by `done`.
 Everything but the copying itself happens under the store's lock.
 """
@@ -53,7 +53,7 @@ class TransferQueue:
 
     transfers: under way or waiting, by expert, in the order of beginning. expert_s: average time one takes
     on one thread, expert_s_from: of those that came from a tier, expert_cpu_s: processor time of that. demand_s: thread
-    seconds spent on demands since start. late_s: how late chunks of loads ahead began, on average, after the emulated
+    seconds spent on demands since start. late_s: how late chunks of prefetches began, on average, after the emulated
     link had ended the one before.
     """
 
@@ -70,7 +70,7 @@ class TransferQueue:
     ) -> None:
         """Args: bytes_per_s: of a link that is emulated: a chunk takes as long, the copy included; 0: as it comes.
 
-        Called under `lock` by the queue's own threads: choose: the next load ahead, with a slot of its own, or None.
+        Called under `lock` by the queue's own threads: choose: the next prefetch, with a slot of its own, or None.
         done: a transfer is over: complete, cancelled or failed. moved: so many bytes of a transfer were moved."""
         self.num_threads = num_threads
         self.transfers: dict[int, ExpertTransfer] = {}
@@ -155,7 +155,7 @@ class TransferQueue:
                 if transfer.is_demand:
                     return transfer
                 ahead = ahead or transfer
-        if demands_run or self._stopped:  # several threads share one way: a load ahead would slow the demand's down
+        if demands_run or self._stopped:  # several threads share one way: a prefetch would slow the demand's down
             return None
         if ahead is None:
             ahead = self._choose()

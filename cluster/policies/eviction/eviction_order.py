@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from cluster.policies.base import Scorer
-from cluster.policies.eviction.published import sound_scores
+from cluster.policies.eviction.score_snapshot import sound_scores
 
-_KEPT = 1e12  # above any score, and small enough that scores still tell the kept apart
+_PROTECTED = 1e12  # above any score, and small enough that scores still tell the kept apart
 
 
 class EvictionOrder:
@@ -21,25 +21,25 @@ class EvictionOrder:
     def __init__(self, scorer: Scorer, size: int) -> None:
         """Args: size: experts of the grid."""
         self._scorer = scorer
-        self._bar = np.full(size, np.inf)  # for residents 0, or _KEPT
-        self._kept = np.zeros(size)
+        self._bar = np.full(size, np.inf)  # for residents 0, or _PROTECTED
+        self._protected = np.zeros(size)
         self._last_use = np.zeros(size, dtype=np.int64)
         self._last_uses = self._last_use.data  # the same: an element is written faster
         self._clock = 0
 
     def on_insert(self, index: int) -> None:
         """An expert became resident."""
-        self._bar[index] = self._kept[index]
+        self._bar[index] = self._protected[index]
         self.touch((index,))
 
     def on_evict(self, index: int) -> None:
         """An expert left."""
         self._bar[index] = np.inf
 
-    def keep(self, kept: np.ndarray) -> None:
-        """From now on these leave after all others. Args: kept: [N] bool."""
-        self._kept = np.where(kept, _KEPT, 0.0)
-        np.copyto(self._bar, self._kept, where=self._bar < np.inf)
+    def protect(self, protected: np.ndarray) -> None:
+        """From now on these leave after all others. Args: protected: [N] bool."""
+        self._protected = np.where(protected, _PROTECTED, 0.0)
+        np.copyto(self._bar, self._protected, where=self._bar < np.inf)
 
     def touch(self, indices: Iterable[int]) -> None:
         """Residents are used, in this order; the scorer is told by somebody else."""

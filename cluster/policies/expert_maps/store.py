@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cluster.errors import ConfigError
-from cluster.policies.learned_state import NUM_LEARNED
+from cluster.policies.policy_state import NUM_LEARNED
 from cluster.policies.signals import Grid
 
 DEFAULT_CAPACITY = 1000

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cluster.policies.learned_state import NUM_LEARNED
 from cluster.policies.next_use.hazards import hazard_from, merge_sequences, worth_from
 from cluster.policies.next_use.heads import Blend, LinearHead, log_odds, sigmoid
 from cluster.policies.next_use.settings import NextUseSettings
 from cluster.policies.next_use.step import Expected, StepUnderWay, votes_of, with_model
 from cluster.policies.next_use.trajectory import Trajectory
+from cluster.policies.policy_state import NUM_LEARNED
 from cluster.policies.signals import Grid
 from cluster.policies.state_average import average_in
 

@@ -8,7 +8,7 @@ always by half the chunk that a demand load cannot pre-empt. Either way it takes
 may lack. So it is fetched if p * min(load, lead) > (1 - p) * load * max(busy, half a chunk) + processor time. The
 nearest layer goes first: of the others more will be known by then.
 
-That holds where a load ahead gives way. Where all parts of an expert are read at once, as from a disk that wants
+That holds where a prefetch gives way. Where all parts of an expert are read at once, as from a disk that wants
 several reads in flight, it goes before whatever is asked for while it lasts: it hides only what the link would have
 idled.
 
@@ -36,7 +36,7 @@ class LinkCosts:
     """Measured, not constants. load_s: one expert over the link. layer_s: compute time of one layer.
 
     busy: share of the time, 0 to 1, in which demand loads hold the link or steps wait for it. cpu_s: processor time of
-    one load. gives_way: whether a load ahead lets a demand go first, chunk by chunk.
+    one load. gives_way: whether a prefetch lets a demand go first, chunk by chunk.
     """
 
     load_s: float

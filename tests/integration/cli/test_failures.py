@@ -15,7 +15,7 @@ from typer.testing import Result
 from cluster.config.renamed import RENAMED_FLAGS
 from cluster.errors import ConfigError
 from cluster.model.info import load_model_info
-from cluster.policies.learned_state import save_learned
+from cluster.policies.policy_state import save_policy_state
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.redis_connection import check_redis
 
@@ -116,7 +116,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_learned_state_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
+def test_policy_state_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
     """Found before anything is started."""
 
     def serve(path: Path) -> Result:
@@ -124,10 +124,10 @@ def test_learned_state_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
         return run("serve", *ports, "--policy-state", str(path))
 
     other, damaged = tmp_path / "other.npz", tmp_path / "damaged.npz"
-    save_learned(other, "0123456789abcdef", {})
+    save_policy_state(other, "0123456789abcdef", {})
     fingerprint = load_model_info("moesaic-demo").fingerprint
     _assert_one_line(serve(other), 2, str(other), "0123456789abcdef", fingerprint, "experts.policy_state")
-    save_learned(damaged, fingerprint, {})
+    save_policy_state(damaged, fingerprint, {})
     damaged.write_bytes(damaged.read_bytes()[:-30])
     _assert_one_line(serve(damaged), 2, str(damaged), "damaged", "delete it")
     _assert_one_line(serve(tmp_path), 2, "cannot be read (Is a directory)")

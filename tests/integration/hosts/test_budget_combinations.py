@@ -15,7 +15,7 @@ import pytest
 from identity import Case, Reference, assert_identical, engine_parts, expert_hosts, generate_greedy, random_cases
 from model_builders import build_checkpoint
 
-from actors.experts.memory.remote import ShelfFacts, form_digest
+from actors.experts.memory.shelves import ShelfFacts, form_digest
 from cluster.model.info import load_model_info
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("patient")]
@@ -37,7 +37,7 @@ class OtherNode:
                 for _ in store.acquire(layer, experts):
                     pass
             for index in range(0, store.grid.size, 2):
-                data = store.kept.read(index, lambda view: np.frombuffer(view, dtype=np.uint8).copy())
+                data = store.protected.read(index, lambda view: np.frombuffer(view, dtype=np.uint8).copy())
                 assert data is not None
                 self._bytes[index] = data
             self._form = form_digest(store.form)

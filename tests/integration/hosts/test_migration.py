@@ -16,7 +16,7 @@ from identity import Case, Reference, assert_identical, demo_cases, engine_parts
 from live_server import poll
 from model_builders import DEMO
 
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from actors.expert_client.dispatch import HostDispatcher
 from actors.expert_host.host import ExpertHost
 from cluster.control.migrator import MigrationRunner
@@ -45,7 +45,7 @@ class Rig:
 
     control: DirectHosts
     hosts: list[ExpertHost]
-    parts: EngineParts
+    parts: LoadedEngine
     runner: MigrationRunner
 
     @property

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.disk import DiskLink
-from actors.experts.memory.remote import RemoteLink, ShelfFacts, remote_source
+from actors.experts.memory.shelves import ShelfFacts, ShelfLink, remote_source
 from actors.experts.memory.store import ExpertStore, LinkFactory
 from actors.model.checkpoint import LoadedModel, load_model
 from actors.ray_shells.shelf_actor import RayShelves, expert_shelves, start_shelves
@@ -134,11 +134,11 @@ def test_experts_come_from_the_other_node_with_the_bytes_of_the_file_and_after_i
 ) -> None:
     nodes.start("100%")
     nodes.filled()
-    links: list[RemoteLink] = []
+    links: list[ShelfLink] = []
 
     make = remote_source(nodes.shelves, fingerprint=nodes.info.fingerprint, load_timeout_s=60)
 
-    def source(arena: RamArena) -> RemoteLink:
+    def source(arena: RamArena) -> ShelfLink:
         links.append(make(nodes.form, arena))
         return links[-1]
 

@@ -9,7 +9,7 @@ import pytest
 from identity import engine_parts
 from model_builders import NUM_EXPERTS, TOP_K, build_checkpoint
 
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from cluster.semantics.knowledge import Knowledge
 from cluster.semantics.statistics import COUNT, DECODE, MASS, PREFILL
 from cluster.types import GenerationRequest, RequestId, SamplingParams
@@ -25,7 +25,7 @@ def _embedding(cluster: int) -> bytes:
     return b"" if cluster < 0 else (np.eye(2) * 127).astype(np.int8)[cluster].tobytes()
 
 
-def _knowledge(parts: EngineParts, version: int, *, swapped: bool = False) -> Knowledge:
+def _knowledge(parts: LoadedEngine, version: int, *, swapped: bool = False) -> Knowledge:
     layers = tuple(parts.recorder.counts)
     uses = np.full((2, len(layers), NUM_EXPERTS), TOP_K / NUM_EXPERTS, dtype=np.float32)
     return Knowledge(
@@ -40,7 +40,7 @@ def _knowledge(parts: EngineParts, version: int, *, swapped: bool = False) -> Kn
     )
 
 
-def _add(parts: EngineParts) -> None:
+def _add(parts: LoadedEngine) -> None:
     sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     for i, (prompt, cluster) in enumerate(zip(PROMPTS, CLUSTERS, strict=True)):
         parts.engine.add(
@@ -50,7 +50,7 @@ def _add(parts: EngineParts) -> None:
         )
 
 
-def _rows(parts: EngineParts) -> np.ndarray:
+def _rows(parts: LoadedEngine) -> np.ndarray:
     """[3 clusters, 2 phases] rows behind the counts, the same for every layer."""
     parts.recorder.settle()
     by_layer = parts.recorder.statistics.values[..., COUNT].sum(axis=3) / TOP_K

@@ -1,6 +1,6 @@
 """Weights that give NaN or infinity fail the requests that meet them, and nobody else, under every policy.
 
-What was learned stays finite: scores, forecasts, statistics and learned state; and later requests are answered.
+What was learned stays finite: scores, forecasts, statistics and policy state; and later requests are answered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from identity import PAIRS, engine_parts, expert_hosts
 from model_builders import build_checkpoint
 
 from actors.engine.engine import Engine
-from actors.engine.parts import EngineParts
+from actors.engine.loaded_engine import LoadedEngine
 from cluster.errors import CheckpointError, InvalidOutput, MoesaicError
 from cluster.types import ExpertId, GenerationRequest, RequestId, SamplingParams
 
@@ -56,7 +56,7 @@ def _answers(engine: Engine, prompts: Sequence[tuple[int, ...]], *, temperature:
     return answers
 
 
-def _uses(parts: EngineParts) -> np.ndarray:
+def _uses(parts: LoadedEngine) -> np.ndarray:
     parts.recorder.settle()
     return np.stack([counts.sum(axis=0) for counts in parts.recorder.counts.values()])
 
@@ -99,7 +99,7 @@ def _assert_only(clean: Clean, answers: Sequence[Answer], is_bad: Sequence[bool]
             assert answer == truth
 
 
-def _assert_finite(parts: EngineParts) -> None:
+def _assert_finite(parts: LoadedEngine) -> None:
     """Nobody has learned anything that is no number."""
     parts.recorder.settle()
     assert np.isfinite(parts.recorder.statistics.values).all()

@@ -111,7 +111,7 @@ def test_any_order_of_wanting_and_loading_ahead_keeps_every_slot_accounted_for(
             reads.broken.clear()
         elif action == "ahead":
             known = store.resident(layer)[chosen[0]]
-            began = store.load_ahead(expert, replaces=lambda _victim, answer=flag: answer)
+            began = store.prefetch(expert, replaces=lambda _victim, answer=flag: answer)
             assert not (began and known)
         elif action == "take":
             assert store.wait_idle(10)
@@ -132,7 +132,7 @@ def test_expert_that_is_on_its_way_is_waited_for_and_read_once(
 ) -> None:
     store, reads = _held_store(experts, 4)
     reads.gate.clear()
-    assert store.load_ahead(ExpertId(0, 3), replaces=lambda _: False)
+    assert store.prefetch(ExpertId(0, 3), replaces=lambda _: False)
     assert not store.resident(0).any(), "taken in only when it is there"
     _release_later(reads)
 
@@ -148,7 +148,7 @@ def test_expert_that_is_on_its_way_is_waited_for_and_read_once(
 def test_wanted_expert_gets_the_last_slot_from_one_loaded_ahead(experts: ExpertFile, breaks: bool) -> None:
     store, reads = _held_store(experts, 1)
     reads.gate.clear()
-    assert store.load_ahead(ExpertId(1, 0), replaces=lambda _: False)
+    assert store.prefetch(ExpertId(1, 0), replaces=lambda _: False)
     if breaks:
         reads.broken.add(_index(ExpertId(1, 0)))
     _release_later(reads)
@@ -158,12 +158,12 @@ def test_wanted_expert_gets_the_last_slot_from_one_loaded_ahead(experts: ExpertF
     store.close()
 
 
-def test_load_ahead_that_failed_is_forgotten_and_tried_again_on_demand(
+def test_prefetch_that_failed_is_forgotten_and_tried_again_on_demand(
     experts: ExpertFile,
 ) -> None:
     store, reads = _held_store(experts, 3)
     reads.broken.add(_index(ExpertId(0, 2)))
-    assert store.load_ahead(ExpertId(0, 2), replaces=lambda _: False)
+    assert store.prefetch(ExpertId(0, 2), replaces=lambda _: False)
     _check(store)
     assert not store.resident(0).any()
 
@@ -186,20 +186,20 @@ def test_only_one_at_a_time_and_only_for_something_worth_less(
         asked.append(victim)
         return False
 
-    assert not store.load_ahead(ExpertId(0, 1), replaces=lambda _: True), "it is here"
-    assert not store.load_ahead(ExpertId(0, 2), replaces=refuses)
+    assert not store.prefetch(ExpertId(0, 1), replaces=lambda _: True), "it is here"
+    assert not store.prefetch(ExpertId(0, 2), replaces=refuses)
     assert asked == [ExpertId(0, 0)], "the policy's victim"
     assert store.resident(0).tolist() == [True, True, False, False, False, False]
-    assert store.load_ahead(ExpertId(0, 2), replaces=lambda _: True)
-    assert not store.load_ahead(ExpertId(0, 3), replaces=lambda _: True), "one is on its way"
+    assert store.prefetch(ExpertId(0, 2), replaces=lambda _: True)
+    assert not store.prefetch(ExpertId(0, 3), replaces=lambda _: True), "one is on its way"
     assert store.wait_idle(10)
     assert store.resident(0).tolist() == [False, True, True, False, False, False]
 
 
-def test_close_waits_for_a_load_ahead(experts: ExpertFile) -> None:
+def test_close_waits_for_a_prefetch(experts: ExpertFile) -> None:
     store, reads = _held_store(experts, 2)
     reads.gate.clear()
-    store.load_ahead(ExpertId(0, 0), replaces=lambda _: False)
+    store.prefetch(ExpertId(0, 0), replaces=lambda _: False)
     deadline_s = time.monotonic() + 10
     while not reads.loads and time.monotonic() < deadline_s:
         time.sleep(0.001)

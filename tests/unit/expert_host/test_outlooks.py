@@ -13,7 +13,7 @@ from live_server import poll
 from actors.expert_host.outlooks import HostOutlooks
 from actors.experts.memory.store import ExpertStore
 from cluster.policies.eviction.lru import LruScorer
-from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.eviction.score_snapshot import ScoreSnapshot
 from cluster.policies.outlook import encode_outlook
 
 
@@ -23,20 +23,20 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> ExpertFile:
 
 
 @pytest.fixture
-def scores(experts: ExpertFile) -> PublishedScores:
+def scores(experts: ExpertFile) -> ScoreSnapshot:
     size = len(experts.layout.experts)
-    return PublishedScores(LruScorer(size), size)
+    return ScoreSnapshot(LruScorer(size), size)
 
 
 @pytest.fixture
-def store(experts: ExpertFile, scores: PublishedScores) -> Iterator[ExpertStore]:
+def store(experts: ExpertFile, scores: ScoreSnapshot) -> Iterator[ExpertStore]:
     opened = open_store(experts, slots=3, scorer=scores)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def outlooks(store: ExpertStore, scores: PublishedScores) -> Iterator[HostOutlooks]:
+def outlooks(store: ExpertStore, scores: ScoreSnapshot) -> Iterator[HostOutlooks]:
     listening = HostOutlooks()
     listening.start(store, scores)
     yield listening
@@ -64,7 +64,7 @@ def _say(store: ExpertStore, outlooks: HostOutlooks, worker: str, **of_experts: 
     poll(lambda: outlooks.num_heard > heard, deadline_s=10, what="an outlook that was heard")
 
 
-def test_what_workers_value_most_stays(store: ExpertStore, scores: PublishedScores, outlooks: HostOutlooks) -> None:
+def test_what_workers_value_most_stays(store: ExpertStore, scores: ScoreSnapshot, outlooks: HostOutlooks) -> None:
     _use(store, 0, 1, 2)  # by recency 0 would leave
     _say(store, outlooks, "a", values={0: 3.0, 1: 2.0})
     _say(store, outlooks, "b", values={1: 3.0, 2: 1.0})
@@ -84,7 +84,7 @@ def test_what_workers_expect_is_fetched_ahead(store: ExpertStore, outlooks: Host
 
 
 def test_worker_that_has_gone_leaves_no_wishes(
-    store: ExpertStore, scores: PublishedScores, outlooks: HostOutlooks
+    store: ExpertStore, scores: ScoreSnapshot, outlooks: HostOutlooks
 ) -> None:
     _say(store, outlooks, "a", values={0: 1.0})
     poll(lambda: scores.scores().any(), deadline_s=10, what="its values")
@@ -94,7 +94,7 @@ def test_worker_that_has_gone_leaves_no_wishes(
     poll(lambda: not scores.scores().any(), deadline_s=10, what="that nothing is said any more")
 
 
-def test_silent_worker_fades(store: ExpertStore, scores: PublishedScores) -> None:
+def test_silent_worker_fades(store: ExpertStore, scores: ScoreSnapshot) -> None:
     now_s = 0.0
     listening = HostOutlooks(clock=lambda: now_s)
     listening.start(store, scores)

@@ -12,7 +12,7 @@ from expert_builders import ExpertFile, open_store, write_experts
 from actors.experts.memory.store import ExpertStore
 from actors.experts.policy_runner import LayerTimes, PolicyRunner
 from cluster.policies.base import PolicySet
-from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.eviction.score_snapshot import ScoreSnapshot
 from cluster.policies.prefetch.base import Forecast
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.signals import GateSignal, StepSignal
@@ -68,16 +68,16 @@ def policy() -> Scripted:
 
 @pytest.fixture
 def store(experts: ExpertFile, policy: Scripted) -> Iterator[ExpertStore]:
-    opened = open_store(experts, slots=3, scorer=PublishedScores(policy, SIZE))
+    opened = open_store(experts, slots=3, scorer=ScoreSnapshot(policy, SIZE))
     yield opened
     opened.close()
 
 
 def _policy_runner(store: ExpertStore, policy: Scripted, *, inline: bool) -> PolicyRunner:
-    published = store._device.residents.order._scorer
-    assert isinstance(published, PublishedScores)
+    snapshot = store._device.residents.order._scorer
+    assert isinstance(snapshot, ScoreSnapshot)
     policies = PolicySet(policy, policy, (policy,))
-    return PolicyRunner(store, policies, published, CostMeter(load_s=1e-3, layer_s=1e-3), inline=inline)
+    return PolicyRunner(store, policies, snapshot, CostMeter(load_s=1e-3, layer_s=1e-3), inline=inline)
 
 
 def _step(num_rows: int = 1) -> StepSignal:

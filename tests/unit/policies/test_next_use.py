@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 
 from cluster.errors import ConfigError
-from cluster.policies.learned_state import NUM_LEARNED
 from cluster.policies.next_use.estimate import NextUse
 from cluster.policies.next_use.settings import NextUseSettings
+from cluster.policies.policy_state import NUM_LEARNED
 from cluster.policies.signals import GateSignal, Grid, StepSignal
 
 GRID = Grid(layers=(0, 1, 2), num_experts=6, top_k=2)

@@ -13,7 +13,7 @@ from actors.experts.memory.store import ExpertStore
 from actors.experts.policy_runner import LayerTimes, PolicyRunner
 from cluster.policies.base import PolicySet
 from cluster.policies.build import PolicyContext, build_policies
-from cluster.policies.eviction.published import PublishedScores
+from cluster.policies.eviction.score_snapshot import ScoreSnapshot
 from cluster.policies.prefetch.base import BEFORE_FIRST, Forecast
 from cluster.policies.prefetch.meter import CostMeter
 from cluster.policies.prefetch.moesaic import LinkCosts
@@ -141,8 +141,8 @@ def store(experts: ExpertFile, told: Told) -> Iterator[ExpertStore]:
 
 
 def _policy_runner(store: ExpertStore, policies: PolicySet) -> PolicyRunner:
-    published = PublishedScores(policies.scorer, GRID.size)
-    return PolicyRunner(store, policies, published, CostMeter(load_s=1e-3, layer_s=1e-3), inline=True)
+    snapshot = ScoreSnapshot(policies.scorer, GRID.size)
+    return PolicyRunner(store, policies, snapshot, CostMeter(load_s=1e-3, layer_s=1e-3), inline=True)
 
 
 def _spoil(values: np.ndarray | None, value: float) -> None:

@@ -133,7 +133,7 @@ def test_ring_changes_nothing_where_steps_are_small() -> None:
     assert with_ring == without
 
 
-def test_what_was_computed_may_leave_for_a_load_ahead() -> None:
+def test_what_was_computed_may_leave_for_a_prefetch() -> None:
     grid = Grid(layers=(0, 1), num_experts=2, top_k=1)
     memory = ReplayMemory(grid, LruScorer(grid.size), ReplayLink(bytes_per_s=3.0, chunk_bytes=1.0), num_slots=1)
     memory.begin_layer([0])

@@ -56,7 +56,7 @@ def test_unknown_replicas_come_after_known_ones_and_avoided_ones_last() -> None:
 
 def test_newcomers_get_their_share_before_they_report() -> None:
     choice, ids = WorkerChoice("semantic", block_size=16, seed=0), ["new", "replica-w0", "replica-w1"]
-    choice.keep(ids)
+    choice.set_replicas(ids)
     choice.update(_view(w0=2, w1=2), 0.0)
 
     firsts: list[str] = []
@@ -81,7 +81,7 @@ def test_newcomers_are_asked_before_full_workers_and_these_all_the_same() -> Non
 
 def test_without_any_view_replicas_take_turns() -> None:
     choice, ids = WorkerChoice("semantic", block_size=16, seed=0), ["a", "b", "c"]
-    choice.keep(ids)
+    choice.set_replicas(ids)
     counts = dict.fromkeys(ids, 0)
     for _ in range(30):
         first = choice.order(ids, generation())[0]
@@ -89,7 +89,7 @@ def test_without_any_view_replicas_take_turns() -> None:
         counts[first] += 1
     assert counts == {"a": 10, "b": 10, "c": 10}
 
-    choice.keep([*ids, "d"])
+    choice.set_replicas([*ids, "d"])
     for _ in range(4):
         first = choice.order([*ids, "d"], generation())[0]
         choice.note_sent(first, generation(), 0.0)

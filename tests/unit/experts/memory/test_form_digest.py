@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from expert_builders import write_experts
 
-from actors.experts.memory.remote import form_digest
+from actors.experts.memory.shelves import form_digest
 from actors.weights.slots import SlotForm
 
 

@@ -159,7 +159,7 @@ def test_the_link_is_used_ahead_while_loaded_experts_are_computed(
     list(groups)
 
 
-def test_a_load_ahead_goes_up_one_tier_at_a_time_and_never_costs_a_slot(
+def test_a_prefetch_goes_up_one_tier_at_a_time_and_never_costs_a_slot(
     experts: ExpertFile, opened: Callable[..., ExpertStore]
 ) -> None:
     slot_bytes = opened(slots=1).slot_bytes
@@ -168,15 +168,15 @@ def test_a_load_ahead_goes_up_one_tier_at_a_time_and_never_costs_a_slot(
     absent = next(index for index in range(SIZE) if not store._ram.residents.resident[index])  # type: ignore[union-attr]
     expert = store.form.expert(absent)
 
-    assert not store.load_ahead(expert, replaces=lambda _: False), "RAM is full of what is worth more"
-    assert store.load_ahead(expert, replaces=lambda _: True)
+    assert not store.prefetch(expert, replaces=lambda _: False), "RAM is full of what is worth more"
+    assert store.prefetch(expert, replaces=lambda _: True)
     assert store.wait_idle(10)
     assert store.in_ram(expert.layer)[expert.expert] and not store.resident(expert.layer)[expert.expert]
-    assert store.load_ahead(expert, replaces=lambda _: True)
+    assert store.prefetch(expert, replaces=lambda _: True)
     assert store.wait_idle(10)
     assert store.resident(expert.layer)[expert.expert]
     for index in range(3 * SIZE):  # far more than there are slots
-        store.load_ahead(store.form.expert(index % SIZE), replaces=lambda _: True)
+        store.prefetch(store.form.expert(index % SIZE), replaces=lambda _: True)
     for layer in range(LAYERS):
         wanted_groups(store, experts, layer, range(NUM_EXPERTS))
     assert store.num_resident == 2

@@ -142,7 +142,7 @@ class Forecaster(threading.Thread):
             self._store.want(rows[0] if self._chaos.draw() < 0.9 else None, rows[1])
             if self._chaos.draw() < 0.5:  # as a worker beside hosts does
                 expert = ExpertId(int(self._chaos.draw() * LAYERS), int(self._chaos.draw() * EXPERTS))
-                self._store.load_ahead(expert, replaces=lambda _: self._chaos.draw() < 0.5)
+                self._store.prefetch(expert, replaces=lambda _: self._chaos.draw() < 0.5)
             if self._chaos.draw() < 0.2:
                 slots = self._budgets[int(self._chaos.draw() * len(self._budgets))]
                 self._store.set_budget(slots * self._store.slot_bytes)

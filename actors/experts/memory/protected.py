@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from actors.experts.memory.stage import Stage
+from actors.experts.memory.stage import MemoryStage
 from actors.weights.slots import SlotForm
 
 _POLL_S = 2e-3
@@ -20,27 +20,27 @@ _POLL_S = 2e-3
 Result = TypeVar("Result")
 
 
-class KeptExperts:
+class ProtectedExperts:
     """A view of one store; of experts as flat indices of its grid. May be used from any thread."""
 
-    def __init__(self, form: SlotForm, stages: Sequence[Stage], lock: threading.Lock) -> None:
+    def __init__(self, form: SlotForm, stages: Sequence[MemoryStage], lock: threading.Lock) -> None:
         """Args: stages: from the fastest down."""
         self._form, self._stages, self._lock = form, tuple(stages), lock
         self._fast = stages[0]
         self._priority = self._expected = np.zeros(form.grid.size, dtype=np.float32)
 
-    def keep(self, kept: np.ndarray, priority: np.ndarray) -> None:
-        """Have these from now on. Demands still go first, and find a slot even if it is that of a kept one.
+    def protect(self, protected: np.ndarray, priority: np.ndarray) -> None:
+        """Have these from now on. Demands still go first, and find a slot even if it is that of a protected one.
 
         Args:
-            kept: [N] bool; they leave when nothing else can.
+            protected: [N] bool; they leave when nothing else can.
             priority: [N] float32; what is above 0 is fetched while it is absent, larger first, in the slots of what is
                 wanted less.
         """
         with self._lock:
             for stage in self._stages:
                 stage.backoff.try_now()  # a plan comes seldom, and whoever made it waits
-                stage.residents.order.keep(kept)
+                stage.residents.order.protect(protected)
             self._priority = priority
             self._want()
 

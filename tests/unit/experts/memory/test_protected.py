@@ -12,7 +12,7 @@ from expert_builders import ExpertFile, HeldLink, open_store, write_experts
 
 from actors.experts.memory.arena import RamArena
 from actors.experts.memory.peer import PeerLink
-from actors.experts.memory.remote import RemoteReadError
+from actors.experts.memory.shelves import RemoteReadError
 from actors.experts.memory.store import ExpertStore
 from actors.weights.slots import SlotForm
 from cluster.types import ExpertId, Tier
@@ -32,7 +32,7 @@ def _mask(store: ExpertStore, indices: Sequence[int], value: float = 1.0) -> np.
 
 
 def _keep(store: ExpertStore, indices: Sequence[int]) -> None:
-    store.kept.keep(_mask(store, indices) > 0, _mask(store, indices))
+    store.protected.protect(_mask(store, indices) > 0, _mask(store, indices))
 
 
 def _resident(store: ExpertStore) -> list[int]:
@@ -42,14 +42,14 @@ def _resident(store: ExpertStore) -> list[int]:
 def test_kept_experts_come_and_strays_leave_before_them(experts: ExpertFile) -> None:
     store = open_store(experts, slots=4)
     _keep(store, [1, 2, 7])
-    assert store.kept.wait([1, 2, 7], 10, NEVER) == []
+    assert store.protected.wait([1, 2, 7], 10, NEVER) == []
 
     for expert in (0, 3, 4, 5):
         list(store.acquire(0, [expert]))
         assert set(_resident(store)) == {1, 2, 7, expert}
 
     list(store.acquire(1, [0, 2, 3]))  # more strays than there is room beside the kept: demands go first
-    assert store.kept.wait([1, 2, 7], 10, NEVER) == [], "and what they drove out comes back"
+    assert store.protected.wait([1, 2, 7], 10, NEVER) == [], "and what they drove out comes back"
     store.close()
 
 
@@ -57,10 +57,10 @@ def test_more_than_fits_is_kept_as_far_as_it_fits(experts: ExpertFile) -> None:
     store = open_store(experts, slots=3)
     _keep(store, range(6))
 
-    absent = store.kept.wait(range(6), 10, NEVER)
+    absent = store.protected.wait(range(6), 10, NEVER)
 
     assert len(absent) == 3
-    assert store.kept.is_full
+    assert store.protected.is_full
     before, loads = _resident(store), store.bytes_read
     assert store.wait_idle(10)
     assert (_resident(store), store.bytes_read) == (before, loads), "it does not churn"
@@ -70,11 +70,11 @@ def test_more_than_fits_is_kept_as_far_as_it_fits(experts: ExpertFile) -> None:
 def test_new_experts_take_the_place_of_what_is_not_kept_any_more(experts: ExpertFile) -> None:
     store = open_store(experts, slots=3)
     _keep(store, [0, 1, 2])
-    store.kept.wait([0, 1, 2], 10, NEVER)
+    store.protected.wait([0, 1, 2], 10, NEVER)
 
     _keep(store, [2, 8, 9])
 
-    assert store.kept.wait([2, 8, 9], 10, NEVER) == []
+    assert store.protected.wait([2, 8, 9], 10, NEVER) == []
     assert _resident(store) == [2, 8, 9]
     store.close()
 
@@ -90,13 +90,13 @@ def test_expert_that_cannot_be_read_is_named_and_not_tried_for_ever(experts: Exp
     store = open_store(experts, slots=4, wrap=held)
     _keep(store, [0, 1])
 
-    assert store.kept.wait([0, 1], 10, NEVER) == [1]
-    assert "expert 1 is broken" in (store.kept.failure(1) or "")
+    assert store.protected.wait([0, 1], 10, NEVER) == [1]
+    assert "expert 1 is broken" in (store.protected.failure(1) or "")
     assert store.wait_idle(10)
     assert made[0].loads.count(1) == 1
     made[0].broken.clear()
     _keep(store, [0, 1])
-    assert store.kept.wait([0, 1], 10, NEVER) == [], "until it is asked for again"
+    assert store.protected.wait([0, 1], 10, NEVER) == [], "until it is asked for again"
     store.close()
 
 
@@ -110,7 +110,9 @@ class Peer:
 
     def fetch(self, host: int, form: str, expert: ExpertId, timeout_s: float) -> tuple[np.ndarray, int]:
         self.asked.append(expert)
-        data = self.store.kept.read(self.store.grid.flat(expert), lambda view: np.frombuffer(view, np.uint8).copy())
+        data = self.store.protected.read(
+            self.store.grid.flat(expert), lambda view: np.frombuffer(view, np.uint8).copy()
+        )
         if data is None:
             raise RemoteReadError("not there")
         checksum = zlib.crc32(data.data)
@@ -139,13 +141,13 @@ def test_experts_come_from_a_peer_and_from_disk_where_that_fails(experts: Expert
     links[0].offered = dict.fromkeys(wanted, 7)
     _keep(ours, wanted)
 
-    assert ours.kept.wait(wanted, 10, NEVER) == []
+    assert ours.protected.wait(wanted, 10, NEVER) == []
     assert {expert.expert for expert in peer.asked} == set(wanted)
     moved = ours.counters.bytes_moved
     assert (moved[Tier.REMOTE] > 0, moved[Tier.DISK] > 0) == ((True, False) if fault == "none" else (False, True))
     list(theirs.acquire(0, wanted))
     for index in wanted:
-        assert ours.kept.read(index, zlib.crc32) == theirs.kept.read(index, zlib.crc32)
+        assert ours.protected.read(index, zlib.crc32) == theirs.protected.read(index, zlib.crc32)
     ours.close()
     theirs.close()
 
@@ -155,10 +157,10 @@ def test_bytes_are_read_where_they_lie_and_stay_meanwhile(experts: ExpertFile) -
     list(store.acquire(0, [2]))
 
     def replaced(view: memoryview) -> int:
-        assert not store.load_ahead(ExpertId(0, 3), replaces=lambda _: True), "it may not leave now"
+        assert not store.prefetch(ExpertId(0, 3), replaces=lambda _: True), "it may not leave now"
         return len(view)
 
-    assert store.kept.read(2, replaced) == store.slot_bytes
-    assert store.kept.read(3, len) is None
-    assert store.load_ahead(ExpertId(0, 3), replaces=lambda _: True)
+    assert store.protected.read(2, replaced) == store.slot_bytes
+    assert store.protected.read(3, len) is None
+    assert store.prefetch(ExpertId(0, 3), replaces=lambda _: True)
     store.close()

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from learned_parts import LearnedMean, states_of
+from stateful_policies import LearnedMean, states_of
 
 from cluster.errors import ConfigError
-from cluster.policies.learned_state import load_learned, pack_share, save_learned
-from cluster.protocols import LearnedShare
-from cluster.stats import learned_shares
+from cluster.policies.policy_state import load_policy_state, pack_share, save_policy_state
+from cluster.protocols import PolicyStateShare
+from cluster.stats import policy_state_shares
 from cluster.stats.fallback_store import FallbackStore
-from cluster.stats.learned_state_loop import LearnedStateLoop
 from cluster.stats.memory_store import MemoryStore
+from cluster.stats.policy_state_loop import PolicyStateLoop
 
 DEADLINE_S = 10.0
 
@@ -37,23 +37,23 @@ class _Store(MemoryStore):
     def is_shared(self) -> bool:
         return True
 
-    def publish_learned(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
+    def publish_policy_state(self, fingerprint: str, name: str, owner: str, blob: bytes, weight: int) -> None:
         if self.away:
             raise ConnectionError("away")
-        super().publish_learned(fingerprint, name, owner, blob, weight)
+        super().publish_policy_state(fingerprint, name, owner, blob, weight)
         self.published.append((owner, weight))
 
-    def read_learned(self, fingerprint: str, name: str) -> list[LearnedShare]:
+    def read_policy_states(self, fingerprint: str, name: str) -> list[PolicyStateShare]:
         assert self.free.wait(DEADLINE_S)
         if self.away:
             raise ConnectionError("away")
-        return super().read_learned(fingerprint, name)
+        return super().read_policy_states(fingerprint, name)
 
 
 def _loop(
     store: MemoryStore | FallbackStore, owner: str, path: Path | None = None, **settings: float
-) -> LearnedStateLoop:
-    return LearnedStateLoop(store, "f", owner, path, **({"interval_s": 0.005} | settings))
+) -> PolicyStateLoop:
+    return PolicyStateLoop(store, "f", owner, path, **({"interval_s": 0.005} | settings))
 
 
 def _share(mean: float, num_seen: int, fingerprint: str = "f") -> bytes:
@@ -87,7 +87,7 @@ def test_a_second_worker_starts_with_what_the_first_published() -> None:
 def test_what_a_file_told_is_shared(tmp_path: Path) -> None:
     store, part = _Store(), LearnedMean()
     part.learn(6.0, 4)
-    save_learned(tmp_path / "l", "f", {"mean": part.to_arrays()})
+    save_policy_state(tmp_path / "l", "f", {"mean": part.to_arrays()})
     loop = _loop(store, "w1", tmp_path / "l")
     loop.start(states_of(mean=LearnedMean()))
     _wait_until(lambda: store.published == [("w1", 4)])
@@ -117,7 +117,7 @@ def test_the_last_changes_go_out_at_the_end() -> None:
 def test_who_learned_most_counts_most() -> None:
     store, part = _Store(), LearnedMean()
     for i, (mean, num_seen) in enumerate([(0.0, 1), (8.0, 30), (2.0, 10), (0.0, 2), (6.0, 20)]):
-        store.publish_learned("f", "mean", f"w{i}", _share(mean, num_seen), num_seen)
+        store.publish_policy_state("f", "mean", f"w{i}", _share(mean, num_seen), num_seen)
     loop = _loop(store, "new")
     loop.start(states_of(mean=part))
     loop.stop()
@@ -130,8 +130,8 @@ def test_who_learned_most_counts_most() -> None:
 )
 def test_a_share_that_does_not_fit_is_left(bad: bytes, caplog: pytest.LogCaptureFixture) -> None:
     store, part = _Store(), LearnedMean()
-    store.publish_learned("f", "mean", "good", _share(3.0, 5), 5)
-    store.publish_learned("f", "mean", "bad", bad, 9)
+    store.publish_policy_state("f", "mean", "good", _share(3.0, 5), 5)
+    store.publish_policy_state("f", "mean", "bad", bad, 9)
     loop = _loop(store, "new")
     loop.start(states_of(mean=part))
     loop.stop()
@@ -156,7 +156,7 @@ def test_a_store_that_is_away_costs_the_warm_start_only(caplog: pytest.LogCaptur
 
 def test_a_store_that_hangs_delays_the_start_by_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
     store, part = _Store(), LearnedMean()
-    store.publish_learned("f", "mean", "w1", _share(5.0, 3), 3)
+    store.publish_policy_state("f", "mean", "w1", _share(5.0, 3), 3)
     store.free.clear()
     loop = _loop(store, "w2", warm_up_s=0.02)
     loop.start(states_of(mean=part))
@@ -171,7 +171,7 @@ def test_a_store_that_hangs_delays_the_start_by_its_deadline(caplog: pytest.LogC
 def test_a_share_that_is_too_large_is_named_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learned_shares, "MAX_SHARE_BYTES", 1000)
+    monkeypatch.setattr(policy_state_shares, "MAX_SHARE_BYTES", 1000)
 
     class Large(LearnedMean):
         def to_arrays(self) -> dict[str, np.ndarray]:
@@ -187,19 +187,19 @@ def test_a_share_that_is_too_large_is_named_once(
     loop.stop()
     (reason,) = loop.degraded
     assert "share of mean" in reason and "at most 1000" in reason
-    assert caplog.text.count("learned state is not shared") == 1
+    assert caplog.text.count("policy state is not shared") == 1
     assert store.published == []
 
 
 def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None:
     path, part, again = tmp_path / "learned.npz", LearnedMean(), LearnedMean()
-    save_learned(path, "f", {"of_another_policy": {"x": np.arange(3)}})
+    save_policy_state(path, "f", {"of_another_policy": {"x": np.arange(3)}})
     loop = _loop(MemoryStore(), "w1", path, interval_s=1000)
     loop.start(states_of(mean=part))
     part.learn(7.0, 2)
     loop.stop()
     assert loop.num_published == 0, "a store that is not shared gets nothing"
-    assert set(load_learned(path, "f")) == {"mean", "of_another_policy"}
+    assert set(load_policy_state(path, "f")) == {"mean", "of_another_policy"}
 
     loop = _loop(MemoryStore(), "w2", path)
     loop.start(states_of(mean=again))
@@ -209,7 +209,7 @@ def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None:
 
 def test_a_file_of_another_model_does_not_start(tmp_path: Path) -> None:
     path = tmp_path / "learned.npz"
-    save_learned(path, "other", {})
+    save_policy_state(path, "other", {})
     before = path.read_bytes()
     loop = _loop(MemoryStore(), "w1", path)
     with pytest.raises(ConfigError, match=r"model other, the model here is f"):
@@ -221,7 +221,7 @@ def test_a_file_of_another_model_does_not_start(tmp_path: Path) -> None:
 def test_a_full_disk_at_the_end_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, part = tmp_path / "learned.npz", LearnedMean()
     part.learn(1.0)
-    save_learned(path, "f", {"mean": part.to_arrays()})
+    save_policy_state(path, "f", {"mean": part.to_arrays()})
     loop = _loop(MemoryStore(), "w1", path, interval_s=1000)
     loop.start(states_of(mean=LearnedMean()))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -230,8 +230,8 @@ def test_a_full_disk_at_the_end_is_a_warning(tmp_path: Path, caplog: pytest.LogC
         loop.stop()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "learned state was not saved" in caplog.text
-    assert load_learned(path, "f")["mean"]["mean"] == [1.0]
+    assert "policy state was not saved" in caplog.text
+    assert load_policy_state(path, "f")["mean"]["mean"] == [1.0]
 
 
 def test_a_state_that_does_not_fit_leaves_its_thread_alive() -> None:

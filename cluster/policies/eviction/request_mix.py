@@ -16,7 +16,7 @@ from cluster.semantics.request_mix import RequestMix
 MIX_WEIGHT = 0.5
 
 
-class WithMix:
+class RequestMixScorer:
     """Another scorer's values plus a share of what the requests use. For values between 0 and 1 (moesaic)."""
 
     def __init__(self, scorer: Scorer, mix: RequestMix, *, weight: float = MIX_WEIGHT) -> None:

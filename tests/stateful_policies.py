@@ -1,16 +1,16 @@
-"""Something that learns one number, for tests of how learned state travels."""
+"""Something that learns one number, for tests of how policy state travels."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from cluster.errors import ConfigError
-from cluster.policies.learned_state import NUM_LEARNED, Arrays, Learned
-from cluster.stats.learned_state_loop import Answer, LearnedParts
+from cluster.policies.policy_state import NUM_LEARNED, Arrays, StatefulPolicy
+from cluster.stats.policy_state_loop import Answer, StatefulPolicies
 
 
 class LearnedMean:
-    """A mean of what it was shown: a `Learned`."""
+    """A mean of what it was shown: a `StatefulPolicy`."""
 
     def __init__(self) -> None:
         self.mean = 0.0
@@ -30,11 +30,11 @@ class LearnedMean:
             self.learn(float(arrays["mean"][0]), int(arrays[NUM_LEARNED]))
 
 
-def states_of(**parts: Learned) -> LearnedParts:
+def states_of(**parts: StatefulPolicy) -> StatefulPolicies:
     """Parts that answer on the asking thread."""
 
     def ask(question: object, _timeout_s: float) -> Answer:
         assert callable(question)
         return question()
 
-    return LearnedParts(parts, ask)
+    return StatefulPolicies(parts, ask)

@@ -1,4 +1,4 @@
-"""Files and shares of learned state: what comes back, what is refused, what a failed save leaves behind."""
+"""Files and shares of policy state: what comes back, what is refused, what a failed save leaves behind."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from cluster.errors import ConfigError
-from cluster.policies import learned_state
-from cluster.policies.learned_state import (
+from cluster.policies import policy_state
+from cluster.policies.policy_state import (
     Groups,
-    check_learned,
-    load_learned,
+    check_policy_state,
+    load_policy_state,
     num_learned,
     pack_share,
-    save_learned,
+    save_policy_state,
     unpack_share,
 )
 
@@ -44,11 +44,11 @@ def _full_disk() -> Iterator[None]:
 
 def test_a_file_gives_back_every_array_exactly(tmp_path: Path) -> None:
     path, groups = tmp_path / "learned.npz", _groups()
-    save_learned(path, "aaaa", _groups(9))
-    save_learned(path, "aaaa", groups)
-    check_learned(path, "aaaa")
+    save_policy_state(path, "aaaa", _groups(9))
+    save_policy_state(path, "aaaa", groups)
+    check_policy_state(path, "aaaa")
 
-    loaded = load_learned(path, "aaaa")
+    loaded = load_policy_state(path, "aaaa")
 
     assert {name: set(arrays) for name, arrays in loaded.items()} == {n: set(arrays) for n, arrays in groups.items()}
     for name, arrays in groups.items():
@@ -59,8 +59,8 @@ def test_a_file_gives_back_every_array_exactly(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
-    save_learned(tmp_path / "l", "aaaa", _groups())
-    for refuse in (load_learned, check_learned):
+    save_policy_state(tmp_path / "l", "aaaa", _groups())
+    for refuse in (load_policy_state, check_policy_state):
         with pytest.raises(ConfigError, match=r"model aaaa, the model here is bbbb.*experts\.policy_state"):
             refuse(tmp_path / "l", "bbbb")
     with pytest.raises(ConfigError, match=r"model aaaa, the model here is bbbb"):
@@ -68,17 +68,17 @@ def test_another_model_is_refused_with_both_fingerprints(tmp_path: Path) -> None
 
 
 def test_another_version_is_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learned_state, "LEARNED_VERSION", 7)
-    save_learned(tmp_path / "l", "aaaa", _groups())
+    monkeypatch.setattr(policy_state, "POLICY_STATE_VERSION", 7)
+    save_policy_state(tmp_path / "l", "aaaa", _groups())
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"version 7, this program has 1"):
-        load_learned(tmp_path / "l", "aaaa")
+        load_policy_state(tmp_path / "l", "aaaa")
 
 
 def test_damaged_files_are_never_anything_but_an_error(tmp_path: Path) -> None:
     """Truncated anywhere, or with bytes changed; what lies between the arrays may be changed without harm."""
     path, rng, num_refused = tmp_path / "l", random.Random(0), 0
-    save_learned(path, "aaaa", _groups())
+    save_policy_state(path, "aaaa", _groups())
     whole = path.read_bytes()
     for trial in range(300):
         damaged = bytearray(whole)
@@ -89,7 +89,7 @@ def test_damaged_files_are_never_anything_but_an_error(tmp_path: Path) -> None:
                 damaged[-rng.randrange(1, 900 if trial % 4 else len(damaged))] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
-            load_learned(path, "aaaa")
+            load_policy_state(path, "aaaa")
         except ConfigError as error:
             num_refused += 1
             assert str(path) in error.message and "experts.policy_state" in error.message
@@ -99,28 +99,28 @@ def test_damaged_files_are_never_anything_but_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x93NUMPY\x01\x00"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "l").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"not a file of learned state.*experts\.policy_state"):
-        load_learned(tmp_path / "l", "aaaa")
+    with pytest.raises(ConfigError, match=r"not a file of policy state.*experts\.policy_state"):
+        load_policy_state(tmp_path / "l", "aaaa")
 
 
 def test_paths_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
-        load_learned(tmp_path, "aaaa")
+        load_policy_state(tmp_path, "aaaa")
     with pytest.raises(ConfigError, match=r"cannot be read \(Is a directory\)"):
-        check_learned(tmp_path, "aaaa")
+        check_policy_state(tmp_path, "aaaa")
     missing = tmp_path / "none" / "l"
     with pytest.raises(ConfigError, match=rf"{missing} cannot be saved.*make it, or name another"):
-        check_learned(missing, "aaaa")
-    check_learned(tmp_path / "new", "aaaa")
+        check_policy_state(missing, "aaaa")
+    check_policy_state(tmp_path / "new", "aaaa")
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "l"
-    save_learned(path, "aaaa", _groups(1))
+    save_policy_state(path, "aaaa", _groups(1))
     with _full_disk(), pytest.raises(OSError, match="too large"):
-        save_learned(path, "aaaa", _groups(2))
+        save_policy_state(path, "aaaa", _groups(2))
 
-    assert load_learned(path, "aaaa")["maps"]["maps"][0, 0, 0] == 1
+    assert load_policy_state(path, "aaaa")["maps"]["maps"][0, 0, 0] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["l"]
 
 
@@ -145,10 +145,10 @@ def test_shares_are_small_and_nearly_exact() -> None:
 def test_numbers_that_are_not_finite_are_refused_in_files_and_shares(tmp_path: Path, value: float) -> None:
     path, groups = tmp_path / "learned.npz", _groups()
     groups["next_use"]["weights"][17] = value
-    save_learned(path, "aaaa", groups)
+    save_policy_state(path, "aaaa", groups)
 
     with pytest.raises(ConfigError, match="next_use: weights has numbers that are not finite; delete it"):
-        load_learned(path, "aaaa")
+        load_policy_state(path, "aaaa")
     if np.isnan(value):  # an infinite one is cut to the largest there is
         with pytest.raises(ConfigError, match="not finite"):
             unpack_share(pack_share("aaaa", "next_use", groups["next_use"]), "aaaa", "next_use")

@@ -19,7 +19,7 @@ import numpy as np
 
 from cluster.errors import ConfigError
 
-LEARNED_VERSION = 1
+POLICY_STATE_VERSION = 1
 NUM_LEARNED = "num_learned"
 
 Arrays: TypeAlias = Mapping[str, np.ndarray]
@@ -29,8 +29,8 @@ _NARROWED_FROM = 1024  # values; smaller arrays are counts and rates that have t
 _WAY_OUT = "delete it, or name another with experts.policy_state"
 
 
-class Learned(Protocol):
-    """A part that learns: its state is one group."""
+class StatefulPolicy(Protocol):
+    """A policy that learns: its state is one group."""
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """An independent copy. NUM_LEARNED, an integer, tells how much went into it: 0 of a fresh one, growing."""
@@ -61,7 +61,7 @@ def check_finite(arrays: Arrays, source: str) -> None:
             raise ConfigError(f"{source}: {field} has numbers that are not finite; {_WAY_OUT}")
 
 
-def save_learned(path: Path, fingerprint: str, groups: Groups) -> None:
+def save_policy_state(path: Path, fingerprint: str, groups: Groups) -> None:
     """Write a file, whole or not at all.
 
     Raises:
@@ -78,7 +78,7 @@ def save_learned(path: Path, fingerprint: str, groups: Groups) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load_learned(path: Path, fingerprint: str) -> dict[str, dict[str, np.ndarray]]:
+def load_policy_state(path: Path, fingerprint: str) -> dict[str, dict[str, np.ndarray]]:
     """Read a file.
 
     Raises:
@@ -91,11 +91,11 @@ def load_learned(path: Path, fingerprint: str) -> dict[str, dict[str, np.ndarray
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {_WAY_OUT}") from error
 
 
-def check_learned(path: Path, fingerprint: str) -> None:
+def check_policy_state(path: Path, fingerprint: str) -> None:
     """Find out at start what would fail later: a file that is none of this model's, or that cannot be written.
 
     Raises:
-        ConfigError: as load_learned; or nothing can be saved there.
+        ConfigError: as load_policy_state; or nothing can be saved there.
     """
     if path.exists():
         try:
@@ -132,7 +132,7 @@ def unpack_share(blob: bytes, fingerprint: str, name: str) -> dict[str, np.ndarr
 
 def _write(file: IO[bytes], fingerprint: str, groups: Groups, compression: int) -> None:
     fields = {f"{name}/{field}": array for name, arrays in groups.items() for field, array in arrays.items()}
-    header = {"version": np.array(LEARNED_VERSION), "fingerprint": np.array(fingerprint)}
+    header = {"version": np.array(POLICY_STATE_VERSION), "fingerprint": np.array(fingerprint)}
     with zipfile.ZipFile(file, "w", compression, compresslevel=1) as archive:
         for key, array in (header | fields).items():
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
@@ -145,9 +145,9 @@ def _read(
     try:
         with np.load(file, allow_pickle=False) as archive:
             version, stored = int(archive["version"]), str(archive["fingerprint"])
-            if version != LEARNED_VERSION:
+            if version != POLICY_STATE_VERSION:
                 raise ConfigError(
-                    f"{source}: learned state of version {version}, this program has {LEARNED_VERSION}; {_WAY_OUT}"
+                    f"{source}: policy state of version {version}, this program has {POLICY_STATE_VERSION}; {_WAY_OUT}"
                 )
             if stored != fingerprint:
                 raise ConfigError(f"{source}: learned from model {stored}, the model here is {fingerprint}; {_WAY_OUT}")
@@ -162,7 +162,7 @@ def _read(
     except (ConfigError, OSError):
         raise
     except Exception as error:  # zipfile and numpy raise anything at all for damaged bytes
-        raise ConfigError(f"{source}: damaged, or not a file of learned state ({error}); {_WAY_OUT}") from error
+        raise ConfigError(f"{source}: damaged, or not a file of policy state ({error}); {_WAY_OUT}") from error
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The learned-state loop: what a worker learned goes to a file and, now and then, to the other workers.
+"""The policy state loop: what a worker learned goes to a file and, now and then, to the other workers.
 
 Off the token path. Knows groups of arrays, a file and a store; knows nothing of policies. A store that is away costs
 a fresh worker its warm start and nothing else.
@@ -18,15 +18,15 @@ import numpy as np
 from cluster.errors import ConfigError
 from cluster.logs import log_event
 from cluster.periodic import Pace, PeriodicLoop
-from cluster.policies.learned_state import (
+from cluster.policies.policy_state import (
     Groups,
-    Learned,
+    StatefulPolicy,
     check_finite,
-    check_learned,
-    load_learned,
+    check_policy_state,
+    load_policy_state,
     num_learned,
     pack_share,
-    save_learned,
+    save_policy_state,
     unpack_share,
 )
 from cluster.protocols import StateStore
@@ -44,7 +44,7 @@ Answer: TypeAlias = dict[str, dict[str, np.ndarray]]
 Ask: TypeAlias = Callable[[Callable[[], Answer], float], Answer]
 
 
-class LearnedStates(Protocol):
+class PolicyStates(Protocol):
     """Everything that learns in a worker, by name of its group. Safe to call from any thread while it learns."""
 
     def snapshot(self) -> Groups:
@@ -60,16 +60,16 @@ class LearnedStates(Protocol):
         ...
 
 
-class LearnedParts:
-    """The `LearnedStates` of parts that live on a thread of their own."""
+class StatefulPolicies:
+    """The `PolicyStates` of parts that live on a thread of their own."""
 
-    def __init__(self, parts: Mapping[str, Learned], ask: Ask) -> None:
+    def __init__(self, parts: Mapping[str, StatefulPolicy], ask: Ask) -> None:
         """Args: ask: has a question answered on that thread, within seconds, or raises TimeoutError."""
         self._parts = parts
         self._ask = ask
 
     def snapshot(self) -> Groups:
-        """What `LearnedStates.snapshot` says; a group that is not finite is neither kept nor told to anybody.
+        """What `PolicyStates.snapshot` says; a group that is not finite is neither kept nor told to anybody.
 
         Raises:
             TimeoutError: the thread did not answer.
@@ -78,13 +78,13 @@ class LearnedParts:
         return {name: arrays for name, arrays in groups.items() if _is_finite(name, arrays)}
 
     def load(self, groups: Groups) -> None:
-        """What `LearnedStates.load` says, and TimeoutError."""
+        """What `PolicyStates.load` says, and TimeoutError."""
         errors: list[ConfigError] = []
 
         def take_in() -> Answer:
             try:
                 for name in groups.keys() & self._parts.keys():
-                    check_finite(groups[name], f"learned state of {name}")
+                    check_finite(groups[name], f"policy state of {name}")
                     self._parts[name].load_arrays(groups[name])
             except ConfigError as error:  # not on that thread, which has to go on
                 errors.append(error)
@@ -97,14 +97,14 @@ class LearnedParts:
 
 def _is_finite(name: str, arrays: Mapping[str, np.ndarray]) -> bool:
     try:
-        check_finite(arrays, f"learned state of {name}")
+        check_finite(arrays, f"policy state of {name}")
     except ConfigError as error:
-        log_event(_LOG, logging.WARNING, "learned state was left out", reason=error.message)
+        log_event(_LOG, logging.WARNING, "policy state was left out", reason=error.message)
         return False
     return True
 
 
-class LearnedStateLoop:
+class PolicyStateLoop:
     """Starts one worker warm and keeps what it learns. `num_published` shares since start."""
 
     def __init__(
@@ -127,7 +127,7 @@ class LearnedStateLoop:
         self._interval_s = interval_s
         self._repeat_s = repeat_s
         self._warm_up_s = warm_up_s
-        self._states: LearnedStates | None = None
+        self._states: PolicyStates | None = None
         self._loop: PeriodicLoop | None = None
         self._warm = threading.Event()
         self._taking_in = threading.Lock()
@@ -138,24 +138,24 @@ class LearnedStateLoop:
     @property
     def degraded(self) -> tuple[str, ...]:
         """What is not shared, in words."""
-        return tuple(f"learned state is not shared: {reason}" for reason in self._refused.values())
+        return tuple(f"policy state is not shared: {reason}" for reason in self._refused.values())
 
-    def start(self, states: LearnedStates) -> None:
+    def start(self, states: PolicyStates) -> None:
         """Take in the file, then what others learned; of that, what comes too late is left. No step runs yet.
 
         Raises:
             ConfigError: the file is damaged or of another model, or cannot be saved to.
         """
         if self._path is not None:
-            check_learned(self._path, self._fingerprint)
+            check_policy_state(self._path, self._fingerprint)
             if self._path.exists():
-                states.load(load_learned(self._path, self._fingerprint))
+                states.load(load_policy_state(self._path, self._fingerprint))
         self._states = states
         pace = Pace(
-            "learned-state",
+            "policy state",
             interval_s=self._interval_s,
             expected=(ConnectionError, TimeoutError),
-            event="learned state was not shared",
+            event="policy state was not shared",
         )
         self._loop = PeriodicLoop(lambda: self._share(states), pace, max_cpu_share=_MAX_CPU_SHARE, ends_with_turn=True)
         self._loop.start()
@@ -171,7 +171,7 @@ class LearnedStateLoop:
             self._save(self._states, self._path)
         self._states = None
 
-    def _share(self, states: LearnedStates) -> None:
+    def _share(self, states: PolicyStates) -> None:
         """Take in what others learned, at first; after that, publish what was learned here."""
         if self._warm.is_set():
             self._publish(states)
@@ -183,9 +183,9 @@ class LearnedStateLoop:
         finally:
             self._warm.set()
 
-    def _take_in_shares(self, states: LearnedStates) -> None:
+    def _take_in_shares(self, states: PolicyStates) -> None:
         for name, arrays in states.snapshot().items():
-            shares = [share for share in self._store.read_learned(self._fingerprint, name) if share.weight]
+            shares = [share for share in self._store.read_policy_states(self._fingerprint, name) if share.weight]
             shares.sort(key=lambda share: share.weight, reverse=True)
             for share in shares[:_MAX_MERGED]:
                 try:
@@ -199,7 +199,7 @@ class LearnedStateLoop:
             if not num_learned(arrays):  # others know all that is here; not so what a file told
                 self._published[name] = (num_learned(states.snapshot()[name]), time.monotonic())
 
-    def _publish(self, states: LearnedStates) -> None:
+    def _publish(self, states: PolicyStates) -> None:
         """Send the groups into which something went since they were last sent, and now and then the others."""
         if not self._store.is_shared:
             return
@@ -210,19 +210,19 @@ class LearnedStateLoop:
                 continue
             blob = pack_share(self._fingerprint, name, arrays)
             try:
-                self._store.publish_learned(self._fingerprint, name, self._owner, blob, weight)
+                self._store.publish_policy_state(self._fingerprint, name, self._owner, blob, weight)
             except ValueError as error:  # too large, and it will not become smaller
                 self._refused[name] = str(error)
-                log_event(_LOG, logging.WARNING, "learned state is not shared", reason=str(error))
+                log_event(_LOG, logging.WARNING, "policy state is not shared", reason=str(error))
                 continue
             self._published[name] = (weight, now_s)
             self.num_published += 1
 
-    def _save(self, states: LearnedStates, path: Path) -> None:
+    def _save(self, states: PolicyStates, path: Path) -> None:
         try:
             groups = dict(states.snapshot())
             if path.exists():  # what other policies had learned stays
-                groups = load_learned(path, self._fingerprint) | groups
-            save_learned(path, self._fingerprint, groups)
+                groups = load_policy_state(path, self._fingerprint) | groups
+            save_policy_state(path, self._fingerprint, groups)
         except Exception as error:  # noqa: BLE001 - the end of a worker: a full disk must not keep it from ending
-            log_event(_LOG, logging.WARNING, "learned state was not saved", path=str(path), reason=str(error))
+            log_event(_LOG, logging.WARNING, "policy state was not saved", path=str(path), reason=str(error))

@@ -87,7 +87,7 @@ class _Shelf:
     failed: object | None = None
 
 
-class RemoteLink:
+class ShelfLink:
     """Experts on shelves, by a table that is renewed off the token path.
 
     An expert is one chunk, because Ray moves objects whole: each thread of the queue waits for another expert instead
@@ -229,15 +229,15 @@ class RemoteLink:
 
 def remote_source(
     shelves: Shelves, *, fingerprint: str, load_timeout_s: float
-) -> Callable[[SlotForm, RamArena], RemoteLink]:
+) -> Callable[[SlotForm, RamArena], ShelfLink]:
     """Makes the link into an arena of slots of a form, already looking for shelves.
 
     Args: load_timeout_s: of an expert in all; half of it is left for the disk when a node does not answer.
     """
 
-    def make(form: SlotForm, arena: RamArena) -> RemoteLink:
+    def make(form: SlotForm, arena: RamArena) -> ShelfLink:
         timeout_s = load_timeout_s / 2
-        link = RemoteLink(shelves, arena, fingerprint=fingerprint, form=form_digest(form), timeout_s=timeout_s)
+        link = ShelfLink(shelves, arena, fingerprint=fingerprint, form=form_digest(form), timeout_s=timeout_s)
         link.start()
         return link
 

@@ -13,7 +13,7 @@ from live_server import poll
 from actors.attention.worker import AttentionWorker
 from cluster.config.load import load_config
 from cluster.model.info import load_model_info
-from cluster.policies.learned_state import load_learned, num_learned, save_learned
+from cluster.policies.policy_state import load_policy_state, num_learned, save_policy_state
 from cluster.protocols import StateStore
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.memory_store import MemoryStore
@@ -72,7 +72,7 @@ def test_a_file_keeps_what_every_policy_learned(tmp_path: Path) -> None:
     for policy in ("moesaic", "fmoe"):
         with _worker(MemoryStore(), policy, path) as worker:
             _generate(worker)
-    saved = {name: num_learned(arrays) for name, arrays in load_learned(path, worker.info.fingerprint).items()}
+    saved = {name: num_learned(arrays) for name, arrays in load_policy_state(path, worker.info.fingerprint).items()}
     assert set(saved) == {"next_use", "maps"} and min(saved.values()) >= NUM_TOKENS - 2
     with _worker(MemoryStore(), "moesaic", path) as worker:
         assert _num_learned(worker) == {"next_use": saved["next_use"]}
@@ -80,7 +80,7 @@ def test_a_file_keeps_what_every_policy_learned(tmp_path: Path) -> None:
 
 def test_a_file_of_another_model_fails_the_start_with_both_fingerprints(tmp_path: Path) -> None:
     path = tmp_path / "learned.npz"
-    save_learned(path, "0123456789abcdef", {})
+    save_policy_state(path, "0123456789abcdef", {})
     with _worker(MemoryStore(), "moesaic", path) as worker:
         assert worker.phase is StartupPhase.FAILED
         assert worker.error is not None

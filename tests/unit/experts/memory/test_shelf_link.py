@@ -11,7 +11,7 @@ import pytest
 from live_server import poll
 
 from actors.experts.memory.arena import RamArena
-from actors.experts.memory.remote import RemoteLink, RemoteReadError, ShelfFacts
+from actors.experts.memory.shelves import RemoteReadError, ShelfFacts, ShelfLink
 from cluster.errors import ExpertReadError
 
 SLOT = 4096
@@ -57,12 +57,12 @@ class FakeShelves:
         return np.full(SLOT, handle[1], dtype=np.uint8)
 
 
-def make_link(shelves: FakeShelves, arena: RamArena | None = None) -> RemoteLink:
-    return RemoteLink(shelves, arena or RamArena(2, SLOT), fingerprint="model", form="form", timeout_s=1.0)
+def make_link(shelves: FakeShelves, arena: RamArena | None = None) -> ShelfLink:
+    return ShelfLink(shelves, arena or RamArena(2, SLOT), fingerprint="model", form="form", timeout_s=1.0)
 
 
 @contextmanager
-def started(link: RemoteLink) -> Iterator[RemoteLink]:
+def started(link: ShelfLink) -> Iterator[ShelfLink]:
     link.start()
     try:
         yield link

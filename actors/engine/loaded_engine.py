@@ -1,4 +1,4 @@
-"""What an engine consists of, for whoever looks at its parts: status, statistics, traces, benchmarks."""
+"""What an engine consists of, for whoever looks into it: status, statistics, traces, benchmarks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cluster.node_memory.leases import MemoryLease
 
 
 @dataclass(frozen=True, slots=True)
-class EngineParts:
-    """The engine and the parts that status and statistics look at.
+class LoadedEngine:
+    """The engine and what status and statistics look at.
 
     backend None: no experts in this process. policy_runner None: its memory hears no gates.
     problems: what is odd about the checkpoint, in words.

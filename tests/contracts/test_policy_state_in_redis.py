@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from learned_parts import LearnedMean, states_of
+from stateful_policies import LearnedMean, states_of
 
 from cluster.policies.expert_maps.store import MapStore
 from cluster.policies.signals import Grid
 from cluster.stats.embedded_valkey import start_embedded_valkey
 from cluster.stats.fallback_store import FallbackStore
-from cluster.stats.learned_state_loop import LearnedStateLoop
+from cluster.stats.policy_state_loop import PolicyStateLoop
 from cluster.stats.redis_store import RedisStore
 
 DEADLINE_S = 20.0
@@ -22,13 +22,13 @@ MAPS = np.array([[[0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]], [[0.1, 0.2, 0.3, 
 
 
 class _Worker:
-    """What an attention worker has of learned state. `start` returns when it may say that it is ready."""
+    """What an attention worker has of policy state. `start` returns when it may say that it is ready."""
 
     def __init__(self, url: str, owner: str) -> None:
         self.store = FallbackStore(RedisStore(url, timeout_s=0.5), probe_interval_s=0.02)
         self.part = LearnedMean()
         self.maps = MapStore(GRID, dim=2, capacity=10)
-        self.loop = LearnedStateLoop(self.store, "f", owner, interval_s=0.02)
+        self.loop = PolicyStateLoop(self.store, "f", owner, interval_s=0.02)
 
     def start(self) -> _Worker:
         self.loop.start(states_of(mean=self.part, maps=self.maps))

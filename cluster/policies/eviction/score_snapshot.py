@@ -12,7 +12,7 @@ import numpy as np
 from cluster.policies.base import Scorer
 
 
-class PublishedScores:
+class ScoreSnapshot:
     """A scorer in front of another one."""
 
     def __init__(self, scorer: Scorer, size: int) -> None:
