@@ -24,6 +24,7 @@ from cluster.policies.signals import Grid
 
 OUTLOOK_SHARE = 0.03
 _RATE = 0.1  # of the newest answer in what a load takes
+_SPARE_BYTES = 64  # that values leave for a few wishes
 _SHARES_S = 1.0  # for which replicas are taken to be chosen alike
 
 
@@ -55,6 +56,7 @@ class HostMemory:
         self._load_s: dict[str, float] = {}  # by host
         self._load_cpu_s = 0.0
         self._known: _Shares | None = None
+        self._wishing: set[str] = set()  # hosts that were last told to fetch something
 
     @property
     def num_slots(self) -> int:
@@ -117,17 +119,30 @@ class HostMemory:
 
     def _say(self, ahead: np.ndarray | None) -> None:
         for channel, of_host in self._shares().of_channel:
-            if self._say_to(channel, of_host, self._values, ahead):
-                continue
-            if ahead is None or not self._say_to(channel, of_host, None, ahead):  # shorter; values keep for longer
+            host_id = channel.welcome.host_id
+            wishes = ahead is not None and bool((ahead[of_host] > 0).any())
+            is_news = wishes or host_id in self._wishing  # that nothing is to be fetched needs to be said once
+            # Values are many bytes and keep for longer: they leave room for wishes.
+            said = self._say_to(channel, of_host, self._values, ahead, spare=_SPARE_BYTES)
+            if not said and is_news:
+                said = self._say_to(channel, of_host, None, ahead)
+            if said:
+                (self._wishing.add if wishes else self._wishing.discard)(host_id)
+            elif is_news or ahead is None:
                 self.num_left_out += 1
 
     def _say_to(
-        self, channel: ExpertChannel, of_host: np.ndarray, values: np.ndarray | None, ahead: np.ndarray | None
+        self,
+        channel: ExpertChannel,
+        of_host: np.ndarray,
+        values: np.ndarray | None,
+        ahead: np.ndarray | None,
+        *,
+        spare: int = 0,
     ) -> bool:
         """False: there is no room for it."""
         data = encode_outlook(of_host, values, ahead)
-        if not self.bytes.take(len(data)):
+        if not self.bytes.take(len(data), spare=spare):
             return False
         channel.send_outlook(data)
         self.num_said += 1

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.engine.parts import LoadedEngine
 from transformers import AutoTokenizer
 
 from actors.attention.build import HostAccess, build_engine
-from actors.engine.loaded_engine import LoadedEngine
 from actors.expert_client.dispatch import HostDispatcher
 from benchmarks.offload.engine import fill_ram
 from benchmarks.one_system.host_process import HostProcess, host_processes
@@ -34,7 +34,7 @@ from cluster.model.info import ModelInfo, load_model_info
 from cluster.types import GenerationRequest, RequestId, SamplingParams
 
 FACTOR, HOSTS, HOST_GB_PER_S = 32, 2, 2.0
-MAX_LEN, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 32
+MAX_LEN, PROMPT_TOKENS = 256, 64
 SIDES = (("one process", "moesaic+moesaic"), ("hosts", "moesaic+moesaic"), ("hosts", "lru+none"))
 _CORES_NEEDED = 1 + HOSTS
 
@@ -72,15 +72,17 @@ class _Side:
 
 def run(options: Namespace) -> Report:
     """Measure."""
-    per_domain = 1 if options.quick else 4
+    per_domain, every, num_new = (1, 3, 24) if options.quick else (4, 1, 48)
     path = wide_model(FACTOR)
     info = load_model_info(str(path), max_model_len=MAX_LEN)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    past, held_out = ([tokenizer(text).input_ids[:PROMPT_TOKENS] for text in texts] for texts in _halves(per_domain))
+    past, held_out = (
+        [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in texts] for texts in _halves(per_domain, every)
+    )
     report = Report(f"One worker and {HOSTS} hosts, {path.name}, {HOST_GB_PER_S:g} GB/s into each host's fast memory")
     for share in (0.25, 0.5):
         for concurrency in (1, 8):
-            rows = [_measure(info, side, share, concurrency, past, held_out) for side in SIDES]
+            rows = [_measure(info, side, share, concurrency, (past, held_out), num_new) for side in SIDES]
             report.rows += rows
             _judge(report, rows, share, concurrency)
     if (os.cpu_count() or 1) < _CORES_NEEDED:
@@ -103,13 +105,13 @@ def _judge(report: Report, rows: Sequence[Row], share: float, concurrency: int) 
         report.notes.append(f"{name}: time per token over LRU without prefetch {ratio:.2f} (wanted {bound:g})")
 
 
-def _halves(per_domain: int) -> tuple[list[str], list[str]]:
-    """Prompts of every domain: from the first half of its file, and from the second."""
+def _halves(per_domain: int, every: int) -> tuple[list[str], list[str]]:
+    """Prompts of each `every`-th domain: from the first half of its file, and from the second."""
     if not SHARED_PROMPTS.is_dir():
         raise SystemExit(f"{SHARED_PROMPTS} is not there; this benchmark needs the shared prompts")
     past: list[str] = []
     held_out: list[str] = []
-    for file in sorted(SHARED_PROMPTS.glob("*.jsonl")):
+    for file in sorted(SHARED_PROMPTS.glob("*.jsonl"))[::every]:
         prompts = [entry["prompt"] for entry in entries_of(file)]
         middle = len(prompts) // 2
         past += prompts[:per_domain]
@@ -122,14 +124,15 @@ def _measure(
     side: tuple[str, str],
     share: float,
     concurrency: int,
-    past: Sequence[Sequence[int]],
-    held_out: Sequence[Sequence[int]],
+    prompts: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]],
+    num_new: int,
 ) -> Row:
-    place, policy = side
+    """Args: prompts: to warm with, and to measure. num_new: tokens of each answer."""
+    (place, policy), (past, held_out) = side, prompts
     with _opened(info, place == "hosts", policy, share) as opened:
-        _decode(opened.parts, past, concurrency)
+        _decode(opened.parts, past, concurrency, num_new)
         before = opened.counts()
-        step_s, num_tokens = _decode(opened.parts, held_out, concurrency)
+        step_s, num_tokens = _decode(opened.parts, held_out, concurrency, num_new)
         after = opened.counts()
         misses, hits = after.misses - before.misses, after.hits - before.hits
         row: Row = {
@@ -155,7 +158,7 @@ def _opened(info: ModelInfo, has_hosts: bool, policy: str, share: float) -> Iter
     eviction, _, prediction = policy.partition("+")
     experts: dict[str, Any] = {"eviction": eviction, "prediction": prediction, "ram_tier": "100%"}
     sections: dict[str, Any] = {
-        "model": {"path": info.path, "dtype": "bfloat16", "max_model_len": MAX_LEN},
+        "model": {"path": str(info.path), "dtype": "bfloat16", "max_model_len": MAX_LEN},
         "attention": {"kv_cache": "32MiB"},
     }
     if not has_hosts:
@@ -184,9 +187,11 @@ def _opened(info: ModelInfo, has_hosts: bool, policy: str, share: float) -> Iter
             parts.dispatcher.close()
 
 
-def _decode(parts: LoadedEngine, prompts: Sequence[Sequence[int]], concurrency: int) -> tuple[list[float], int]:
+def _decode(
+    parts: LoadedEngine, prompts: Sequence[Sequence[int]], concurrency: int, num_new: int
+) -> tuple[list[float], int]:
     """Answer all prompts, so many at a time; seconds of each step per token of it, and tokens."""
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
     waiting = list(enumerate(prompts))
     running, num_tokens, token_s = 0, 0, list[float]()
     while waiting or parts.engine.has_work:

@@ -24,10 +24,11 @@ HALF_LIFE_S = 0.5
 _FORGOTTEN = 8  # half-lives
 _MAX_SPEAKERS = 512
 _LEVELS = 255
-# magic, which of both is said; N; least and largest value; experts to fetch ahead, largest priority
-_HEADER = struct.Struct("<2sBxIffIf")
-_MAGIC = b"EO"
-_VALUES, _AHEAD = 1, 2
+# magic, what is said and how wide indices are, how many to fetch ahead; then: least and largest value, largest priority
+_HEADER, _RANGE, _MOST = struct.Struct("<BBH"), struct.Struct("<ff"), struct.Struct("<f")
+_MAGIC = 0xE0
+_VALUES, _AHEAD, _WIDE = 1, 2, 4
+_MAX_AHEAD = 2**16 - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,22 +51,25 @@ def encode_outlook(of_host: np.ndarray, values: np.ndarray | None, ahead: np.nda
     >>> heard.values.round(2).tolist(), heard.ahead.tolist()
     ([0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.5])
     """
-    size = len(of_host)
-    wanted = np.zeros(0, np.int64) if ahead is None else np.flatnonzero(of_host & (ahead > 0))
-    most = float(ahead[wanted].max()) if ahead is not None and len(wanted) else 0.0
-    low = high = 0.0
-    body, said = b"", _AHEAD if ahead is not None else 0
+    said = _WIDE if len(of_host) > 2**16 else 0
+    wanted = np.zeros(0, np.int64)
+    parts: list[bytes] = []
     if values is not None and of_host.any():
         said |= _VALUES
         own = values[of_host].astype(np.float32)
         low, high = float(own.min()), float(own.max())
         levels = np.rint((own - low) * (_LEVELS / (high - low) if high > low else 0.0)).astype(np.uint8)
-        body = np.packbits(of_host).tobytes() + levels.tobytes()
-    parts = [_HEADER.pack(_MAGIC, said, size, low, high, len(wanted), most), body]
+        parts += [_RANGE.pack(low, high), np.packbits(of_host).tobytes(), levels.tobytes()]
+    if ahead is not None:
+        said |= _AHEAD
+        wanted = np.flatnonzero(of_host & (ahead > 0))
+        if len(wanted) > _MAX_AHEAD:
+            wanted = np.sort(wanted[np.argsort(-ahead[wanted], kind="stable")[:_MAX_AHEAD]])
     if ahead is not None and len(wanted):
+        most = float(ahead[wanted].max())
         levels = np.maximum(np.rint(ahead[wanted] * (_LEVELS / most)), 1).astype(np.uint8)
-        parts += [wanted.astype("<u4").tobytes(), levels.tobytes()]
-    return b"".join(parts)
+        parts += [_MOST.pack(most), wanted.astype(_index_type(said)).tobytes(), levels.tobytes()]
+    return b"".join([_HEADER.pack(_MAGIC, said, len(wanted)), *parts])
 
 
 def decode_outlook(data: bytes | memoryview, size: int) -> ExpertOutlook:
@@ -75,29 +79,39 @@ def decode_outlook(data: bytes | memoryview, size: int) -> ExpertOutlook:
         InvalidRequest: it is none, or one of another model.
     """
     try:
-        magic, said, theirs, low, high, num_wanted, most = _HEADER.unpack_from(data)
-        if magic != _MAGIC or theirs != size or not np.isfinite((low, high, most)).all():
-            raise InvalidRequest(f"{len(data)} bytes that are no outlook on {size} experts")
+        magic, said, num_wanted = _HEADER.unpack_from(data)
+        if magic != _MAGIC:
+            raise InvalidRequest(f"{len(data)} bytes that are no outlook")
         at, values = _HEADER.size, None
         if said & _VALUES:
-            num_mask = -(-size // 8)
-            mask = np.unpackbits(np.frombuffer(data, np.uint8, num_mask, at))[:size].astype(np.bool_)
-            at += num_mask
+            low, high = _RANGE.unpack_from(data, at)
+            mask = np.unpackbits(np.frombuffer(data, np.uint8, -(-size // 8), at + _RANGE.size))
+            at += _RANGE.size + -(-size // 8)
             levels = np.frombuffer(data, np.uint8, int(mask.sum()), at)
             at += len(levels)
+            if mask[size:].any() or not np.isfinite((low, high)).all():
+                raise InvalidRequest(f"an outlook that does not fit {size} experts")
             values = np.zeros(size, np.float32)
-            values[mask] = low + levels * np.float32((high - low) / _LEVELS)
-        wanted = np.frombuffer(data, "<u4", num_wanted, at)
-        levels = np.frombuffer(data, np.uint8, num_wanted, at + wanted.nbytes)
-        if len(data) != at + wanted.nbytes + levels.nbytes or (wanted >= size).any():
-            raise InvalidRequest(f"an outlook of {len(data)} bytes whose parts do not fit each other")
+            values[mask[:size].astype(np.bool_)] = low + levels * np.float32((high - low) / _LEVELS)
+        ahead = np.zeros(size, np.float32) if said & _AHEAD else None
+        if num_wanted:
+            (most,) = _MOST.unpack_from(data, at)
+            wanted = np.frombuffer(data, _index_type(said), num_wanted, at + _MOST.size)
+            at += _MOST.size + wanted.nbytes
+            levels = np.frombuffer(data, np.uint8, num_wanted, at)
+            at += len(levels)
+            if ahead is None or (wanted >= size).any() or not np.isfinite(most):
+                raise InvalidRequest(f"an outlook that does not fit {size} experts")
+            ahead[wanted] = levels * np.float32(most / _LEVELS)
     except (struct.error, ValueError) as error:
-        raise InvalidRequest(f"{len(data)} bytes that are no outlook") from error
-    if not said & _AHEAD:
-        return ExpertOutlook(values, None)
-    ahead = np.zeros(size, np.float32)
-    ahead[wanted] = levels * np.float32(most / _LEVELS)
+        raise InvalidRequest(f"{len(data)} bytes that are no outlook on {size} experts") from error
+    if at != len(data):
+        raise InvalidRequest(f"an outlook of {len(data)} bytes that does not fit {size} experts")
     return ExpertOutlook(values, ahead)
+
+
+def _index_type(said: int) -> np.dtype:
+    return np.dtype("<u4" if said & _WIDE else "<u2")
 
 
 @dataclass(slots=True)
@@ -181,9 +195,9 @@ class ByteShare:
         """So many bytes of frames and answers went."""
         self.frame_bytes += num_bytes
 
-    def take(self, num_bytes: int) -> bool:
-        """Whether so many more may be said now; if so they are counted."""
-        if self.taken_bytes + num_bytes > self._share * self.frame_bytes:
+    def take(self, num_bytes: int, *, spare: int = 0) -> bool:
+        """Whether so many more may be said now; if so they are counted. Args: spare: that must be left then."""
+        if self.taken_bytes + num_bytes + spare > self._share * self.frame_bytes:
             return False
         self.taken_bytes += num_bytes
         return True
