@@ -5,10 +5,10 @@ Tokens are bytes and a text is characters: a token may begin within a character,
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from functools import partial
 
+from cluster.frontend.generation.byte_runs import CharacterDecoder
 from cluster.frontend.generation.detokenizer import Detokenizer
 from cluster.frontend.generation.tokenizer import Tokenizer
 
@@ -19,18 +19,18 @@ class CharacterCount:
     def __init__(self, unfinished: bytes = b"") -> None:
         """`unfinished` bytes came before, and begin a character."""
         self.num_chars = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._decoder.decode(unfinished)
+        self._decoder = CharacterDecoder()
+        self._decoder.push(unfinished)
 
     def push(self, raw: bytes) -> int:
         """Offset of the character that the first byte is in; without bytes, of what comes next.
 
         It is known at once: later bytes decide what an unfinished character becomes, but not where it is.
         """
-        first = self._decoder.decode(raw[:1])
-        is_open = bool(self._decoder.getstate()[0])
+        first = self._decoder.push(raw[:1])
+        is_open = bool(self._decoder.unfinished)
         offset = self.num_chars + len(first) - (1 if raw and not is_open else 0)
-        self.num_chars += len(first) + len(self._decoder.decode(raw[1:]))
+        self.num_chars += len(first) + len(self._decoder.push(raw[1:]))
         return offset
 
 
@@ -90,5 +90,5 @@ def _found_by_bytes(tokenizer: Tokenizer, prompt_ids: Sequence[int], text: str) 
         raw = b"" if is_hidden else tokenizer.text_bytes(token_id, opens_text=not shown, skip_special_tokens=False)
         offsets.append(count.push(raw))
         shown += raw
-    decoded = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(bytes(shown))
+    decoded = CharacterDecoder().push(bytes(shown))
     return offsets if decoded == text else None

@@ -6,7 +6,6 @@ transformers is imported only for checkpoints that have older files.
 
 from __future__ import annotations
 
-import codecs
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, cast
 import tokenizers
 
 from cluster.errors import CheckpointError, InvalidRequest
-from cluster.frontend.generation.byte_runs import byte_of_piece, mended_byte_runs
+from cluster.frontend.generation.byte_runs import CharacterDecoder, byte_of_piece, mended_byte_runs
 from cluster.frontend.generation.chat_template import ChatTemplate
 
 _CHARACTER_TOKENS = 8  # a character has at most four bytes; tokens without text may be between them
@@ -171,10 +170,10 @@ class Tokenizer:
         """The bytes at the end of `ids` that are the beginning of a character; as a rule none."""
         if not self.is_made_of_bytes:
             return b""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder = CharacterDecoder()
         for token_id in ids[-_CHARACTER_TOKENS:]:
-            decoder.decode(self.text_bytes(token_id, opens_text=False, skip_special_tokens=skip_special_tokens))
-        return decoder.getstate()[0]
+            decoder.push(self.text_bytes(token_id, opens_text=False, skip_special_tokens=skip_special_tokens))
+        return decoder.unfinished
 
     def places(self, text: str, ids: Sequence[int]) -> list[int] | None:
         """The character at which each of `ids` was found when `text` was encoded; None if it gives other ids."""

@@ -79,6 +79,17 @@ def test_tokens_begin_where_their_offset_says(complete, kind, stream, data):
     check_places(tokenizer, text, logprobs["text_offset"], ids)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompt_that_ends_in_half_a_surrogate_leaves_no_character_open(complete, stream):
+    """Of ED A0 no byte makes a character: both are broken at once, not when the next token comes."""
+    tokenizer = TOKENIZERS["fallback"]
+    half = [next(i for i in range(300) if tokenizer.token_bytes(i) == bytes([byte])) for byte in (0xED, 0xA0)]
+
+    text, logprobs, ids = complete(tokenizer, half, [4], stream=stream, echo=True)
+
+    check_places(tokenizer, text, logprobs["text_offset"], ids)
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @FEW
 @given(data=st.data())
