@@ -83,6 +83,8 @@ class ProtectedExperts:
 
     def _is_over(self, indices: Sequence[int]) -> bool:
         """Whether nothing more comes: no room, or no luck. What only gave way to demands is begun again."""
+        if self._has_no_room(indices):  # though what is expected may come and go without an end
+            return True
         if not all(stage.queue.is_idle for stage in self._stages):
             return False
         failed = [index for stage in self._stages for index in stage.failed]
@@ -91,6 +93,18 @@ class ProtectedExperts:
         for stage in self._stages:
             stage.queue.wake()
         return False
+
+    def _has_no_room(self, indices: Sequence[int]) -> bool:
+        """Whether some are neither there nor on their way, and nothing that has a slot is to be had less than they.
+
+        What is merely expected does not count: it passes, and may hold slots all the time.
+        """
+        residents = self._fast.residents
+        queues = [stage.queue.transfers for stage in self._stages]
+        waiting = [index for index in self.absent(indices) if not any(index in transfers for transfers in queues)]
+        if residents.num_free or not waiting:
+            return False
+        return not (self._priority[~residents.absent] < self._priority[waiting].max()).any()
 
     def failure(self, index: int) -> str | None:
         """Why an expert could not be fetched since it was last asked for; None: it could, or was not."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 from expert_builders import ExpertFile, HeldLink, open_store, write_experts
+from live_server import poll
 
 from actors.experts.memory.arena import RamArena
+from actors.experts.memory.links import MemoryLink
 from actors.experts.memory.peer import PeerLink
 from actors.experts.memory.shelves import RemoteReadError
 from actors.experts.memory.store import ExpertStore
@@ -23,6 +27,20 @@ NEVER = threading.Event()
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> ExpertFile:
     return write_experts(tmp_path_factory.mktemp("experts"))
+
+
+class _SlowLink:
+    """Takes 10 ms for a chunk."""
+
+    def __init__(self, link: MemoryLink) -> None:
+        self._link = link
+
+    def copy_chunk(self, index: int, chunk: int, slot: int) -> int:
+        time.sleep(0.01)
+        return self._link.copy_chunk(index, chunk, slot)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._link, name)
 
 
 def _mask(store: ExpertStore, indices: Sequence[int], value: float = 1.0) -> np.ndarray:
@@ -64,6 +82,34 @@ def test_more_than_fits_is_kept_as_far_as_it_fits(experts: ExpertFile) -> None:
     before, loads = _resident(store), store.bytes_read
     assert store.wait_idle(10)
     assert (_resident(store), store.bytes_read) == (before, loads), "it does not churn"
+    store.close()
+
+
+def test_wait_for_what_has_no_room_ends_while_expected_experts_come_and_go(experts: ExpertFile) -> None:
+    """As when an epoch is prepared on a host that is told of new wishes at each layer: its link is never idle."""
+    store = open_store(experts, slots=3, wrap=_SlowLink)
+    _keep(store, range(6))
+    store.protected.wait(range(6), 10, NEVER)
+    is_over = threading.Event()
+
+    def expect() -> None:
+        for first in itertools.count():
+            if is_over.wait(1e-3):
+                return
+            wishes = _mask(store, range(6))
+            wishes[:6] = np.roll(np.arange(1, 7), first)
+            store.protected.expect(wishes)
+
+    thread = threading.Thread(target=expect)
+    thread.start()
+    try:
+        poll(lambda: not store.wait_idle(0), deadline_s=10, what="a link that is busy")
+        began_s = time.monotonic()
+        absent = store.protected.wait(range(6), 20, NEVER)
+        assert absent and time.monotonic() - began_s < 10
+    finally:
+        is_over.set()
+        thread.join()
     store.close()
 
 
