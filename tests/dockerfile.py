@@ -24,7 +24,8 @@ def copied() -> set[str]:
 
 def copy_sources(target: Path) -> None:
     """Put there what the image is built from."""
-    for source in copied():
+    for source in sorted(copied()):
+        (target / source).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / source).is_dir():
             shutil.copytree(ROOT / source, target / source, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
