@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.engine.parts import LoadedEngine
 from transformers import AutoTokenizer
 
 from actors.attention.build import HostAccess, build_engine
+from actors.engine.loaded_engine import LoadedEngine
 from actors.expert_client.dispatch import HostDispatcher
 from benchmarks.offload.engine import fill_ram
 from benchmarks.one_system.host_process import HostProcess, host_processes
