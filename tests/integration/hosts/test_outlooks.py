@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
 
 import pytest
@@ -19,17 +17,6 @@ from cluster.frontend.generation.tokenizer import Tokenizer
 from cluster.policies.build import WITHOUT_GATES
 
 pytestmark = pytest.mark.usefixtures("patient", "one_thread")
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The demo checkpoint, where reading it costs no disk."""
-    memory = Path("/dev/shm")
-    root = Path(tempfile.mkdtemp(dir=memory)) if memory.is_dir() else tmp_path_factory.mktemp("demo")
-    try:
-        yield Path(shutil.copytree(DEMO, root / DEMO.name))
-    finally:
-        shutil.rmtree(root)
 
 
 @pytest.fixture(scope="module")
